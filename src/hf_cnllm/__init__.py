@@ -1,0 +1,1 @@
+"""Baichuan, GLM/ChatGLM and Qwen v1 on today's Transformers."""
