@@ -1,0 +1,154 @@
+"""Conversations for fine-tuning: the embedded instruction set, files of the user's own, and their tokenised form.
+
+A conversation is a list of messages `{"role": ..., "content": ...}` as `apply_chat_template` takes it: an optional system
+message, then user and assistant in turn, ending with the assistant.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+
+Message = dict[str, str]
+Conversation = list[Message]
+
+IGNORE_INDEX = -100
+
+
+class ConversationError(ValueError):
+    """A line of a data file that is not a conversation; the message names the file, the line and the field."""
+
+
+def load_instructions(language: str | None = None) -> list[Conversation]:
+    """The Chinese and English instruction set that comes with the package (about half and half).
+
+    Args:
+        language: `"zh"` or `"en"` for one half, None for both.
+    """
+    if language not in (None, "zh", "en"):
+        raise ValueError(f"language must be 'zh', 'en' or None, got {language!r}")
+    text = files("hf_cnllm.data").joinpath("instructions.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row["messages"] for row in rows if language in (None, row["language"])]
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """Read a JSON Lines file with one conversation a line; blank lines are skipped.
+
+    A line is either `{"messages": [{"role": ..., "content": ...}, ...]}` or
+    `{"instruction": ..., "input": ..., "output": ...}` with `input` optional. Other keys are ignored.
+
+    Raises:
+        ConversationError: a line is not of this form, or the file holds none.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    conversations = []
+    for where, line in _numbered_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConversationError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+        conversations.append(_conversation(row, where))
+    if not conversations:
+        raise ConversationError(f"{path}: the file holds no conversation")
+    return conversations
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    number = 0
+    with open(path, encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+        except UnicodeDecodeError:
+            raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
+
+
+def _conversation(row: Any, where: str) -> Conversation:
+    if not isinstance(row, dict):
+        raise ConversationError(f"{where}: expected an object, got {type(row).__name__}")
+    if "messages" in row:
+        return _from_messages(row["messages"], where)
+    if "instruction" in row:
+        return _from_instruction(row, where)
+    raise ConversationError(f"{where}: needs the field 'messages', or 'instruction' and 'output'; has {sorted(row)}")
+
+
+def _from_messages(messages: Any, where: str) -> Conversation:
+    if not isinstance(messages, list) or not messages:
+        raise ConversationError(f"{where}: field 'messages' must be a list with at least one message")
+    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    conversation = []
+    for index, message in enumerate(messages):
+        field = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise ConversationError(f"{where}: field '{field}' must be an object, got {type(message).__name__}")
+        if has_system and index == 0:
+            expected = "system"
+        else:
+            expected = "user" if (index - has_system) % 2 == 0 else "assistant"
+        if message.get("role") != expected:
+            raise ConversationError(f"{where}: field '{field}.role' must be '{expected}', got {message.get('role')!r}")
+        conversation.append({"role": expected, "content": _text(message, "content", f"{field}.content", where)})
+    if conversation[-1]["role"] != "assistant":
+        raise ConversationError(f"{where}: field 'messages' must end with a message of the assistant")
+    return conversation
+
+
+def _from_instruction(row: dict[str, Any], where: str) -> Conversation:
+    question = _text(row, "instruction", "instruction", where)
+    if row.get("input"):
+        question += "\n" + _text(row, "input", "input", where)
+    answer = _text(row, "output", "output", where)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _text(row: dict[str, Any], key: str, field: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        found = "nothing" if key not in row else json.dumps(value, ensure_ascii=False)[:60]
+        raise ConversationError(f"{where}: field '{field}' must be a non-empty text, got {found}")
+    return value
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], end_token_ids: Sequence[int], max_length: int | None = None
+) -> dict[str, list[int]]:
+    """Tokenise a conversation with the chat template and label the assistant's replies only.
+
+    A reply has to end in a token that stops generation. Templates that write one inside the reply (ChatML's `<|im_end|>`)
+    need nothing; for the others the position after the reply, which the next turn's marker takes or which is
+    appended at the end, gets the label `end_token_ids[0]`, as in Baichuan 2's own fine-tuning script.
+
+    Args:
+        tokenizer: a fast tokenizer whose chat template marks replies with `{% generation %}`.
+        messages: a conversation, ending with the assistant.
+        end_token_ids: the ids that stop generation (`model.generation_config.eos_token_id` as a list).
+        max_length: tokens to keep, cut off at the end.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` of equal length; labels are -100 outside the replies.
+    """
+    if not end_token_ids:
+        raise ValueError("end_token_ids is empty: set generation_config.eos_token_id so that replies can end")
+    encoded = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, spoken = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if not any(spoken):
+        raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
+    labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, spoken, strict=True)]
+    reply_ends = [i for i, mine in enumerate(spoken) if mine and not (i + 1 < len(spoken) and spoken[i + 1])]
+    for last in reply_ends:
+        if ids[last] in end_token_ids:
+            continue
+        if last + 1 == len(ids):
+            ids.append(end_token_ids[0])
+            labels.append(IGNORE_INDEX)
+        labels[last + 1] = end_token_ids[0]
+    ids, labels = ids[:max_length], labels[:max_length]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
