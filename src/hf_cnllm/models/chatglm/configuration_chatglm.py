@@ -1,0 +1,263 @@
+"""ChatGLM configuration: one `model_type`, two architectures.
+
+`chatglm` on the Hub names two different models, and their repositories give the classes the same names:
+
+* `"chatglm"`: ChatGLM-6B (v1), a prefix language model with 2-D rotary positions, in `modeling_chatglm.py`;
+* `"chatglm2"`: ChatGLM2, ChatGLM3 and what shares their code, a causal model with multi-query attention and partial
+  rotary positions, in `models/chatglm2/modeling_chatglm2.py`.
+
+`ChatGLMConfig` decides which one a checkpoint is, once, from the keys of its `config.json`, and keeps the answer in the
+field `architecture`, which `save_pretrained` writes. Models read that field only.
+"""
+
+from dataclasses import fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from ...modules.configuration import CheckpointConfigMixin
+
+
+# Keys that only one of the two originals has: what an unlabelled checkpoint is recognised by.
+DECISIVE_KEYS = {
+    "chatglm": ("position_encoding_2d", "inner_hidden_size"),
+    "chatglm2": ("ffn_hidden_size", "multi_query_attention", "kv_channels"),
+}
+
+# The fields of one architecture alone, and what its original assumes for those that `config.json` does not mention
+# (None: nothing, or decided from other fields below).
+ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "chatglm": {
+        "vocab_size": 130528,
+        "inner_hidden_size": 16384,
+        "max_sequence_length": 2048,
+        "position_encoding_2d": True,
+        "quantization_embeddings": False,
+        "mask_token_id": None,
+        "gmask_token_id": None,
+        "early_positions": None,
+    },
+    "chatglm2": {
+        "vocab_size": 65024,
+        "ffn_hidden_size": 13696,
+        "kv_channels": 128,
+        "seq_length": 2048,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "classifier_dropout": None,
+        "rmsnorm": True,
+        "apply_residual_connection_post_layernorm": False,
+        "post_layer_norm": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "multi_query_attention": False,
+        "multi_query_group_num": 1,
+        "rope_ratio": 1,
+        "rope_ratio_type": None,
+        "original_rope": True,
+        "apply_query_key_layer_scaling": True,
+        "attention_softmax_in_fp32": True,
+        "bias_dropout_fusion": True,
+        "fp32_residual_connection": False,
+    },
+}
+
+# ChatGLM-6B of March 2023 kept 20,000 image tokens in front of the text vocabulary.
+EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
+
+
+@strict
+class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of every ChatGLM generation. Fields are the originals'; those marked (ours) are not.
+
+    Args:
+        architecture (`"chatglm"` or `"chatglm2"`, *optional*): (ours)
+            Which of the two models this is. Left out, it is decided from the other keys (`DECISIVE_KEYS`).
+        vocab_size (`int`, *optional*):
+            Rows of the embedding. ChatGLM2/3 call it `padded_vocab_size`; both names work and both are saved.
+        pre_seq_len (`int`, *optional*), prefix_projection (`bool`):
+            P-tuning v2: number of learned prefix positions, and whether an MLP produces them.
+        prefix_dropout (`float`): (ours)
+            Dropout on the learned prefix in training.
+        quantization_bit (`int`):
+            8 or 4: the linear weights of the layers are stored as integers with one scale per row. 0: they are not.
+        early_positions (`bool`, *optional*): (ours, `"chatglm"`)
+            The 150,528-token revision of ChatGLM-6B, which gives bos another position than the later ones. Left out, it
+            is true for that vocabulary size, and for an unusual size without a `pad_token_id`.
+        inner_hidden_size, max_sequence_length, position_encoding_2d, mask_token_id, gmask_token_id,
+        quantization_embeddings (`"chatglm"`):
+            Width of the MLP; trained length; 2-D or plain positions; ids of `[MASK]` and `[gMASK]`; whether the word
+            embeddings are quantised too (and then serve as the output projection).
+        ffn_hidden_size, seq_length, kv_channels, multi_query_attention, multi_query_group_num, add_bias_linear,
+        add_qkv_bias, rmsnorm, post_layer_norm, apply_residual_connection_post_layernorm, hidden_dropout,
+        attention_dropout, classifier_dropout (`"chatglm2"`):
+            Width of the MLP; trained length; channels of a head; number of key/value heads; biases; norms; dropouts.
+        rope_ratio (`int` or `float`, `"chatglm2"`):
+            How far the rotary positions are stretched in the long-context checkpoints.
+        rope_ratio_type (`"base"` or `"linear"`, *optional*): (ours, `"chatglm2"`)
+            What `rope_ratio` acts on: `"base"` multiplies the rotary base (ChatGLM3 and later), `"linear"` divides the
+            positions (chatglm2-6b-32k). `config.json` tells them apart by its `_name_or_path` only; left out, it is
+            `"linear"` if that (or else the path it is loaded from) names chatglm2, and `"base"` otherwise.
+        original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32, bias_dropout_fusion,
+        fp32_residual_connection (`"chatglm2"`):
+            Kept for the originals; they do not change what is computed here.
+
+    Raises:
+        ValueError: the keys fit neither architecture or both, or contradict each other; the message names the field.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
+
+    architecture: Literal["chatglm", "chatglm2"] | None = None
+
+    vocab_size: int | None = None
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    layernorm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    prefix_dropout: float = 0.0
+    quantization_bit: int = 0
+
+    inner_hidden_size: int | None = None
+    max_sequence_length: int | None = None
+    position_encoding_2d: bool | None = None
+    mask_token_id: int | None = None
+    gmask_token_id: int | None = None
+    quantization_embeddings: bool | None = None
+    early_positions: bool | None = None
+
+    ffn_hidden_size: int | None = None
+    kv_channels: int | None = None
+    seq_length: int | None = None
+    hidden_dropout: float | int | None = None
+    attention_dropout: float | int | None = None
+    classifier_dropout: float | int | None = None
+    rmsnorm: bool | None = None
+    apply_residual_connection_post_layernorm: bool | None = None
+    post_layer_norm: bool | None = None
+    add_bias_linear: bool | None = None
+    add_qkv_bias: bool | None = None
+    multi_query_attention: bool | None = None
+    multi_query_group_num: int | None = None
+    rope_ratio: int | float | None = None
+    rope_ratio_type: Literal["base", "linear"] | None = None
+    original_rope: bool | None = None
+    apply_query_key_layer_scaling: bool | None = None
+    attention_softmax_in_fp32: bool | None = None
+    bias_dropout_fusion: bool | None = None
+    fp32_residual_connection: bool | None = None
+
+    has_no_defaults_at_init = True  # a bare `ChatGLMConfig()` cannot know which architecture is meant
+
+    def __post_init__(self, **kwargs):
+        if self.architecture is None:
+            self.architecture = self._recognise_architecture()
+        if (padded_vocab_size := kwargs.pop("padded_vocab_size", None)) is not None:
+            self.vocab_size = padded_vocab_size
+        if self.architecture == "chatglm":
+            self._decide_revision()
+        elif self.rope_ratio_type is None:
+            name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
+            self.rope_ratio_type = "linear" if "chatglm2" in str(name).lower() else "base"
+        for field, value in ARCHITECTURE_DEFAULTS[self.architecture].items():
+            if getattr(self, field) is None:
+                setattr(self, field, value)
+        super().__post_init__(**kwargs)
+
+    def _recognise_architecture(self) -> str:
+        seen = {
+            architecture: [key for key in keys if getattr(self, key) is not None]
+            for architecture, keys in DECISIVE_KEYS.items()
+        }
+        candidates = [architecture for architecture, keys in seen.items() if keys]
+        if len(candidates) == 1:
+            return candidates[0]
+        found = ", ".join(key for keys in seen.values() for key in keys) or "none of the keys that tell them apart"
+        raise ValueError(
+            "cannot tell whether this is ChatGLM-6B or ChatGLM2/3: the configuration has "
+            f'{found}. Set `architecture` to "chatglm" (ChatGLM-6B) or "chatglm2" (ChatGLM2, ChatGLM3).'
+        )
+
+    def _decide_revision(self):
+        """The March 2023 revision of ChatGLM-6B: its vocabulary size says so, or the pad token it did not know."""
+        if self.vocab_size is None:
+            self.vocab_size = LATE_VOCAB_SIZE
+        if self.early_positions is None:
+            self.early_positions = self.vocab_size == EARLY_VOCAB_SIZE or (
+                self.vocab_size != LATE_VOCAB_SIZE and self.pad_token_id is None
+            )
+        first_special = {EARLY_VOCAB_SIZE: 150000, LATE_VOCAB_SIZE: 130000}.get(self.vocab_size)
+        if first_special is not None:
+            for offset, field in {
+                0: "mask_token_id",
+                1: "gmask_token_id",
+                4: "bos_token_id",
+                5: "eos_token_id",
+            }.items():
+                if getattr(self, field) is None:
+                    setattr(self, field, first_special + offset)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: the sizes that must fit together."""
+        if self.architecture == "chatglm" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `multi_query_group_num` "
+                f"({self.multi_query_group_num})"
+            )
+        if self.quantization_bit not in (0, 4, 8):
+            raise ValueError(f"`quantization_bit` must be 0, 4 or 8, but is {self.quantization_bit}")
+
+    # The names by which the rest of transformers asks for sizes.
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.inner_hidden_size if self.architecture == "chatglm" else self.ffn_hidden_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.max_sequence_length if self.architecture == "chatglm" else self.seq_length
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Overrides take part in the decisions above, so they must be there when the configuration is built.
+        overrides = {field.name: kwargs[field.name] for field in fields(cls) if field.name in kwargs}
+        overrides.pop("dtype", None)
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of this architecture, under the names its original knows."""
+        output = super().to_dict()
+        foreign = {field for table in ARCHITECTURE_DEFAULTS.values() for field in table}
+        foreign -= ARCHITECTURE_DEFAULTS[self.architecture].keys()
+        output = {key: value for key, value in output.items() if key not in foreign or value is not None}
+        if self.architecture == "chatglm2":
+            output["padded_vocab_size"] = output["vocab_size"]
+        return output
+
+
+__all__ = ["ChatGLMConfig"]

@@ -1,0 +1,200 @@
+"""The ChatGLM classes by the names everybody knows: each gives the architecture that the configuration says.
+
+The original repositories of ChatGLM-6B and of ChatGLM2/3 both define `ChatGLMModel` and
+`ChatGLMForConditionalGeneration`, for two different models. So do the two modules in `ARCHITECTURES`. The classes here
+are what they have in common, and the doors to them: `ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)`
+return the `ChatGLMModel` of the module that `config.architecture` names. `isinstance` and AutoModel therefore need one
+class only, and a saved checkpoint keeps the original class name in `architectures`.
+
+To plug in an architecture, add its module to `ARCHITECTURES` and define in it, under the same names,
+
+    class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel)           with `architecture`, attention and layer flags
+    class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel)       the backbone, returns BaseModelOutputWithPast
+    class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration)
+    class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification)
+
+where `auto` is this module. The heads' `forward` is written here once. An architecture's generation class builds
+`self.transformer` and its output projection where its checkpoints keep it, says so in `get_output_embeddings` /
+`set_output_embeddings`, and ends its `__init__` in `self.post_init()`.
+"""
+
+from importlib import import_module
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_chatglm import ChatGLMConfig
+
+
+ARCHITECTURES = {
+    "chatglm": "hf_cnllm.models.chatglm.modeling_chatglm",
+    "chatglm2": "hf_cnllm.models.chatglm2.modeling_chatglm2",
+}
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What every ChatGLM class shares; its subclasses in this module are the doors to the architectures.
+
+    Raises:
+        TypeError: a subclass of a door belongs to no architecture.
+        ValueError: an architecture's own class meets a configuration of the other one.
+    """
+
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    architecture: ClassVar[str | None] = None
+
+    def __new__(cls, config: ChatGLMConfig | None = None, *args, **kwargs):
+        if config is None:  # copying and unpickling: the class is already the right one
+            return super().__new__(cls)
+        if cls.architecture is None:
+            if cls.__module__ != __name__:
+                raise TypeError(
+                    f"{cls.__name__} must derive from the classes of one architecture ({', '.join(ARCHITECTURES.values())})"
+                )
+            cls = getattr(import_module(ARCHITECTURES[config.architecture]), cls.__name__)
+        elif cls.architecture != config.architecture:
+            raise ValueError(
+                f"{cls.__module__}.{cls.__name__} is the {cls.architecture!r} architecture, but this configuration's "
+                f"`architecture` is {config.architecture!r}; hf_cnllm.{cls.__name__} takes both."
+            )
+        return super().__new__(cls)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Door to the backbones: hidden states (batch, length, hidden_size) after the final norm, no output projection."""
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """Door to the language models, and what they share: logits and the shifted cross entropy."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, past + length), 1 where a token is to be attended to. The backbone says what else
+                it takes.
+            position_ids: as the backbone defines them.
+            labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here.
+            logits_to_keep: 0 for all positions, n for the last n, or a tensor of indices.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.get_output_embeddings()(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    """Door to the sequence classifiers: a linear layer on the last real token of each sequence."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ChatGLMModel(config)
+        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            labels: (batch,) class indices, (batch,) values for regression, or (batch, num_labels) for several labels.
+
+        Returns:
+            Logits (batch, num_labels). The original reads the last column, which is a pad in a right-padded batch; here
+            it is the last token that `attention_mask` keeps.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is not None and attention_mask.ndim == 2:
+            kept = attention_mask[:, -hidden_states.shape[1] :] != 0
+            last = (kept * torch.arange(kept.shape[1], device=kept.device)).argmax(dim=-1).to(hidden_states.device)
+            pooled = hidden_states[torch.arange(len(last), device=last.device), last]
+        else:
+            pooled = hidden_states[:, -1]
+        logits = self.classifier_head(self.dropout(pooled))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
+    "ChatGLMModel",
+    "ChatGLMPreTrainedModel",
+]
