@@ -1,1 +1,15 @@
-"""Baichuan, GLM/ChatGLM and Qwen v1 on today's Transformers."""
+"""Baichuan, GLM/ChatGLM and Qwen v1 on today's Transformers.
+
+Importing this package registers its models and tokenizers, nothing else: original checkpoints then load with plain
+`AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`.
+"""
+
+from .auto import FAMILIES, register
+from .models.baichuan import *  # noqa: F403
+from .models.baichuan import __all__ as _baichuan
+
+
+__version__ = "0.1.0"
+__all__ = ["FAMILIES", "register", *_baichuan]
+
+register()

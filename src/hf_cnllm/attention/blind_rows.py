@@ -1,0 +1,42 @@
+"""Rows that may look nowhere: padding that stands before the first token.
+
+Kernels differ in what they give there: zeros, a mean, NaN. Nothing real ever reads such a row, with one exception: under
+left padding, the last of them predicts the first token, and a label there counts in the loss. The original models added
+their dtype's minimum to masked scores, which levels all scores of such a row: it got the plain mean of values. Every
+backend here gives the same.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class BlindRows(NamedTuple):
+    """Which rows look nowhere, and what their mean is taken over.
+
+    Attributes:
+        rows: [batch, queries], True for a blind row. The queries are the first of the keys.
+        tokens: [batch, queries], True for tokens, where the mean of row i is over the padding up to i and the tokens
+            after it: Baichuan2-7B added the minimum twice where a key was both padding and in the future, and that is
+            −inf. None where the mean is over all keys.
+    """
+
+    rows: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+
+def fill_blind_rows(output: torch.Tensor, value: torch.Tensor, blind: BlindRows | None) -> torch.Tensor:
+    """`output` [batch, queries, heads, head_dim] with its blind rows replaced by their mean of `value`
+    [batch, heads, keys, head_dim]; in time and memory linear in the length."""
+    if blind is None:
+        return output
+    value = value[:, :, : output.shape[1]]
+    if blind.tokens is None:
+        mean = value.mean(dim=2, keepdim=True)
+    else:
+        token = blind.tokens[:, None, :, None].to(value.dtype)
+        tokens, paddings = value * token, value * (1 - token)
+        total = paddings.cumsum(2) + tokens.sum(2, keepdim=True) - tokens.cumsum(2)
+        count = (1 - token).cumsum(2) + token.sum(2, keepdim=True) - token.cumsum(2)
+        mean = total / count.clamp_min(1)
+    return torch.where(blind.rows[:, :, None, None], mean.transpose(1, 2), output)

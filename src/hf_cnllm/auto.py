@@ -1,0 +1,62 @@
+"""THE table: which classes serve which `model_type`, and the one function that tells transformers.
+
+After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give these classes for the original checkpoints,
+whether or not a script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to
+the checkpoint's code files, for tokenizers when they are found by their class name.
+"""
+
+from typing import NamedTuple
+
+import transformers
+from peft import utils as peft_utils
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from .models import baichuan
+
+
+class Family(NamedTuple):
+    """One row: a configuration class, what `AutoModel*` makes of it, its tokenizers, and LoRA's default targets.
+
+    Attributes:
+        config: the configuration class; its `model_type` is the key.
+        models: name of the auto class -> model class.
+        tokenizers: the first is the default for the configuration; all are found by their class names.
+        lora_targets: names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`.
+    """
+
+    config: type[PreTrainedConfig]
+    models: dict[str, type[PreTrainedModel]]
+    tokenizers: tuple[type, ...] = ()
+    lora_targets: tuple[str, ...] = ()
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        config=baichuan.BaichuanConfig,
+        models={
+            "AutoModel": baichuan.BaichuanModel,
+            "AutoModelForCausalLM": baichuan.BaichuanForCausalLM,
+            "AutoModelForSequenceClassification": baichuan.BaichuanForSequenceClassification,
+            "AutoModelForTokenClassification": baichuan.BaichuanForTokenClassification,
+            "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
+        },
+        lora_targets=("W_pack",),
+    ),
+)
+
+
+def register() -> None:
+    """Registers every family with transformers' auto classes and PEFT's default targets. Idempotent."""
+    for family in FAMILIES:
+        model_type = family.config.model_type
+        AutoConfig.register(model_type, family.config, exist_ok=True)
+        for auto_class, model_class in family.models.items():
+            getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
+        for tokenizer_class in reversed(family.tokenizers):
+            AutoTokenizer.register(family.config, tokenizer_class=tokenizer_class, exist_ok=True)
+        for targets in (
+            peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+            peft_utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
+        ):
+            if family.lora_targets:
+                targets.setdefault(model_type, list(family.lora_targets))

@@ -1,0 +1,141 @@
+"""Baichuan configuration: 7B and 13B of both generations under the one model type `baichuan`."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from ...modules.configuration import CheckpointConfigMixin
+
+
+BAICHUAN1_VOCAB_SIZE = 64_000
+BAICHUAN2_VOCAB_SIZE = 125_696
+DEFAULT_CONTEXT_LENGTH = 4096
+
+
+@strict
+class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
+    r"""Configuration of [`BaichuanModel`].
+
+    The four published architectures share one `model_type`. Which of them a checkpoint holds is read once from its own
+    `config.json` and kept in two explicit fields, which `save_pretrained` writes:
+
+    | checkpoint | `position_embedding` | `norm_head` |
+    |---|---|---|
+    | Baichuan-7B | `"rope"` | `False` |
+    | Baichuan-13B | `"alibi"` | `False` |
+    | Baichuan2-7B | `"rope"` | `True` |
+    | Baichuan2-13B | `"alibi"` | `True` |
+
+    Args:
+        vocab_size: number of token embeddings, 64,000 in Baichuan and 125,696 in Baichuan2.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the Transformer's shape.
+        hidden_act: activation of the gated feed-forward layers.
+        max_position_embeddings: trained length in tokens of a RoPE model. Its presence in a checkpoint says RoPE.
+        model_max_length: trained length in tokens of an ALiBi model; longer inputs work.
+        position_embedding: `"rope"` or `"alibi"`; default: from the two lengths above.
+        norm_head: whether the output head normalises its rows (NormHead, Baichuan 2 report, section 2.4); default:
+            from `vocab_size`, and for other sizes from `tokenizer_class`, which only Baichuan2's files carry.
+        z_loss_weight: weight of the max-z loss (Baichuan 2 report, equation 2; the report trains with 2e-4). 0 is off.
+        rope_parameters: transformers' RoPE parameters; unused with ALiBi.
+        initializer_range, rms_norm_eps, use_cache, pad_token_id, bos_token_id, eos_token_id, tie_word_embeddings:
+            as in transformers' `LlamaConfig`.
+
+    Raises:
+        ValueError: the position embedding cannot be decided or is unknown, or a size does not fit; the message names
+            the field.
+
+    Example:
+        >>> from hf_cnllm import BaichuanConfig
+        >>> BaichuanConfig(vocab_size=64000, model_max_length=4096).position_embedding
+        'alibi'
+    """
+
+    model_type = "baichuan"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
+    base_model_tp_plan = {
+        "layers.*.self_attn.W_pack": "colwise_gather_output",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = BAICHUAN2_VOCAB_SIZE
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    max_position_embeddings: int | None = None
+    model_max_length: int | None = None
+    position_embedding: Literal["rope", "alibi"] | None = None
+    norm_head: bool | None = None
+    z_loss_weight: float | int = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.position_embedding is None:
+            self.position_embedding = self._infer_position_embedding()
+        if self.position_embedding == "rope" and self.max_position_embeddings is None:
+            self.max_position_embeddings = self.model_max_length or DEFAULT_CONTEXT_LENGTH
+        if self.norm_head is None:
+            self.norm_head = self._infer_norm_head(kwargs.get("tokenizer_class"))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        deciding_fields = ("position_embedding", "max_position_embeddings", "model_max_length")
+        if all(config_dict.get(field) is None and kwargs.get(field) is None for field in deciding_fields):
+            raise ValueError(
+                "This config.json does not say whether the model uses RoPE (it would have `max_position_embeddings`) "
+                "or ALiBi (it would have `model_max_length`). Set `position_embedding` to 'rope' or 'alibi'."
+            )
+        # Overrides take part in the decision, so they must be there before it is made.
+        overrides = {field: kwargs.pop(field) for field in (*deciding_fields, "norm_head") if field in kwargs}
+        return super().from_dict(config_dict | overrides, **kwargs)
+
+    def _infer_position_embedding(self) -> str:
+        alibi = self.max_position_embeddings is None and self.model_max_length is not None
+        return "alibi" if alibi else "rope"
+
+    def _infer_norm_head(self, tokenizer_class: str | None) -> bool:
+        known = {BAICHUAN1_VOCAB_SIZE: False, BAICHUAN2_VOCAB_SIZE: True}
+        return known.get(self.vocab_size, tokenizer_class is not None)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: every message names the field to change."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        lengths = ("max_position_embeddings", "model_max_length")
+        for field in (*sizes, *lengths):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{field}` must be a positive number, got {value}.")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.position_embedding == "rope" and (self.hidden_size // self.num_attention_heads) % 2 != 0:
+            raise ValueError(
+                f"RoPE rotates pairs, so `hidden_size // num_attention_heads` must be even, got "
+                f"{self.hidden_size // self.num_attention_heads}."
+            )
+        if self.z_loss_weight < 0:
+            raise ValueError(f"`z_loss_weight` must not be negative, got {self.z_loss_weight}.")
+
+
+__all__ = ["BaichuanConfig"]

@@ -1,0 +1,373 @@
+"""Baichuan 1 and 2 (arXiv 2309.10305): a Llama with one packed q | k | v projection, and, by configuration, ALiBi
+instead of RoPE (the 13B models) and a row-normalised output head (Baichuan2)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
+from ...attention.blind_rows import BlindRows, fill_blind_rows
+from ...attention.documents import packed_documents
+from ...losses import causal_lm_loss
+from ...modules.norm_head import NormHead
+from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
+from .configuration_baichuan import BaichuanConfig
+
+
+class BaichuanRMSNorm(LlamaRMSNorm):
+    pass
+
+
+class BaichuanRotaryEmbedding(RotaryEmbedding):
+    pass
+
+
+class BaichuanMLP(nn.Module):
+    def __init__(self, config: BaichuanConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class BaichuanAttention(nn.Module):
+    """Multi-headed attention with one projection for q | k | v, and RoPE or ALiBi."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | AlibiMask | None = None,
+        past_key_values: Cache | None = None,
+        blind_rows: BlindRows | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        packed = self.W_pack(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in packed.unbind(-3))
+
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface = self._attention_interface()
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = fill_blind_rows(attn_output, value_states, blind_rows)
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+    def _attention_interface(self) -> Callable:
+        if self.config.position_embedding == "alibi":
+            return alibi_attention(self.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+
+class BaichuanDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = BaichuanAttention(config, layer_idx)
+        self.mlp = BaichuanMLP(config)
+        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | AlibiMask | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class BaichuanPreTrainedModel(PreTrainedModel):
+    config: BaichuanConfig
+    config_class = BaichuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BaichuanDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": BaichuanDecoderLayer,
+        "attentions": BaichuanAttention,
+    }
+    # Baichuan-7B stored a buffer that the configuration determines.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.rotary_emb\.inv_freq"]
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, NormHead):
+            init.kaiming_uniform_(module.raw_weight, a=5**0.5)
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
+        if config.position_embedding != "alibi":
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        return create_alibi_mask(config, inputs_embeds, attention_mask, past_key_values)._asdict()
+
+
+class BaichuanModel(BaichuanPreTrainedModel):
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [BaichuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = BaichuanRotaryEmbedding(config) if config.position_embedding == "rope" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+        def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        attention_mask (`torch.Tensor`, *optional*):
+            `[batch, length]`: 0 for padding, 1 for tokens; or document numbers from 1, so that the tokens of a packed
+            document see each other only. With ALiBi also `[batch, queries, keys]`, 0/1. With a cache it covers the
+            cached tokens too.
+        position_ids (`torch.LongTensor`, *optional*):
+            `[batch, length]`. RoPE rotates by them; by default they count from the cache's length, which is right for
+            padded rows too, the rotation being relative. ALiBi has no use for them, except that without mask and cache
+            a restart begins a packed document, as everywhere in transformers.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if self.config.position_embedding == "alibi":
+            position_embeddings = None
+            if isinstance(attention_mask, dict):  # made by `create_masks_for_generate`
+                mask = AlibiMask(**attention_mask)
+            else:
+                mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        else:
+            if position_ids is None:
+                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+                position_ids = position_ids.unsqueeze(0)
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                and_mask_function=packed_documents(self.config, attention_mask, inputs_embeds),
+            )
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        blind_rows = self._find_blind_rows(attention_mask, inputs_embeds.shape[1])
+
+        hidden_states = inputs_embeds
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                blind_rows=blind_rows,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _find_blind_rows(self, attention_mask: torch.Tensor | dict | None, queries: int) -> BlindRows | None:
+        """The rows of padding as the originals treated them, when a prompt or a training batch has any."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (attention_mask.shape[0], queries):
+            return None
+        tokens = attention_mask != 0
+        if queries == 1 or not torch.compiler.is_compiling() and tokens.all():
+            return None
+        if self.config.position_embedding == "alibi":
+            return BlindRows(~tokens)
+        return BlindRows(tokens.cumsum(1) == 0, tokens if self.config.norm_head else None)
+
+
+class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.model = BaichuanModel(config)
+        self.vocab_size = config.vocab_size
+        if config.norm_head:
+            self.lm_head = NormHead(config.hidden_size, config.vocab_size)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
+        self.post_init()
+
+    @can_return_tuple
+        def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+            Token ids, −100 where nothing is to be learned. The loss is cross entropy plus `config.z_loss_weight` times
+            the max-z loss, see [`~hf_cnllm.losses.causal_lm_loss`].
+
+        Example:
+
+        ```python
+        >>> import hf_cnllm
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("baichuan-inc/Baichuan2-7B-Base")
+        >>> tokenizer = AutoTokenizer.from_pretrained("baichuan-inc/Baichuan2-7B-Base")
+        >>> inputs = tokenizer("登鹳雀楼->王之涣\n夜雨寄北->", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0])
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                z_loss_weight=self.config.z_loss_weight,
+                **kwargs,
+            )
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        # torch reads the attribute, which on a NormHead is the effective matrix.
+        module_path, _, name = target.rpartition(".")
+        module = self.get_submodule(module_path)
+        return module.get_parameter(name) if isinstance(module, NormHead) else super().get_parameter(target)
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args, **kwargs) -> nn.Module:
+        if not isinstance(old_lm_head, NormHead):
+            return super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        return NormHead.from_linear(super()._get_resized_lm_head(old_lm_head.as_linear(), *args, **kwargs))
+
+
+class BaiChuanForCausalLM(BaichuanForCausalLM):
+    """The spelling in Baichuan-7B's files."""
+
+
+class BaichuanForSequenceClassification(GenericForSequenceClassification, BaichuanPreTrainedModel): ...
+
+
+class BaichuanForTokenClassification(GenericForTokenClassification, BaichuanPreTrainedModel): ...
+
+
+class BaichuanForQuestionAnswering(GenericForQuestionAnswering, BaichuanPreTrainedModel): ...
+
+
+__all__ = [
+    "BaiChuanForCausalLM",
+    "BaichuanForCausalLM",
+    "BaichuanForQuestionAnswering",
+    "BaichuanForSequenceClassification",
+    "BaichuanForTokenClassification",
+    "BaichuanModel",
+    "BaichuanPreTrainedModel",
+]
