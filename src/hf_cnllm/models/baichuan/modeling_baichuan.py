@@ -185,7 +185,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-        def forward(
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -280,7 +280,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-        def forward(
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
