@@ -1,0 +1,299 @@
+"""SentencePiece models (BPE and Unigram) as Rust `tokenizers.Tokenizer` objects with the original's exact ids.
+
+    model = SentencePieceModel.from_file("tokenizer.model")
+    backend = build_tokenizer(model)      # no special tokens yet: the transformers class adds its own
+
+How each part of SentencePiece (https://github.com/google/sentencepiece) is expressed:
+
+| SentencePiece                                   | here                                                              |
+|-------------------------------------------------|-------------------------------------------------------------------|
+| normaliser (compiled rules, spaces, `▁` prefix) | `build_normalizer`, rules in `charsmap`                           |
+| BPE: merge the neighbours whose union has the   | merges = every split of each normal piece, best score first       |
+|   best score, whatever they were made of        |                                                                   |
+| BPE: user-defined symbols leave before any merge | a `Split` isolates them, `ignore_merges` then looks them up        |
+| Unigram: a symbol always wins                   | its score is `length * best - 0.1`, as in the original            |
+| control and byte pieces never match text        | BPE: no merges lead to them; Unigram: a score too low to win      |
+| byte fallback                                   | the models' own `byte_fallback`                                   |
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .charsmap import CharsMap
+
+SPACE = "▁"  # SentencePiece's visible space, U+2581
+
+
+class PieceType(IntEnum):
+    """The `type` field of a piece in `sentencepiece_model.proto`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class ModelType(IntEnum):
+    """The `model_type` field of the trainer in `sentencepiece_model.proto`."""
+
+    UNIGRAM = 1
+    BPE = 2
+    WORD = 3
+    CHAR = 4
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a `.model` file says: piece `i` is `texts[i]` with `scores[i]` and `types[i]`; identity has no `charsmap`."""
+
+    texts: list[str]
+    scores: list[float]
+    types: list[int]
+    model_type: ModelType
+    byte_fallback: bool
+    charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "SentencePieceModel":
+        """Reads `path`. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+
+        path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: there is no such SentencePiece vocabulary file.")
+        with open(path, "rb") as file:
+            data = file.read()
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a git-lfs pointer, not the vocabulary itself. Run `git lfs pull` there.")
+        proto = sentencepiece_model_pb2.ModelProto()
+        broken = f"{path} is not a SentencePiece model, or is damaged ({{}}). Download the file again."
+        try:
+            proto.ParseFromString(data)
+        except DecodeError as error:
+            raise ValueError(broken.format(error)) from error
+        # A file cut between two fields still parses, so look for the fields that every writer puts at its end.
+        for field in ("trainer_spec", "normalizer_spec"):
+            if not proto.HasField(field):
+                raise ValueError(broken.format(f"{len(data)} bytes without `{field}`"))
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        for unsupported, fault in (
+            (trainer.model_type not in (ModelType.BPE, ModelType.UNIGRAM), "model_type other than BPE and Unigram"),
+            (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
+            (not normalizer.escape_whitespaces, "escape_whitespaces = false"),
+            (bool(proto.denormalizer_spec.precompiled_charsmap), "a denormalizer"),
+            (any(piece.type == PieceType.UNUSED for piece in proto.pieces), "unused pieces"),
+        ):
+            if unsupported:
+                raise ValueError(f"{path}: SentencePiece models with {fault} are not supported.")
+        model = cls(
+            texts=[piece.piece for piece in proto.pieces],
+            scores=[piece.score for piece in proto.pieces],
+            types=[piece.type for piece in proto.pieces],
+            model_type=ModelType(trainer.model_type),
+            byte_fallback=trainer.byte_fallback,
+            charsmap=normalizer.precompiled_charsmap,
+            add_dummy_prefix=normalizer.add_dummy_prefix,
+            remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        )
+        if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
+            raise ValueError(broken.format("no unknown piece or no normal pieces"))
+        if len(model.ids) != len(model.texts):
+            raise ValueError(broken.format("a piece occurs twice"))
+        return model
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Piece text -> id."""
+        return {text: index for index, text in enumerate(self.texts)}
+
+    def of_type(self, wanted: PieceType) -> dict[str, float]:
+        """Text -> score of the pieces of one type, in the order of their ids."""
+        return {
+            text: score
+            for text, score, kind in zip(self.texts, self.scores, self.types, strict=True)
+            if kind == wanted
+        }
+
+    @cached_property
+    def normal(self) -> dict[str, float]:
+        return self.of_type(PieceType.NORMAL)
+
+    @cached_property
+    def symbols(self) -> list[str]:
+        """The user-defined symbols."""
+        return list(self.of_type(PieceType.USER_DEFINED))
+
+    @cached_property
+    def unknown(self) -> str:
+        return next(iter(self.of_type(PieceType.UNKNOWN)))
+
+
+def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
+    """A `tokenizers.Tokenizer` whose ids equal `SentencePieceProcessor.encode(text)`; it has no added tokens."""
+    engine, cuts = _bpe(model) if model.model_type is ModelType.BPE else _unigram(model)
+    tokenizer = Tokenizer(engine)
+    tokenizer.normalizer = build_normalizer(model)
+    if cuts:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cuts]
+        )
+    tokenizer.decoder = build_decoder(model)
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# normaliser and decoder
+
+
+def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
+    """Compiled rules (user-defined symbols are exempt), white space, the `▁` in front, and spaces shown as `▁`."""
+    steps: list[normalizers.Normalizer] = []
+    rules = CharsMap(model.charsmap).normalizers(model.symbols) if model.charsmap else []
+    if model.remove_extra_whitespaces:
+        # The original trims what ends up as `▁` at the end, so a literal ▁ there goes as well.
+        steps += [
+            *rules,
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""),
+        ]
+        if model.add_dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+    else:
+        # The prefix comes first: a text whose characters are all deleted by the rules still leaves its ▁.
+        if model.add_dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+        steps += rules
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def build_decoder(model: SentencePieceModel) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+    if model.byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if model.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", len(max(model.ids, key=len)), 0))
+    elif model.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# BPE
+
+
+def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
+    """The model, and the patterns that its text is to be cut by beforehand."""
+    scores = model.normal
+    # Of two ways to build one piece the original takes the leftmost, so the longer left part goes first.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    bpe = models.BPE(
+        vocab=model.ids, merges=merges, unk_token=model.unknown, byte_fallback=model.byte_fallback, fuse_unk=True
+    )
+    if not model.symbols:
+        return bpe, []
+    cuts = [any_of(model.symbols)]
+    guarded = _never_from_text(model, bpe)
+    if guarded:
+        halves = "|".join(f"{re.escape(left)}(?={re.escape(right)}\\z)" for left, right in guarded)
+        cuts.append(rf"\A(?:{halves})")
+    bpe.ignore_merges = True
+    return bpe, cuts
+
+
+def _never_from_text(model: SentencePieceModel, bpe: models.BPE) -> list[tuple[str, str]]:
+    """Pieces that merging never produces although they are in the vocabulary: control, byte and unknown pieces, and
+    normal ones whose parts the merges spend otherwise. Each comes cut in two at a boundary of its real segmentation,
+    so that `ignore_merges`, which takes a whole pre-token from the vocabulary, does not see it."""
+    symbol = re.compile(any_of(model.symbols))
+    texts = [text for text in model.texts if not symbol.search(text)]
+    pairs = []
+    for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
+        cuts = sorted({start for start, _ in encoding.offsets if start})
+        if not cuts:
+            continue
+        halves = [(text[:cut], text[cut:]) for cut in cuts]
+        pairs.append(
+            next(
+                (left, right)
+                for left, right in halves
+                if (left not in model.ids or left == halves[0][0])
+                and (right not in model.ids or right == halves[-1][1])
+            )
+        )
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Unigram
+
+
+def _unigram(model: SentencePieceModel) -> tuple[models.Unigram, list[str]]:
+    """The model, and the patterns that its text is to be cut by beforehand."""
+    best, worst = max(model.normal.values()), min(model.normal.values())
+    # unigram_model.cc: a user-defined symbol scores above anything that could be put in its place.
+    scores = model.normal | {symbol: len(symbol.encode()) * best - 0.1 for symbol in model.symbols}
+    # Control, byte and unknown pieces must not match text: score them below the pieces their text really splits into.
+    # A character that no piece has costs more than any score can be low, but it is a boundary anyway: cut there.
+    known = set().union(*scores)
+    foreign = {text: next((i for i, char in enumerate(text) if char not in known), None) for text in model.texts}
+    never = {text: _best_path(text, scores, worst - 10.0) - 1e-3 for text in model.texts if text not in scores}
+    cuts = [
+        f"(?<={re.escape(text[:at])}){re.escape(text[at])}(?={re.escape(text[at + 1 :])})"
+        for text in never
+        if (at := foreign[text]) is not None
+    ]
+    vocab = list((scores | never | {text: worst for text in never if foreign[text] is not None}).items())
+    vocab.sort(key=lambda item: model.ids[item[0]])
+    engine = models.Unigram(vocab, unk_id=model.ids[model.unknown], byte_fallback=model.byte_fallback)
+    return engine, ["|".join(cuts)] if cuts else []
+
+
+def _best_path(text: str, scores: dict[str, float], unknown: float) -> float:
+    """Score of the best segmentation of `text`: a piece scored below it is never chosen, in any context."""
+    best = [0.0]
+    for end in range(1, len(text) + 1):
+        paths = (best[start] + scores[text[start:end]] for start in range(end) if text[start:end] in scores)
+        best.append(max(paths, default=best[end - 1] + unknown))
+    return best[-1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# regular expressions
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression (Oniguruma and Python) for the longest of `texts`, as a prefix tree so that thousands of
+    alternatives cost one step a character."""
+    root: dict = {}
+    for text in texts:
+        node = root
+        for char in text:
+            node = node.setdefault(char, {})
+        node[""] = {}
+
+    def pattern(node: dict) -> str:
+        branches = [re.escape(char) + pattern(child) for char, child in sorted(node.items()) if char]
+        if not branches:
+            return ""
+        joined = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+        return joined + "?" if "" in node else joined
+
+    return pattern(root)
