@@ -15,3 +15,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def eager_unless_marked(request):
+    """Flex attention compiles itself, which takes minutes on a CPU and computes the same; `compiled` tests let it."""
+    if request.node.get_closest_marker("compiled"):
+        yield
+        return
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
