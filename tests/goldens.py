@@ -129,7 +129,6 @@ def check_training_step(model, case: Case, atol: float = TOLERANCE):
     kwargs = {key: inputs[key] for key in FORWARD_INPUTS if key in inputs}
     model.train()
     with torch.set_grad_enabled(has_backward(model)):
-        with torch.set_grad_enabled(_has_backward(model)):
         result = model(**kwargs, labels=inputs["labels"], use_cache=False)
     assert_close(result.logits, outputs["train_logits"], atol=atol)
     assert_close(result.loss.reshape(1), outputs["train_loss"].reshape(1), atol=atol)
