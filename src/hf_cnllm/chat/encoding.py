@@ -1,0 +1,354 @@
+"""Chats as token ids: only the template writes control tokens, whatever a message says.
+
+The originals let a user who types `</s>`, `<reserved_106>` or `<|im_end|>` forge turns. Here a chat template stays an
+ordinary Jinja template, rendered by transformers' own sandbox, but the rendered text is encoded in sections:
+
+    <reserved_106>·你好</s>再见·<reserved_107>          · marks the border of a message (a private-use character)
+    ^ control     ^ plain text    ^ control
+
+Text sections go through a backend that has no control tokens at all (`without_control_tokens`), so there is no string
+that yields one. Encoding each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
+
+To plug a family in: subclass `ChatTokenizer` (a `TokenizersBackend` that also loads and saves
+the original vocabulary file), set `self.chat_template` unless the checkpoint
+brings one (`read_template` gives the files in `templates/`), and say
+
+* `encodes_messages_alone`: whether a message is encoded apart from the template's text around it (True), or the text
+  between two control tokens is encoded as one (False: ChatGLM, ChatGLM2);
+* `chat_control_pieces()`: control tokens that are ordinary pieces of the vocabulary. The special added tokens, those
+  in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib import resources
+from itertools import chain
+from typing import Any, NamedTuple
+
+from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
+from transformers import BatchEncoding
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..modules.original_vocabulary import OriginalVocabularyTokenizer
+from ..modules.sentencepiece import any_of
+
+
+def read_template(name: str) -> str:
+    """The chat template `templates/<name>.jinja`."""
+    return resources.files(__package__).joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def without_control_tokens(backend: Tokenizer, control: Collection[str]) -> Tokenizer:
+    """A backend that shares `backend`'s model and steps but can yield none of the `control` tokens.
+
+    Control tokens that were added to the vocabulary are simply not added here. Those that are pieces of the model are
+    also kept from it: the first character of their text becomes a pre-token of its own.
+    """
+    plain = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    pieces = [token for token in control if backend.model.token_to_id(token) is not None]
+    if pieces:
+        steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
+    if steps:
+        plain.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    plain.add_tokens([token for token in backend.get_added_tokens_decoder().values() if token.content not in control])
+    return plain
+
+
+class ChatBackends(NamedTuple):
+    """What encodes the sections of a rendered chat, for one set of control tokens."""
+
+    control: str  # pattern of the control tokens
+    control_ids: Tokenizer  # a whole control token -> its id
+    plain: Tokenizer  # any other text
+
+    @classmethod
+    def build(cls, backend: Tokenizer, control: Mapping[str, int]) -> "ChatBackends":
+        if any(len(token) < 2 for token in control):
+            raise ValueError("a control token of a single character cannot be told from text")
+        words = models.WordLevel(dict(control), unk_token="")
+        return cls(any_of(control) or "(?!)", Tokenizer(words), without_control_tokens(backend, control))
+
+
+class Marks(NamedTuple):
+    """Two characters that occur nowhere in the chat: `border` splits text, `glue` breaks up a control token."""
+
+    border: str
+    glue: str
+
+    @classmethod
+    def unused_in(cls, texts: Iterable[str]) -> "Marks":
+        used = set().union(*texts)
+        private = (chr(code) for code in range(0xF0000, 0xFFFFE))
+        free = [char for char in private if char not in used]
+        return cls(free[0], free[1])
+
+    def break_up(self, value: Any, control: re.Pattern) -> Any:
+        """`value` with every control token in its strings, keys included, broken by glue after its first character."""
+        if isinstance(value, str):
+            return control.sub(lambda match: match[1] + self.glue, value)
+        if isinstance(value, Mapping):
+            return {self.break_up(key, control): self.break_up(item, control) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.break_up(item, control) for item in value]
+        return value
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings in nested containers, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(strings_in, chain(value.keys(), value.values())))
+    elif isinstance(value, (list, tuple)):
+        yield from chain.from_iterable(map(strings_in, value))
+
+
+def plain_messages(conversation: Any) -> list[dict[str, Any]]:
+    """The messages without empty keys, and with lists of text parts joined into one string."""
+    messages = []
+    for message in getattr(conversation, "messages", conversation):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"a chat is a list of messages with 'role' and 'content', but one of them is {message!r}")
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            foreign = [part for part in content if not (isinstance(part, Mapping) and part.get("type") == "text")]
+            if foreign:
+                raise ValueError(f"this model reads text only, but a message's content has the part {foreign[0]!r}")
+            message["content"] = "".join(part["text"] for part in content)
+        messages.append(message)
+    return messages
+
+
+class ChatTokenizer(OriginalVocabularyTokenizer):
+    """A fast tokenizer whose chats never take control tokens from message contents, tools or documents."""
+
+    encodes_messages_alone: bool = True
+
+    def chat_control_pieces(self) -> Iterable[str]:
+        """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
+        return ()
+
+    def apply_chat_template(
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool | str | TruncationStrategy = False,
+        max_length: int | None = None,
+        return_tensors=None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """As [`~PreTrainedTokenizerBase.apply_chat_template`], with every argument's meaning unchanged.
+
+        `sanitize_control_tokens` is accepted and always on. Contents may be lists of `{"type": "text", "text": …}`.
+        """
+        kwargs.pop("sanitize_control_tokens", None)
+        is_batched = (
+            isinstance(conversation, (list, tuple))
+            and len(conversation) > 0
+            and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
+        )
+        chats = [plain_messages(chat) for chat in (conversation if is_batched else [conversation])]
+        if not tokenize:
+            return super().apply_chat_template(
+                chats if is_batched else chats[0],
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **kwargs,
+            )
+        if not all(chats):
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt are not compatible: choose one.")
+        if return_assistant_tokens_mask and continue_final_message:
+            raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask.")
+        if return_assistant_tokens_mask and not return_dict:
+            raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
+
+        template = self.get_chat_template(chat_template, tools)
+        backends = self._chat_backends(template)
+        inputs = {"tools": tools, "documents": documents, **kwargs}
+        marks = Marks.unused_in(chain([template], strings_in(chats), strings_in(inputs)))
+        occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
+        chats = marks.break_up(chats, occurrence)
+        if self.encodes_messages_alone:
+            for message in chain.from_iterable(chats):
+                if message.get("content"):
+                    message["content"] = f"{marks.border}{message['content']}{marks.border}"
+        rendered, spans = render_jinja_template(
+            conversations=chats,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special_tokens_map, **marks.break_up(inputs, occurrence)},
+        )
+        rows = [
+            encode_sections(text, spans[index] if return_assistant_tokens_mask else None, marks, backends)
+            for index, text in enumerate(rendered)
+        ]
+        batch = self._chat_batch(
+            rows,
+            is_batched,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
+        )
+        return batch if return_dict else batch["input_ids"]
+
+    def _chat_backends(self, template: str) -> ChatBackends:
+        """The backends for the control tokens of now; built again when tokens are added or the template changes."""
+        listed = set(getattr(self, "chat_control_tokens", None) or ())
+        added = self.added_tokens_decoder
+        control = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.special or token.content in listed or (token.content in template and not token.content.isspace())
+        }
+        control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
+        key = (frozenset(control.items()), tuple(str(token) for token in added.values()), id(self._tokenizer))
+        cached = self.__dict__.get("_chat_backends_cache")
+        if cached is None or cached[0] != key:
+            cached = (key, ChatBackends.build(self._tokenizer, control))
+            self.__dict__["_chat_backends_cache"] = cached
+        return cached[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Caches stay out of pickles: datasets fingerprints a tokenizer by its pickle.
+        return {key: value for key, value in self.__dict__.items() if key != "_chat_backends_cache"}
+
+    def _chat_batch(
+        self,
+        rows: list[tuple[Encoding, list[int] | None]],
+        is_batched: bool,
+        padding,
+        truncation,
+        max_length: int | None,
+        return_tensors,
+        stride: int = 0,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_overflowing_tokens: bool = False,
+        verbose: bool = True,
+        add_special_tokens: bool = False,
+        **flags,
+    ) -> BatchEncoding:
+        """Truncates, pads and packs encoded chats as `tokenizer(...)` would; `flags` are its `return_*` arguments."""
+        padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
+            padding, truncation, max_length, pad_to_multiple_of, verbose, **flags
+        )
+        has_masks = rows[0][1] is not None
+        if has_masks and return_overflowing_tokens:
+            raise ValueError("return_overflowing_tokens is not compatible with return_assistant_tokens_mask.")
+        if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
+            for encoding, mask in rows:
+                encoding.truncate(max_length, stride=stride, direction=self.truncation_side)
+                if mask is not None and self.truncation_side == "left":
+                    del mask[: len(mask) - max_length if len(mask) > max_length else 0]
+                elif mask is not None:
+                    del mask[max_length:]
+        encodings = [
+            piece for encoding, _ in rows for piece in [encoding, *(encoding.overflowing * return_overflowing_tokens)]
+        ]
+        for encoding in encodings:
+            self._eventual_warn_about_too_long_sequence(encoding.ids, max_length, verbose)
+        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
+            is_longest = padding_strategy == PaddingStrategy.LONGEST
+            length = max(map(len, encodings)) if is_longest else max_length
+            if pad_to_multiple_of:
+                length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+            side = padding_side or self.padding_side
+            for encoding in encodings:
+                encoding.pad(
+                    length,
+                    direction=side,
+                    pad_id=self.pad_token_id,
+                    pad_type_id=self.pad_token_type_id,
+                    pad_token=self.pad_token,
+                )
+            for _, mask in rows:
+                if mask is not None:
+                    missing = [0] * (length - len(mask))
+                    mask[:] = missing + mask if side == "left" else mask + missing
+        data: dict[str, list] = {}
+        for encoding in encodings:
+            for name, value in self._convert_encoding(encoding, verbose=verbose, **flags)[0].items():
+                data.setdefault(name, []).extend(value)
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = [
+                index for index, (encoding, _) in enumerate(rows) for _ in range(1 + len(encoding.overflowing))
+            ]
+        if has_masks:
+            data["assistant_masks"] = [mask for _, mask in rows]
+        if not is_batched and return_tensors is None and not return_overflowing_tokens:
+            return BatchEncoding({name: value[0] for name, value in data.items()}, encodings)
+        return BatchEncoding(data, encodings, tensor_type=return_tensors)
+
+
+def encode_sections(
+    rendered: str, spans: list[tuple[int, int]] | None, marks: Marks, backends: ChatBackends
+) -> tuple[Encoding, list[int] | None]:
+    """One rendered chat as an encoding and, given the `spans` of characters that the assistant generates, a mask.
+
+    Offsets in the encoding refer to the chat as its reader sees it, without the marks.
+    """
+    texts: list[str] = []
+    starts: list[int] = []
+    is_control: list[bool] = []
+
+    def add(start: int, end: int, control: bool) -> None:
+        if start < end:
+            texts.append(rendered[start:end])
+            starts.append(start)
+            is_control.append(control)
+
+    last = 0
+    for match in re.finditer(f"{marks.border}|({backends.control})", rendered):
+        add(last, match.start(), False)
+        add(match.start(), match.end(), True) if match[1] else None
+        last = match.end()
+    add(last, len(rendered), False)
+
+    plain = (text.replace(marks.glue, "") for text, control in zip(texts, is_control, strict=True) if not control)
+    plain_encodings = iter(backends.plain.encode_batch(list(plain), add_special_tokens=False))
+    encodings = [
+        backends.control_ids.encode(text) if control else next(plain_encodings)
+        for text, control in zip(texts, is_control, strict=True)
+    ]
+    mask = None
+    if spans is not None:
+        mask = []
+        for text, start, encoding in zip(texts, starts, encodings, strict=True):
+            mask += generated(encoding, [start + at for at, char in enumerate(text) if char != marks.glue], spans)
+    return Encoding.merge(encodings, growing_offsets=True), mask
+
+
+def generated(encoding: Encoding, positions: list[int], spans: list[tuple[int, int]]) -> list[int]:
+    """1 for the tokens that lie in one of the `spans`; character `i` of the encoded text stands at `positions[i]`."""
+    mask = []
+    for start, end in encoding.offsets:
+        first = positions[min(start, len(positions) - 1)]
+        last = positions[max(end - 1, start)] if end > start else first
+        mask.append(int(any(low <= last and first < high for low, high in spans)))
+    return mask

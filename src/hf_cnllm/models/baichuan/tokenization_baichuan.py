@@ -1,0 +1,87 @@
+"""Tokenizer of Baichuan 1 and 2: one class, told apart by what is in `tokenizer.model`."""
+
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ...chat.encoding import ChatTokenizer, read_template
+from ...modules.sentencepiece import SentencePieceModel, build_tokenizer
+
+# Where both generations keep the pieces that open a turn: <reserved_102>, <reserved_103> in v1 and <reserved_106>,
+# <reserved_107> in v2 (generation_config.json: user_token_id, assistant_token_id).
+USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
+
+
+class BaichuanTokenizer(ChatTokenizer):
+    """SentencePiece BPE with byte fallback: v1 after NFKC with a `▁` in front, v2 on the text as it is.
+
+    Args:
+        vocab_file: the original `tokenizer.model`.
+        add_bos_token, add_eos_token: put `<s>` in front and `</s>` behind. The checkpoints say no to both; the
+            default without a checkpoint is the original's (`<s>` in front).
+        sp_model_kwargs: passed to `sentencepiece.SentencePieceProcessor` when `sp_model` is asked for.
+
+    Ids, tokens, padding and decoding are the original's, quirks included: text beside a special token is decoded
+    apart, with a space put in front of it (`[你, 好, </s>]` -> `" 你好</s>"`).
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "right"
+
+    def __init__(
+        self,
+        vocab_file=None,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=None,
+        sp_model_kwargs: dict[str, Any] | None = None,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        clean_up_tokenization_spaces: bool = False,
+        **kwargs,
+    ):
+        named = {"unk_token": unk_token, "bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
+        super().__init__(
+            vocab_file=vocab_file,
+            # The checkpoints' flags (single_word, normalized) never had an effect on the original's matching.
+            **{name: None if token is None else str(token) for name, token in named.items()},
+            sp_model_kwargs=self.sp_model_kwargs,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+        if self.chat_template is None:
+            turns = [self.convert_ids_to_tokens(index) for index in (USER_TOKEN_ID, ASSISTANT_TOKEN_ID)]
+            header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
+            self.chat_template = header + read_template("baichuan")
+
+    @classmethod
+    def build_backend(cls, vocab_file: str) -> Tokenizer:
+        return build_tokenizer(SentencePieceModel.from_file(vocab_file))
+
+    def chat_control_pieces(self) -> list[str]:
+        return self._reserved_pieces
+
+    @cached_property
+    def _reserved_pieces(self) -> list[str]:
+        """Pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
+        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+        return [piece for piece in vocab if piece.startswith("<reserved_")] + [
+            piece for piece in ("<SEP>", "<CLS>") if piece in vocab
+        ]
+
+    @cached_property
+    def sp_model(self):
+        """The original vocabulary as a `sentencepiece.SentencePieceProcessor`, for scripts that look into it."""
+        from sentencepiece import SentencePieceProcessor
+
+        if not self._has_vocab_file():
+            raise ValueError("sp_model needs tokenizer.model, which this tokenizer was loaded without.")
+        processor = SentencePieceProcessor(**self.sp_model_kwargs)
+        processor.Load(self.vocab_file)
+        return processor
