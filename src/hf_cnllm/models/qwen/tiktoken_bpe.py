@@ -1,0 +1,226 @@
+"""Byte-level BPE from a tiktoken file: reading it, and the merges that its ranks stand for.
+
+A `.tiktoken` file holds one token a line, its bytes in base64 and its rank (which is also its id). tiktoken encodes by
+joining, again and again, the leftmost pair of neighbours whose joined bytes have the lowest rank. The Rust `tokenizers`
+library encodes the same way, from a list of merges (a, b) in order of priority. So the merges must be found: which of
+the ways to split a token into two others is the one that tiktoken ever takes?
+
+*There is at most one per token.* While tiktoken works on a text, the merges inside the bytes of a token X that comes to
+be formed are the very merges, in the same order, that it does on the bytes of X alone: nothing outside takes part, or X
+would not be formed. So the last merge of X's own encoding, (a, b), is the only pair that ever becomes X. `merges_of`
+finds it for every token; pairs sorted by the rank of what they form then give tiktoken's ids for every text.
+"""
+
+import re
+from binascii import Error as Base64Error
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+# The original's: words with one leading mark, single digits, runs of punctuation, white space.
+PRETOKENIZE_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MAX_ID = 2**20 - 1
+
+_LINE = re.compile(rb"(?m)^([A-Za-z0-9+/]+={0,2})[ \t]+([0-9]+)[ \t]*\r?$")
+_BYTE_TO_CHAR = bytes_to_unicode()
+_CHAR_TO_BYTE = {ord(char): byte for byte, char in _BYTE_TO_CHAR.items()}
+
+
+def to_name(token: bytes) -> str:
+    """The token as the backend writes it: one printable character for each byte (GPT-2's table)."""
+    return token.decode("latin-1").translate(_BYTE_TO_CHAR)
+
+
+def to_bytes(name: str) -> bytes:
+    """The bytes of a token that the backend writes as `name`. Characters outside the table stand for themselves."""
+    try:
+        return name.translate(_CHAR_TO_BYTE).encode("latin-1")
+    except UnicodeEncodeError:
+        return name.encode()
+
+
+def gap_name(index: int) -> str:
+    """The name of an id that no token uses, between extra tokens. No text is encoded to it."""
+    return f"<|unused_{index}|>"
+
+
+def read_tiktoken(path: str | Path) -> dict[bytes, int]:
+    """Read a `.tiktoken` file: token bytes -> rank.
+
+    Raises:
+        ValueError: a line is not `<base64> <rank>`, or a token or a rank stands in two lines; the file and the line are
+            named.
+    """
+    data = Path(path).read_bytes()
+    lines = _LINE.findall(data)
+    try:
+        ranks = {a2b_base64(token): int(rank) for token, rank in lines}
+    except Base64Error:
+        ranks = {}
+    whole = len(data.split()) == 2 * len(ranks) and len(set(ranks.values())) == len(ranks)
+    if not ranks or not whole or max(ranks.values()) > MAX_ID:
+        raise ValueError(
+            f"{path}: {_first_fault(data)}. Download the file again, or give every token one line and one rank."
+        )
+    return ranks
+
+
+def _first_fault(data: bytes) -> str:
+    """What is wrong with a file that `read_tiktoken` refuses, and in which line."""
+    line_of_token: dict[bytes, int] = {}
+    line_of_rank: dict[int, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = _LINE.fullmatch(line).groups()
+            token, rank = a2b_base64(token), int(rank)
+        except (AttributeError, Base64Error):
+            return f"line {number} is damaged: expected '<token in base64> <rank>', found {line[:80]!r}"
+        if rank > MAX_ID:
+            return f"line {number}: rank {rank} is out of range, the largest id is {MAX_ID}"
+        if token in line_of_token:
+            return f"line {number}: the token {token!r} stands in line {line_of_token[token]} already"
+        if rank in line_of_rank:
+            return f"line {number}: the rank {rank} stands in line {line_of_rank[rank]} already"
+        line_of_token[token] = line_of_rank[rank] = number
+    return "the file holds no tokens"
+
+
+def write_tiktoken(ranks: dict[bytes, int], path: str | Path) -> None:
+    """Write `ranks` as `read_tiktoken` reads it, in the order of the ranks."""
+    lines = (b"%s %d\n" % (b2a_base64(token, newline=False), rank) for token, rank in by_rank(ranks))
+    Path(path).write_bytes(b"".join(lines))
+
+
+def by_rank(ranks: dict[bytes, int]) -> list[tuple[bytes, int]]:
+    return sorted(ranks.items(), key=lambda item: item[1])
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """For every token the pair that tiktoken joins into it, in order of rank (see the module's docstring).
+
+    The same as `merges_by_encoding`, several times faster where every token is formed from tokens of lower rank, as in
+    any trained vocabulary. Token X = a + b is formed from (a, b) iff encoding a + b never joins across the boundary, and
+    only the tokens that lie against the boundary can: those that a ends with and b begins with at each moment. They are
+    found by undoing merges, the latest first, and looking for a pair that would have been joined before the later of
+    the two was itself taken up by its next merge (the method of the Rust crate `bpe`, github.com/github/rust-gems).
+    """
+    size = max(ranks.values(), default=0) + 1
+    first, last = [0] * size, [0] * size  # the two ids that a token is formed from; itself if a single byte
+    formed: dict[tuple[int, int], int] = {}
+    merges = []
+    for token, rank in by_rank(ranks):
+        if len(token) == 1:
+            first[rank] = last[rank] = rank
+            continue
+        for i in range(1, len(token)):
+            if (
+                (a := ranks.get(token[:i], rank)) < rank
+                and (b := ranks.get(token[i:], rank)) < rank
+                and _stay_apart(a, b, size, first, last, formed)
+            ):
+                first[rank], last[rank] = a, b
+                formed[a, b] = rank
+                merges.append((token[:i], token[i:]))
+                break
+        else:  # never formed, or formed from a token of higher rank: the ids no longer tell which merge came first
+            return merges_by_encoding(ranks)
+    return merges
+
+
+def _stay_apart(
+    a: int, b: int, limit: int, first: list[int], last: list[int], formed: dict[tuple[int, int], int]
+) -> bool:
+    """Whether encoding the bytes of token a and token b in a row ends in a | b (before the two are joined)."""
+    while formed.get((a, b), limit) >= limit:
+        if a > b:  # a was formed after b (on a tie b, further right, comes later): undo it
+            limit, a = a, last[a]
+            if a != limit:
+                continue
+            limit, b = b + 1, first[b]
+            if b + 1 == limit:
+                return True
+        else:
+            limit, b = b + 1, first[b]
+            if b + 1 != limit:
+                continue
+            limit, a = a, last[a]
+            if a == limit:
+                return True
+    return False
+
+
+def merges_by_encoding(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The reference for `merges_of`, right for any ranks: encode every token as tiktoken does, and note the last merge.
+
+    A token that its own bytes are not encoded to is never formed and has none.
+    """
+    merges = []
+    for token, _ in by_rank(ranks):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(parts[i] + parts[i + 1], MAX_ID + 1) for i in range(len(parts) - 1)]
+            i = joined.index(min(joined))
+            if joined[i] > MAX_ID:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def build_backend(ranks: dict[bytes, int], special_tokens: Sequence[str]) -> Tokenizer:
+    """The Rust tokenizer that gives tiktoken's ids: NFC, the special tokens, Qwen's pattern, BPE.
+
+    The special tokens take the first free ids. They are matched in the normal form of the text, like the original's
+    (`normalized=True`): a `>` that the next character composes with does not end one.
+
+    Raises:
+        ValueError: a byte has no token, or an id or a name of a special token is taken.
+    """
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(
+            f"The vocabulary has no token for {len(missing)} of the 256 bytes (the first is {missing[0]})."
+        )
+    used = set(ranks.values())
+    start = next(i for i in count() if i not in used)
+    specials = {name: start + i for i, name in enumerate(special_tokens)}
+    if clash := used.intersection(specials.values()):
+        raise ValueError(
+            f"No token has the rank {start}, so the {len(specials)} special tokens take the ids {start} to "
+            f"{start + len(specials) - 1}, but {min(clash)} is the rank of a token. Either lines are missing from the "
+            "vocabulary file, or the ids of an extra vocabulary must come after the special tokens."
+        )
+    names = {token: to_name(token) for token in ranks}
+    if clash := set(names.values()).intersection(specials):
+        raise ValueError(f"{min(clash)} is a special token and cannot be an ordinary token too.")
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
+    if len(vocabulary) > start:
+        # Extra tokens come after the special tokens. The backend numbers what is added by the size of the model's
+        # vocabulary, so that must know the special tokens, and have no gaps.
+        vocabulary |= specials
+        gaps = set(range(max(used))) - used - set(specials.values())
+        vocabulary |= {gap_name(i): i for i in gaps}
+
+    merges = [(names[a], names[b]) for a, b in merges_of(ranks)]
+    # ignore_merges: a whole word that is a token is that token, formed by merges or not
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in specials])
+    return backend

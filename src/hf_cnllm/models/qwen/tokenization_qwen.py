@@ -1,0 +1,337 @@
+"""Tokenizer of Qwen v1 (Qwen-1.8B to 72B, and their chat models): tiktoken's ids on the `tokenizers` backend."""
+
+import copy
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import BatchEncoding, TokenizersBackend
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+
+from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
+
+
+ENDOFTEXT, IMSTART, IMEND = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205)))
+# Of the first revision, whose special tokens look like text and must therefore not stand in it.
+FIRST_SPECIAL_TOKENS = (
+    *(ENDOFTEXT, IMSTART, IMEND, "<R>", "<S>", "<X>", "<mask>", "<sep>"),
+    *(f"<extra_{i}>" for i in range(200)),
+)
+
+TextOrTexts = str | list[str] | list[list[str]] | None
+SpecialText = Literal["all"] | Collection[str]
+
+
+class QWenTokenizer(TokenizersBackend):
+    """Byte-level BPE over the NFC form of the text, from `qwen.tiktoken` or a saved `tokenizer.json`.
+
+    Which special tokens may stand in text, in every call (`tokenizer(…)`, `encode`, `tokenize`):
+
+    - `allowed_special`: `"all"` or a collection of them; they become their ids, other special tokens stay text.
+    - `disallowed_special`: `"all"` (that are not allowed) or a collection of them; text that holds one is a `ValueError`.
+
+    By default all are allowed and none disallowed; in the first revision none are allowed and all disallowed. Message
+    contents in chats are always text, see `apply_chat_template` and `make_context`.
+
+    Args:
+        vocab_file: `qwen.tiktoken`, read when there is no `tokenizer_file` or with an `extra_vocab_file`.
+        errors: what decoding does with bytes that are not UTF-8, see `bytes.decode`; also an argument of `decode`.
+        extra_vocab_file: a second file of the same kind, whose tokens are added under their own ids, which must come
+            after the special tokens'. Only the caller can name it, never a checkpoint's configuration.
+        tokenizer_file: `tokenizer.json`, as `save_pretrained` writes it.
+        first_revision: whether the rules of the first published revision hold: `<R>`, `<S>`, … as special tokens, and
+            no special token in text. By default read off the checkpoint: that one's `tokenizer_config.json` has
+            `remove_space`.
+    """
+
+    vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        errors: str = "replace",
+        extra_vocab_file: str | None = None,
+        tokenizer_file: str | None = None,
+        tokenizer_object: Tokenizer | None = None,
+        first_revision: bool | None = None,
+        eos_token: str | AddedToken | None = ENDOFTEXT,
+        pad_token: str | AddedToken | None = ENDOFTEXT,
+        **kwargs,
+    ):
+        self.errors = errors
+        self.first_revision = "remove_space" in kwargs if first_revision is None else first_revision
+        names = FIRST_SPECIAL_TOKENS if self.first_revision else SPECIAL_TOKENS
+        if tokenizer_object is not None:
+            self._tokenizer = copy.deepcopy(tokenizer_object)
+        elif tokenizer_file is not None and extra_vocab_file is None:
+            self._tokenizer = Tokenizer.from_file(tokenizer_file)
+        elif vocab_file is not None:
+            self._tokenizer = build_backend(_read_vocabularies(vocab_file, extra_vocab_file), names)
+        else:
+            raise ValueError(
+                "QWenTokenizer needs `vocab_file` (qwen.tiktoken)"
+                + (
+                    " to add an `extra_vocab_file` to."
+                    if extra_vocab_file
+                    else " or `tokenizer_file` (tokenizer.json)."
+                )
+            )
+        self.special_tokens: dict[str, int] = {name: self._tokenizer.token_to_id(name) for name in names}
+        if None in self.special_tokens.values():
+            lacking = next(name for name, index in self.special_tokens.items() if index is None)
+            raise ValueError(
+                f"{tokenizer_file or 'The tokenizer'} has no special token {lacking}: it is not a tokenizer of Qwen v1"
+                + (", or not of its first revision (`first_revision=False`)." if self.first_revision else ".")
+            )
+        self.eod_id = self.special_tokens[ENDOFTEXT]
+        self.im_start_id = self.special_tokens[IMSTART]
+        self.im_end_id = self.special_tokens[IMEND]
+
+        if self.first_revision:
+            kwargs.setdefault("bos_token", ENDOFTEXT)
+            kwargs.setdefault("unk_token", ENDOFTEXT)
+        kwargs.pop("auto_map", None)  # names code files that a re-saved checkpoint lacks
+        kwargs["clean_up_tokenization_spaces"] = False  # the original never did, whatever old configurations say
+        super().__init__(
+            errors=errors, first_revision=self.first_revision, eos_token=eos_token, pad_token=pad_token, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, extra_vocab_file=None, **kwargs):
+        # Passing it on even when None overrides a path in the checkpoint's configuration: see `extra_vocab_file`.
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *init_inputs, extra_vocab_file=extra_vocab_file, **kwargs
+        )
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
+        return kwargs  # `__init__` reads the files itself, tokenizer.json in Rust only
+
+    # ---- vocabulary ----
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included (as in the original)."""
+        return len(self)
+
+    @cached_property
+    def mergeable_ranks(self) -> dict[bytes, int]:
+        """The tokens that are not special, token bytes -> id, in the order of the ids."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        return dict(
+            by_rank(
+                {
+                    to_bytes(name): index
+                    for name, index in vocabulary.items()
+                    if name not in self.special_tokens and name != gap_name(index)
+                }
+            )
+        )
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        # What is a special token already stays the one that it is: matched in the normal form of the text.
+        return super()._add_tokens([t for t in new_tokens if str(t) not in self.special_tokens], special_tokens)
+
+    def convert_tokens_to_ids(self, tokens: str | bytes | Sequence[str | bytes]) -> int | list[int] | None:
+        """Id(s) of token(s): the backend's names (`"Ġhello"`), special tokens, or bytes as the original's; else None."""
+        if isinstance(tokens, bytes):
+            tokens = to_name(tokens)
+        if isinstance(tokens, str):
+            return self._tokenizer.token_to_id(tokens)
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    # ---- text to ids ----
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
+        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+
+    def _encode_plus(
+        self,
+        text: TextOrTexts,
+        text_pair: TextOrTexts = None,
+        *,
+        allowed_special: SpecialText | None = None,
+        disallowed_special: SpecialText | None = None,
+        split_special_tokens: bool | None = None,
+        **kwargs,
+    ) -> BatchEncoding:
+        text, text_pair = self._in_normal_form(text), self._in_normal_form(text_pair)
+        if allowed_special is None:
+            allowed_special = () if self.first_revision else "all"
+        if disallowed_special is None:
+            disallowed_special = "all" if self.first_revision else ()
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+
+        if not split_special_tokens:
+            names = self.special_tokens.keys()
+            allowed = names if allowed_special == "all" else names & set(allowed_special)
+            self._refuse(names - allowed if disallowed_special == "all" else set(disallowed_special), text, text_pair)
+            split_special_tokens = not allowed
+            if allowed and allowed != names:
+                return self._encode_with_some_special(text, text_pair, allowed, **kwargs)
+        return super()._encode_plus(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
+
+    def _in_normal_form(self, text: TextOrTexts) -> TextOrTexts:
+        """The text, made NFC where the backend would do it otherwise than Python, and valid Unicode.
+
+        The backend's tables are of an older Unicode version: some combining marks are in another order. Half surrogates
+        become U+FFFD, as in tiktoken.
+        """
+        if isinstance(text, list | tuple):
+            return [self._in_normal_form(t) for t in text]
+        if not isinstance(text, str) or text.isascii():
+            return text
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if unicodedata.is_normalized("NFC", text):
+            return text
+        normal = unicodedata.normalize("NFC", text)
+        return text if self._tokenizer.normalizer.normalize_str(text) == normal else normal
+
+    def _refuse(self, disallowed: Collection[str], *texts: TextOrTexts) -> None:
+        if not disallowed:
+            return
+        for text in texts:
+            if isinstance(text, list):
+                self._refuse(disallowed, *text)
+            elif text and (found := _any_of(disallowed).search(unicodedata.normalize("NFC", text))):
+                raise ValueError(
+                    f"Encountered text corresponding to disallowed special token {found[0]!r}.\nIf you want this text to "
+                    f"be encoded as a special token, pass it to `allowed_special`, e.g. `allowed_special={{{found[0]!r}}}`."
+                    "\nIf you want this text to be encoded as normal text, pass `disallowed_special=()`."
+                )
+
+    def _encode_with_some_special(
+        self,
+        text: str | list[str],
+        text_pair: None,
+        allowed: Collection[str],
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        is_split_into_words: bool = False,
+        return_overflowing_tokens: bool = False,
+        return_offsets_mapping: bool = False,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> BatchEncoding:
+        """Encode with part of the special tokens: between those, everything is plain text."""
+        if text_pair is not None or is_split_into_words or return_overflowing_tokens or return_offsets_mapping:
+            raise ValueError(
+                "With part of the special tokens in `allowed_special`, the tokenizer takes a text or a list of texts, "
+                "without pairs, words, overflowing tokens or offsets. Pass 'all' or an empty collection for those."
+            )
+        rows = []
+        for one in [text] if isinstance(text, str) else text:
+            pieces = _any_of(allowed, keep=True).split(unicodedata.normalize("NFC", one))
+            ids = []
+            for i, piece in enumerate(pieces):  # plain, special, plain, …, plain
+                ids += [self.special_tokens[piece]] if i % 2 else self._encode_without_added_tokens(piece)
+            if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE and max_length is not None:
+                ids = ids[:max_length] if self.truncation_side == "right" else ids[len(ids) - max_length :]
+            rows.append(ids)
+        encoded = {"input_ids": rows}
+        if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
+            encoded["token_type_ids"] = [[0] * len(ids) for ids in rows]
+        if isinstance(text, str) and not return_tensors:
+            encoded = {key: values[0] for key, values in encoded.items()}
+        return self.pad(
+            encoded,
+            padding=padding_strategy,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+        )
+
+    # ---- ids to text ----
+
+    def _decode(
+        self, token_ids: int | list[int], skip_special_tokens: bool = False, errors: str | None = None, **kwargs
+    ) -> str:
+        """Text of the ids; `errors` as in `bytes.decode`, by default `self.errors`.
+
+        Raises:
+            KeyError: an id is not in the vocabulary (with `skip_special_tokens` only the first revision minds).
+            OverflowError: an id is negative.
+        """
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if min(ids, default=0) < 0:
+            raise OverflowError(f"{min(ids)} is not a token id. Replace the padding of labels before decoding them.")
+        if max(ids, default=0) >= len(self) and (self.first_revision or not skip_special_tokens):
+            raise KeyError(f"Invalid token for decoding: {max(ids)} (the vocabulary has {len(self)} ids)")
+        if (errors or self.errors) == "replace":  # what the backend does
+            return super()._decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        return self.convert_tokens_to_string([token for token in tokens if token is not None], errors)
+
+    def convert_tokens_to_string(self, tokens: Sequence[str | bytes], errors: str | None = None) -> str:
+        """Text of the tokens: the backend's names, special tokens, or bytes as the original's."""
+        added = self.added_tokens_encoder
+        pieces = (t if isinstance(t, bytes) else t.encode() if t in added else to_bytes(t) for t in tokens)
+        return b"".join(pieces).decode(errors=errors or self.errors)
+
+    # ---- files ----
+
+    def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str]:
+        """Write `qwen.tiktoken`, extra tokens included, as the original does."""
+        path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "qwen.tiktoken")
+        write_tiktoken(self.mergeable_ranks, path)
+        return (str(path),)
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        # Without the added tokens in tokenizer_config.json, loading reads the whole of tokenizer.json a second time, in
+        # Python, to find them.
+        path = Path(file_names[0])
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["added_tokens_decoder"] = {i: token.__getstate__() for i, token in self.added_tokens_decoder.items()}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files + self.save_vocabulary(save_directory, filename_prefix)
+
+
+def _read_vocabularies(vocab_file: str, extra_vocab_file: str | None) -> dict[bytes, int]:
+    ranks = read_tiktoken(vocab_file)
+    if extra_vocab_file is not None:
+        extra = {token: rank for token, rank in read_tiktoken(extra_vocab_file).items() if token not in ranks}
+        if clash := set(extra.values()).intersection(ranks.values()):
+            raise ValueError(
+                f"{extra_vocab_file}: the id {min(clash)} belongs to a token of {vocab_file}. Give the extra tokens ids "
+                "after the special tokens'."
+            )
+        ranks |= extra
+    return ranks
+
+
+def _any_of(tokens: Collection[str], keep: bool = False) -> re.Pattern:
+    pattern = "|".join(map(re.escape, sorted(tokens)))
+    return re.compile(f"({pattern})" if keep else pattern)
+
+
+__all__ = ["QWenTokenizer"]
