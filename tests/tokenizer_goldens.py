@@ -1,0 +1,181 @@
+"""Runs a tokenizer on the recorded texts (tests/fixtures/tokenizers/goldens) and lists where it differs.
+
+    golden = TokenizerGolden("baichuan2_small")
+    tokenizer = golden.load(BaichuanTokenizer)
+    assert differences(golden, tokenizer, "strings") == {}
+
+Families parametrise over `SECTIONS`. A chat's arguments are worded differently in every family, so each has its own
+check of the golden's `chat` entries. Where the original raised an error, any error will do.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
+ERROR = "an error"
+
+
+@dataclass(frozen=True)
+class TokenizerGolden:
+    """A vocabulary in the Hub's layout and what the original tokenizer made of it. `*_small` ones are fixtures; real
+    ones are looked for in the folder that the environment variable HF_CNLLM_VOCABULARIES names."""
+
+    name: str
+
+    @property
+    def vocabulary(self) -> Path:
+        if self.name.endswith("_small"):
+            return FIXTURES / "vocab" / self.name
+        folder = os.environ.get("HF_CNLLM_VOCABULARIES")
+        if not folder:
+            pytest.skip(f"the real vocabulary {self.name} needs HF_CNLLM_VOCABULARIES")
+        return Path(folder) / self.name
+
+    def load(self, tokenizer_class, **kwargs: Any):
+        """`tokenizer_class` (or AutoTokenizer) from the vocabulary; one object for equal arguments."""
+        return _load(tokenizer_class, str(self.vocabulary), tuple(sorted(kwargs.items())))
+
+    def __getitem__(self, section: str) -> Any:
+        return _golden(self.name)[section]
+
+
+@cache
+def _golden(name: str) -> dict[str, Any]:
+    return json.loads((FIXTURES / "goldens" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _load(tokenizer_class, folder: str, kwargs: tuple[tuple[str, Any], ...]):
+    return tokenizer_class.from_pretrained(folder, **dict(kwargs))
+
+
+# One comparison: its name, what the original gave, and how to get ours.
+Comparison = tuple[str, Any, Callable[[], Any]]
+
+
+def meta(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    recorded = golden["meta"]
+    for name in ("vocab_size", "padding_side", "truncation_side", "model_max_length", "special_tokens_map"):
+        yield name, recorded[name], lambda name=name: getattr(tokenizer, name)
+    yield "len", recorded["len"], lambda: len(tokenizer)
+    for name in ("bos", "eos", "pad", "unk"):
+        ours = (f"{name}_token", f"{name}_token_id")
+        yield name, recorded[name], lambda ours=ours: [getattr(tokenizer, attribute) for attribute in ours]
+
+
+def strings(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    ours: dict[str, Callable[[dict], Any]] = {
+        "ids": lambda case: tokenizer.encode(case["text"], add_special_tokens=False),
+        "ids_special": lambda case: tokenizer.encode(case["text"]),
+        "tokens": lambda case: tokenizer.tokenize(case["text"]),
+        "decode": lambda case: tokenizer.decode(case["ids"]),
+        "decode_special": lambda case: tokenizer.decode(case["ids_special"]),
+        "decode_skip": lambda case: tokenizer.decode(case["ids_special"], skip_special_tokens=True),
+    }
+    for case in golden["strings"]:
+        for field, run in ours.items():
+            if field in case:
+                yield f"{field} of {case['text']!r}", case[field], lambda run=run, case=case: run(case)
+
+
+def huge(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    for case in golden["huge"]:
+
+        def digest(case=case) -> tuple[int, str]:
+            ids = tokenizer.encode(case["unit"] * case["times"], add_special_tokens=False)
+            return len(ids), hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+
+        yield case["name"], (case["n_ids"], case["sha256"]), digest
+
+
+def pairs(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    for case in golden["pairs"]:
+        pair = (case["a"], case["b"])
+        yield repr(pair), case["out"], lambda pair=pair: tokenizer(*pair)["input_ids"]
+        if "out_nospecial" in case:
+            yield (
+                f"{pair!r} without special tokens",
+                case["out_nospecial"],
+                lambda pair=pair: tokenizer(*pair, add_special_tokens=False)["input_ids"],
+            )
+
+
+def batch(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    for case in golden["batch"]:
+
+        def run(case=case) -> dict[str, list]:
+            changes = {"padding_side": "left"} if case["tok"].endswith("left") else {}
+            if case["tok"].startswith("pad_eod"):
+                changes |= {"padding_side": case["tok"].rpartition("_")[2], "pad_token": "<|endoftext|>"}
+            with settings(tokenizer, **changes):
+                out = tokenizer(case["texts"], **case["kw"])
+                return {name: _as_list(out[name]) for name in case["out"]}
+
+        yield f"{case['texts']} {case['kw']} {case['tok']}", case["out"], run
+
+
+def trunc_left(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    for case in golden["trunc_left"]:
+
+        def run(case=case) -> list[int]:
+            with settings(tokenizer, truncation_side=case["truncation_side"]):
+                return tokenizer(case["text"], truncation=True, max_length=case["max_length"])["input_ids"]
+
+        yield f"{case['text']!r} {case['max_length']} {case['truncation_side']}", case["out"], run
+
+
+def decode_cases(golden: TokenizerGolden, tokenizer) -> Iterator[Comparison]:
+    for case in golden["decode_cases"]:
+        ids = case["ids"]
+        yield f"decode {ids}", case["decode"], lambda ids=ids: tokenizer.decode(ids)
+        yield f"decode, skip {ids}", case["skip"], lambda ids=ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+SECTIONS: dict[str, Callable[[TokenizerGolden, Any], Iterator[Comparison]]] = {
+    section.__name__: section for section in (meta, strings, huge, pairs, batch, trunc_left, decode_cases)
+}
+
+
+def differences(golden: TokenizerGolden, tokenizer, section: str) -> dict[str, tuple[Any, Any]]:
+    """Name of the case -> (the original's result, ours), for the cases of a section that differ."""
+    return compare(SECTIONS[section](golden, tokenizer))
+
+
+def compare(comparisons: Iterator[Comparison]) -> dict[str, tuple[Any, Any]]:
+    found = {}
+    for name, expected, run in comparisons:
+        if isinstance(expected, dict) and "error" in expected:
+            expected = ERROR
+        try:
+            actual = run()
+        except (ValueError, TypeError, IndexError, KeyError, OverflowError, NotImplementedError) as error:
+            actual = ERROR if expected == ERROR else error
+        if actual != expected:
+            found[name] = (expected, actual)
+    return found
+
+
+@contextmanager
+def settings(tokenizer, **changes: Any) -> Iterator[None]:
+    """The tokenizer with some attributes changed for a while."""
+    before = {name: getattr(tokenizer, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(tokenizer, name, value)
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
