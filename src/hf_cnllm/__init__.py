@@ -7,9 +7,11 @@ Importing this package registers its models and tokenizers, nothing else: origin
 from .auto import FAMILIES, register
 from .models.baichuan import *  # noqa: F403
 from .models.baichuan import __all__ as _baichuan
+from .models.chatglm import *  # noqa: F403
+from .models.chatglm import __all__ as _chatglm
 
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "register", *_baichuan]
+__all__ = ["FAMILIES", "register", *_baichuan, *_chatglm]
 
 register()

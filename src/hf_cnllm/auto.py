@@ -11,7 +11,7 @@ import transformers
 from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .models import baichuan
+from .models import baichuan, chatglm
 
 
 class Family(NamedTuple):
@@ -41,6 +41,17 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
         },
         lora_targets=("W_pack",),
+    ),
+    # AutoModel gives the generation model, as the checkpoints' own `auto_map` does.
+    Family(
+        config=chatglm.ChatGLMConfig,
+        models={
+            "AutoModel": chatglm.ChatGLMForConditionalGeneration,
+            "AutoModelForCausalLM": chatglm.ChatGLMForConditionalGeneration,
+            "AutoModelForSeq2SeqLM": chatglm.ChatGLMForConditionalGeneration,
+            "AutoModelForSequenceClassification": chatglm.ChatGLMForSequenceClassification,
+        },
+        lora_targets=("query_key_value",),
     ),
 )
 

@@ -11,7 +11,7 @@ field `architecture`, which `save_pretrained` writes. Models read that field onl
 """
 
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -63,6 +63,12 @@ ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Sizes by the names that other libraries read in a configuration's dictionary (PEFT's prefix tuning), and what decides.
+DERIVED_SIZES = {
+    "num_key_value_heads": "`multi_query_attention` and `multi_query_group_num`",
+    "head_dim": "`kv_channels` (ChatGLM2/3) or `hidden_size` and `num_attention_heads`",
+}
+
 # ChatGLM-6B of March 2023 kept 20,000 image tokens in front of the text vocabulary.
 EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
 
@@ -111,6 +117,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
+
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # each architecture's backbone has its own plans
 
     architecture: Literal["chatglm", "chatglm2"] | None = None
 
@@ -162,6 +170,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     has_no_defaults_at_init = True  # a bare `ChatGLMConfig()` cannot know which architecture is meant
 
     def __post_init__(self, **kwargs):
+        derived = {name: value for name in DERIVED_SIZES if (value := kwargs.pop(name, None)) is not None}
         if self.architecture is None:
             self.architecture = self._recognise_architecture()
         if (padded_vocab_size := kwargs.pop("padded_vocab_size", None)) is not None:
@@ -175,6 +184,11 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             if getattr(self, field) is None:
                 setattr(self, field, value)
         super().__post_init__(**kwargs)
+        for name, value in derived.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` ({value}) contradicts what it follows from ({getattr(self, name)}): set {DERIVED_SIZES[name]}"
+                )
 
     def _recognise_architecture(self) -> str:
         seen = {
@@ -257,7 +271,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         output = {key: value for key, value in output.items() if key not in foreign or value is not None}
         if self.architecture == "chatglm2":
             output["padded_vocab_size"] = output["vocab_size"]
-        return output
+        return output | {name: getattr(self, name) for name in DERIVED_SIZES}
 
 
 __all__ = ["ChatGLMConfig"]

@@ -35,6 +35,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from ...modules.prefix_encoder import PrefixEncoder
 from .configuration_chatglm import ChatGLMConfig
 
 
@@ -74,6 +75,33 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 f"`architecture` is {config.architecture!r}; hf_cnllm.{cls.__name__} takes both."
             )
         return super().__new__(cls)
+
+    def post_init(self):
+        super().post_init()
+        self._freeze_for_prefix_tuning()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_for_prefix_tuning()  # loading replaces the parameters
+        return loaded
+
+    @property
+    def _prefix_encoder(self) -> PrefixEncoder | None:
+        return getattr(self.base_model, "prefix_encoder", None)
+
+    def _freeze_for_prefix_tuning(self):
+        """With `pre_seq_len`, as in the originals, the prefix encoder is all of the backbone that is trained."""
+        if self._prefix_encoder is not None:
+            self.base_model.requires_grad_(False)
+            self._prefix_encoder.requires_grad_(True)
+
+    def _init_weights(self, module: nn.Module):
+        if self._prefix_encoder is not None and module in self._prefix_encoder.initialised_as_in_torch():
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):

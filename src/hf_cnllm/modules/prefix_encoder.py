@@ -1,0 +1,154 @@
+"""P-tuning v2 as the ChatGLM line has it: learned keys and values in front of every layer's (arXiv 2110.07602).
+
+The prefix is not rotated, every token attends to it, and it does not count in the positions. It lives in the ordinary
+key/value cache like any other past; a forward pass without a cache hands it to the layers.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+
+PREFIX_KEY = "prefix_encoder."
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class PrefixEncoder(nn.Module):
+    """Learned keys and values of `config.pre_seq_len` positions for all layers.
+
+    Args:
+        config: with `pre_seq_len`, `prefix_projection`, `prefix_dropout`, `num_layers`, `num_key_value_heads`,
+            `head_dim` and `hidden_size`.
+        projection_size: width of the embedding that the MLP starts from (`prefix_projection` only).
+    """
+
+    def __init__(self, config: PreTrainedConfig, projection_size: int):
+        super().__init__()
+        self.num_layers = config.num_layers
+        self.num_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.dropout = nn.Dropout(config.prefix_dropout)
+        all_layers = self.num_layers * 2 * self.num_heads * self.head_dim
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, projection_size)
+            self.trans = nn.Sequential(
+                nn.Linear(projection_size, config.hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, all_layers),
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, all_layers)
+            self.trans = nn.Identity()
+
+    def initialised_as_in_torch(self) -> list[nn.Module]:
+        """The parts that start from torch's own initialisation, as in the originals; the model's is much smaller."""
+        return [self.embedding, *(part for part in self.trans.children() if isinstance(part, nn.Linear))]
+
+    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """One (key, value) per layer, each (batch_size, heads, pre_seq_len, head_dim) in `dtype`."""
+        states = self.trans(self.embedding.weight)
+        states = self.dropout(states.to(dtype).expand(batch_size, *states.shape))
+        states = states.view(batch_size, -1, self.num_layers, 2, self.num_heads, self.head_dim)
+        return [(layer[0], layer[1]) for layer in states.permute(2, 3, 0, 4, 1, 5)]
+
+    def place(
+        self, past_key_values: Cache | None, batch_size: int, dtype: torch.dtype
+    ) -> tuple[list[tuple[Tensor, Tensor]] | None, Cache]:
+        """Puts the prefix where this forward pass finds it: into the cache if that is empty, or else, without a cache,
+        into the layers' hands.
+
+        Returns:
+            What the layers are to put in front of their keys and values (None if the cache holds it), and the past
+            that masks and positions are to be made for, which has the prefix in front either way.
+        """
+        if past_key_values is None:
+            prefix = self(batch_size, dtype)
+            return prefix, write_prefix(DynamicCache(), prefix[:1])
+        if is_empty(past_key_values):
+            write_prefix(past_key_values, self(batch_size, dtype))
+        return None, past_key_values
+
+
+def is_empty(past_key_values: Cache) -> bool:
+    length = past_key_values.get_seq_length()
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        return False  # a static cache that counts on the device has been through its prefill, which is not compiled
+    return int(length) == 0
+
+
+def write_prefix(past_key_values: Cache, prefix: list[tuple[Tensor, Tensor]]) -> Cache:
+    for layer_idx, (keys, values) in enumerate(prefix):
+        past_key_values.update(keys, values, layer_idx)
+    return past_key_values
+
+
+def default_positions(
+    length: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    pre_seq_len: int | None,
+) -> Tensor:
+    """Positions of the last `length` tokens, (1 or batch, length): the prefix does not count.
+
+    Rotary positions are relative, so padding on the left shifts a row without harm. Not so next to a prefix, which is
+    not rotated: there the positions of each row count its real tokens (the original wants them given explicitly).
+    """
+    if pre_seq_len is not None and attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    past_length = past_key_values.get_seq_length() - (pre_seq_len or 0) if past_key_values is not None else 0
+    return (torch.arange(length, device=device) + past_length).unsqueeze(0)
+
+
+def with_prefix_columns(attention_mask: Tensor | None, pre_seq_len: int | None) -> Tensor | None:
+    """The user's 2-D mask (batch, tokens) knows nothing of the prefix: (batch, pre_seq_len + tokens)."""
+    if pre_seq_len is None or attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    return nn.functional.pad(attention_mask, (pre_seq_len, 0), value=1)
+
+
+def load_prefix_encoder(model: PreTrainedModel, checkpoint: str | Path) -> None:
+    """Loads what the original P-tuning scripts save: the weights of the prefix encoder alone.
+
+    Args:
+        model: loaded from the base checkpoint with the run's `pre_seq_len` and `prefix_projection`, e.g.
+            `AutoModel.from_pretrained("THUDM/chatglm2-6b", pre_seq_len=128)`.
+        checkpoint: a weight file (`.safetensors`, `.bin`, `.pt`), or a folder with `model.safetensors` or
+            `pytorch_model.bin`. Other weights in it are left alone.
+
+    Raises:
+        FileNotFoundError: no weight file there.
+        ValueError: the model has no prefix encoder, the file holds none, or its sizes are others.
+    """
+    encoders = [module for module in model.modules() if isinstance(module, PrefixEncoder)]
+    if not encoders:
+        raise ValueError(
+            "this model has no prefix encoder: load it with `pre_seq_len` set to the length it was tuned with"
+        )
+    weights = {
+        name.rpartition(PREFIX_KEY)[2]: tensor
+        for name, tensor in _read(Path(checkpoint)).items()
+        if PREFIX_KEY in name
+    }
+    expected = {name: tuple(tensor.shape) for name, tensor in encoders[0].state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        raise ValueError(
+            f"{checkpoint} does not fit this model's prefix encoder: it holds {found or 'no prefix encoder'}, the model "
+            f"has {expected}. `pre_seq_len` and `prefix_projection` must be those of the tuning run."
+        )
+    encoders[0].load_state_dict(weights)
+
+
+def _read(checkpoint: Path) -> dict[str, Tensor]:
+    candidates = [checkpoint / name for name in WEIGHT_FILES] if checkpoint.is_dir() else [checkpoint]
+    for file in candidates:
+        if file.is_file():
+            if file.suffix == ".safetensors":
+                return load_file(file)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    raise FileNotFoundError(f"no prefix encoder weights at {checkpoint}; looked for {', '.join(map(str, candidates))}")
