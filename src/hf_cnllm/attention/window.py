@@ -1,0 +1,50 @@
+"""Window attention with a size of its own for each layer, through transformers' masks and caches.
+
+A layer of window w lets each query see itself and the w - 1 tokens before it. Qwen's long-context recipe gives lower
+layers shorter windows (Qwen report, arXiv 2309.16609, section 2.5); Longformer (arXiv 2004.05150) is the idea's source.
+
+The configuration names the sizes (`window_sizes`, one per layer, None for full attention) and derives from them what
+transformers reads: `layer_types`, and `sliding_window`, the largest size. Caches keep that many tokens in every windowed
+layer, so all of them have the same geometry; smaller windows are cut out by their masks, or by the kernel's own window.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+def mask_name(config: PreTrainedConfig, layer_idx: int) -> str:
+    """Under which name `create_window_masks` files the mask of this layer. The largest window has transformers' name."""
+    window = config.window_sizes[layer_idx] if config.window_sizes else None
+    return _name(window, config.sliding_window)
+
+
+def create_window_masks(config: PreTrainedConfig, **mask_arguments: Any) -> dict[str, Any]:
+    """One mask per kind of layer, each in the form that the configured attention backend takes.
+
+    Args:
+        config: a configuration with `window_sizes`.
+        mask_arguments: what `transformers.masking_utils.create_causal_mask` takes besides `config`.
+    """
+    masks = {}
+    for window in dict.fromkeys(config.window_sizes or (None,)):
+        if window is None:
+            mask = create_causal_mask(config=config, **mask_arguments)
+        else:
+            # All that the mask functions read of a configuration; it stands in for one whose windows are all this size.
+            of_this_size = SimpleNamespace(_attn_implementation=config._attn_implementation, sliding_window=window)
+            mask = create_sliding_window_causal_mask(config=of_this_size, **mask_arguments)
+        masks[_name(window, config.sliding_window)] = mask
+    return masks
+
+
+def _name(window: int | None, largest: int | None) -> str:
+    if window is None:
+        return FULL
+    return SLIDING if window == largest else f"{SLIDING}_{window}"

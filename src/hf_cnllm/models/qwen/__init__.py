@@ -1,0 +1,18 @@
+from .configuration_qwen import QWenConfig
+from .modeling_qwen import (
+    QWenForSequenceClassification,
+    QWenForTokenClassification,
+    QWenLMHeadModel,
+    QWenModel,
+    QWenPreTrainedModel,
+)
+
+
+__all__ = [
+    "QWenConfig",
+    "QWenForSequenceClassification",
+    "QWenForTokenClassification",
+    "QWenLMHeadModel",
+    "QWenModel",
+    "QWenPreTrainedModel",
+]

@@ -1,0 +1,220 @@
+"""Qwen (v1) configuration."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from ...attention.window import FULL, SLIDING
+from ...modules.configuration import CheckpointConfigMixin
+
+
+logger = logging.get_logger(__name__)
+
+DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+# Values that no published checkpoint departs from, and that would need another model.
+ONLY_VALUES = {"activation": "swiglu", "pos_emb": "rotary", "apply_residual_connection_post_layernorm": False}
+
+
+@strict
+class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
+    r"""Configuration of [`QWenModel`]. All keys of the original `config.json` are read, those of the first revision
+    (`n_embd`, `n_layer`, …) too; `head_dim`, `rope_theta` and transformers' other common names lead to the same fields.
+
+    Args:
+        vocab_size: number of token embeddings. The first revision's `padded_vocab_size`, if larger, is the one.
+        hidden_size, num_hidden_layers, num_attention_heads: the Transformer's shape.
+        intermediate_size: *twice* the width of the feed-forward layers, as in the original.
+        kv_channels: dimensions of a head; default: `hidden_size / num_attention_heads`.
+        max_position_embeddings: longest input in tokens that the model is meant for; with dynamic NTK no limit.
+        seq_length: trained length in tokens, from which on dynamic NTK and LogN act.
+        use_dynamic_ntk: scale the rotary base for prompts longer than `seq_length`, see
+            [`~hf_cnllm.modules.dynamic_ntk`]. Default: on if `seq_length` is given. Never in training.
+        use_logn_attn: scale queries past `seq_length`, see [`~hf_cnllm.attention.logn`]. Default and training as above.
+        window_sizes: one entry per layer, the number of tokens that its window holds, or None for full attention.
+            Default: no windows. In force in training too.
+        rotary_emb_base: base of the rotary embedding.
+        rotary_pct: share of each head's dimensions that is rotated, in (0, 1].
+        no_bias: no biases but that of `c_attn`, which always has one.
+        layer_norm_epsilon: of RMSNorm.
+        emb_dropout_prob, attn_dropout_prob: dropout after the embedding and on attention weights.
+        bf16, fp16, fp32: at most one: the dtype to load in. `dtype` goes before them.
+        scale_attn_weights, use_flash_attn: kept for the original code. Scores are always scaled; `attn_implementation`
+            chooses the attention kernel.
+        initializer_range, use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: as in transformers'
+            `LlamaConfig`.
+
+    Raises:
+        ValueError: fields that contradict each other or do not fit; the message names them.
+
+    Example:
+        >>> from hf_cnllm import QWenConfig
+        >>> QWenConfig(seq_length=2048, n_embd=2048, num_attention_heads=16).head_dim
+        128
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "head_dim": "kv_channels",
+        "num_key_value_heads": "num_attention_heads",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "rope_theta": "rotary_emb_base",
+        "attention_dropout": "attn_dropout_prob",
+        # The first revision's names.
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "ffn_hidden_size": "intermediate_size",
+        "attn_pdrop": "attn_dropout_prob",
+        "embd_pdrop": "emb_dropout_prob",
+    }
+    # c_attn holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
+    base_model_tp_plan = {
+        "h.*.attn.c_attn": "colwise_gather_output",
+        "h.*.mlp.w1": "colwise",
+        "h.*.mlp.w2": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    kv_channels: int | None = None
+    max_position_embeddings: int = 8192
+    seq_length: int | None = None
+    use_dynamic_ntk: bool | None = None
+    use_logn_attn: bool | None = None
+    window_sizes: list[int | None] | None = None
+    rotary_emb_base: float | int = 10000
+    rotary_pct: float | int = 1.0
+    no_bias: bool = True
+    layer_norm_epsilon: float = 1e-6
+    emb_dropout_prob: float | int = 0.0
+    attn_dropout_prob: float | int = 0.0
+    bf16: bool = False
+    fp16: bool = False
+    fp32: bool = False
+    scale_attn_weights: bool = True
+    use_flash_attn: bool | str = "auto"
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        for name in [name for name in kwargs if name in self.attribute_map]:
+            setattr(self, name, kwargs.pop(name))
+        self.vocab_size = max(self.vocab_size, kwargs.get("padded_vocab_size") or 0)
+        if self.kv_channels is None:
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        for switch in ("use_dynamic_ntk", "use_logn_attn"):
+            if getattr(self, switch) is None:
+                setattr(self, switch, self.seq_length is not None)
+        for flag, dtype in DTYPE_FLAGS.items():
+            if getattr(self, flag) and self.dtype is None:
+                self.dtype = dtype
+        for name, only in ONLY_VALUES.items():
+            if kwargs.get(name, only) != only:
+                raise ValueError(f"`{name}` is {kwargs[name]!r}, but Qwen models have {only!r}.")
+        if kwargs.get("use_cache_quantization"):
+            logger.warning_once(
+                "`use_cache_quantization` is not in use here; call generate(cache_implementation='quantized') instead."
+            )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Overrides take part in what is derived and checked, so they must be there before it is done.
+        own_fields = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if cls.attribute_map.get(key, key) in own_fields}
+        config_dict, overrides = cls._field_names(config_dict), cls._field_names(overrides)
+        if any(flag in overrides for flag in DTYPE_FLAGS):
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("dtype", *DTYPE_FLAGS)}
+        return super().from_dict(config_dict | overrides, **kwargs)
+
+    @classmethod
+    def _field_names(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """`config_dict` with each key of `attribute_map` replaced by the field it stands for."""
+        fields = {}
+        for key, value in config_dict.items():
+            field = cls.attribute_map.get(key, key)
+            if fields.setdefault(field, value) != value:
+                raise ValueError(
+                    f"The configuration contradicts itself: `{field}` has two values, {fields[field]} and {value}, one "
+                    f"of them under another name ({', '.join(k for k, v in cls.attribute_map.items() if v == field)}). "
+                    "Keep one."
+                )
+        return fields
+
+    @property
+    def layer_types(self) -> list[str]:
+        """transformers' name for each layer's kind of attention, from `window_sizes`."""
+        windows = self.window_sizes or [None] * self.num_hidden_layers
+        return [FULL if window is None else SLIDING for window in windows]
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The largest of `window_sizes`: the number of tokens that a windowed layer's cache keeps."""
+        return max((window for window in self.window_sizes or () if window is not None), default=None)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of rotated dimensions of a head."""
+        return int(self.kv_channels * self.rotary_pct)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: every message names the field to change."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be a positive number, got {value}.")
+        if self.intermediate_size % 2 != 0:
+            raise ValueError(
+                f"`intermediate_size` ({self.intermediate_size}) must be even: it is twice the feed-forward width."
+            )
+        if not 0 < self.rotary_pct <= 1:
+            raise ValueError(f"`rotary_pct` must be in (0, 1], got {self.rotary_pct}.")
+        smallest = 4 if self.use_dynamic_ntk else 2
+        if self.rotary_dim % 2 != 0 or self.rotary_dim < smallest:
+            raise ValueError(
+                f"`rotary_pct` ({self.rotary_pct}) of `kv_channels` ({self.kv_channels}) gives {self.rotary_dim} rotated "
+                f"dimensions; it must be an even number, at least {smallest}."
+            )
+        self._validate_long_context()
+        if sum(getattr(self, flag) for flag in DTYPE_FLAGS) > 1:
+            raise ValueError("Only one of `bf16`, `fp16` and `fp32` can be true.")
+
+    def _validate_long_context(self):
+        for switch in ("use_dynamic_ntk", "use_logn_attn"):
+            if getattr(self, switch) and self.seq_length is None:
+                raise ValueError(f"`{switch}` is on, but `seq_length`, the trained length, is missing. Set it.")
+        if self.use_logn_attn and self.seq_length < 2:
+            raise ValueError(f"`use_logn_attn` needs a `seq_length` of at least 2, got {self.seq_length}.")
+        if self.window_sizes is None:
+            return
+        if len(self.window_sizes) != self.num_hidden_layers:
+            raise ValueError(
+                f"`window_sizes` has {len(self.window_sizes)} entries, but there are {self.num_hidden_layers} layers "
+                "(`num_hidden_layers`). Give one entry per layer, None for full attention."
+            )
+        for window in self.window_sizes:
+            if window is not None and window < 1:
+                raise ValueError(f"`window_sizes` must hold positive numbers or None, got {window}.")
+
+
+__all__ = ["QWenConfig"]

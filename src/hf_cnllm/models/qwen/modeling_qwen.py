@@ -1,0 +1,381 @@
+"""Qwen (v1): a Llama-like decoder with dynamic NTK and LogN for inputs past the trained length (arXiv 2309.16609)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...attention.logn import apply_logn, logn_scale
+from ...attention.window import create_window_masks, mask_name
+from ...losses import causal_lm_loss
+from ...modules.dynamic_ntk import DynamicNtkRotaryEmbedding
+from ...modules.inputs import check_cache, check_token_ids
+from ...modules.rotary import apply_rotary_pos_emb
+from .configuration_qwen import QWenConfig
+from .generation_qwen import QWenGenerationMixin
+
+
+logger = logging.get_logger(__name__)
+
+
+class RMSNorm(LlamaRMSNorm):
+    pass
+
+
+class QWenRotaryEmbedding(DynamicNtkRotaryEmbedding):
+    def __init__(self, config: QWenConfig):
+        super().__init__(config.rotary_dim, config.rotary_emb_base, config.seq_length)
+
+
+class QWenMLP(nn.Module):
+    def __init__(self, config: QWenConfig):
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.w1(hidden_states) * nn.functional.silu(self.w2(hidden_states)))
+
+
+class QWenAttention(nn.Module):
+    """Multi-headed attention with one projection for q | k | v, partial RoPE, LogN, and a window of the layer's own."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.rotary_dim = config.rotary_dim
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.window_sizes[layer_idx] if config.window_sizes else None
+        self.attention_dropout = config.attn_dropout_prob
+        width = config.kv_channels * config.num_attention_heads
+        self.c_attn = nn.Linear(config.hidden_size, 3 * width)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        query_scale: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        packed = self.c_attn(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in packed.unbind(-3))
+
+        query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
+        if query_scale is not None:
+            query_states = apply_logn(query_states, query_scale)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.c_proj(attn_output), attn_weights
+
+    def _rotate(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+        if self.rotary_dim == self.head_dim:
+            return apply_rotary_pos_emb(query, key, cos, sin)
+        query, query_rest = query.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        key, key_rest = key.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        return torch.cat((query, query_rest), dim=-1), torch.cat((key, key_rest), dim=-1)
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_scale: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.attn(
+            self.ln_1(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            query_scale=query_scale,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        return residual + self.mlp(self.ln_2(hidden_states))
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    config: QWenConfig
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": QWenBlock,
+        "attentions": QWenAttention,
+    }
+    # Buffers that the originals registered and the configuration determines.
+    _keys_to_ignore_on_load_unexpected = [
+        r"rotary_emb\.inv_freq$",
+        r"attn\.logn_tensor$",
+        r"attn\.masked_bias$",
+        r"attn\.bias$",
+    ]
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, QWenRotaryEmbedding):
+            init.copy_(module.inv_freq, module.compute_inv_freq())
+        elif isinstance(module, (QWenAttention, QWenMLP)):  # residual branches, scaled as in GPT-2
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: QWenConfig, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> dict[str, Any]:
+        """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
+        return create_window_masks(
+            config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+
+class QWenModel(QWenPreTrainedModel):
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.rotary_emb = QWenRotaryEmbedding(config)
+        self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.ln_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        prompt_lengths: torch.LongTensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        position_ids (`torch.LongTensor`, *optional*):
+            `[batch, length]`, 0-based. RoPE rotates by them and LogN counts by them. By default they count columns,
+            padding included, as in the original; RoPE is relative, so only LogN can tell the difference.
+        prompt_lengths (`torch.LongTensor` or `int`, *optional*):
+            `[batch]`, tokens in the prompt of each row, from which dynamic NTK takes its factor. By default the number
+            of tokens at prefill. `generate` sets it; a loop without a cache should.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.wte(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        check_cache(past_key_values, batch_size, len(self.h), self.config.num_attention_heads, self.config.kv_channels)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        inv_freq = self.rotary_emb.plain
+        if self.config.use_dynamic_ntk and not self.training and kwargs.get("cache") is None:
+            # Continuous batching brings a `cache` of its own, and no prompt that would need a factor.
+            inv_freq = self.rotary_emb.select(
+                inputs_embeds, attention_mask, position_ids, past_key_values, prompt_lengths
+            )
+        # How far the positions reach, where that is known without looking at tensors.
+        reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        query_scale = None
+        if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
+            query_scale = logn_scale(position_ids, self.config.seq_length)
+        self._warn_beyond_positions(reach)
+
+        masks = attention_mask
+        if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
+            masks = create_window_masks(
+                self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
+        hidden_states = self.drop(inputs_embeds)
+        for layer_idx, block in enumerate(self.h[: self.config.num_hidden_layers]):
+            hidden_states = block(
+                hidden_states,
+                attention_mask=masks[mask_name(self.config, layer_idx)],
+                position_embeddings=position_embeddings,
+                query_scale=query_scale,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+
+    def _warn_beyond_positions(self, reach: int | None):
+        limit = self.config.max_position_embeddings
+        if reach is None or reach <= limit or self.config.use_dynamic_ntk or torch.compiler.is_compiling():
+            return
+        logger.warning_once(
+            f"The input reaches {reach} tokens, past `max_position_embeddings` ({limit}), with `use_dynamic_ntk` off: "
+            "expect worse predictions there. Load the model with `use_dynamic_ntk=True` for long inputs."
+        )
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, which does not tell here
+        self.loss_function = causal_lm_loss
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        prompt_lengths: torch.LongTensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        position_ids (`torch.LongTensor`, *optional*):
+            As in [`QWenModel`].
+        prompt_lengths (`torch.LongTensor` or `int`, *optional*):
+            As in [`QWenModel`].
+
+        Example:
+
+        ```python
+        >>> import hf_cnllm
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen-1_8B")
+        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen-1_8B")
+        >>> inputs = tokenizer("蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0])
+        ```"""
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            prompt_lengths=prompt_lengths,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTrainedModel):
+    base_model_prefix = "transformer"
+
+
+class QWenForTokenClassification(GenericForTokenClassification, QWenPreTrainedModel):
+    base_model_prefix = "transformer"
+
+
+__all__ = [
+    "QWenForSequenceClassification",
+    "QWenForTokenClassification",
+    "QWenLMHeadModel",
+    "QWenModel",
+    "QWenPreTrainedModel",
+]

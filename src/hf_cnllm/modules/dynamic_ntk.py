@@ -1,0 +1,227 @@
+"""Dynamic NTK-aware RoPE: one interpolation factor per sequence, fixed by its prompt.
+
+A prompt of L tokens meets a model trained on S. The rotary base is scaled so that the lowest frequency is interpolated
+and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609, section 2.5)::
+
+    alpha(L) = max(2^(ceil(log2(L / S)) + 1) - 1, 1)                       1 up to S, 3 up to 2S, 7 up to 4S, ...
+    theta_i  = (base * alpha^(d / (d - 2)))^(-2i / d),   i = 0 ... d/2 - 1
+
+**Where alpha lives.** Keys in a cache have been rotated under some alpha, so the same alpha must rotate everything that
+is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: `carry` turns the
+cache into a subclass of its own class that holds the inverse frequencies of each row and follows what happens to the
+rows (beam search reorders, batch expansion and selection), forgets them on `reset`, and is copied and pickled along.
+A cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however
+far the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk;
+without a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
+
+Only powers of two matter, so the frequencies of every alpha are a small table, made once.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+
+DOUBLINGS = 24
+"""Rows of the frequency table after the first: prompts up to 2^24 times the trained length are told apart."""
+
+
+def ntk_alpha(length: int, seq_length: int) -> int:
+    """The factor for a prompt of `length` tokens, as the original code writes it: the reference for the table.
+
+    >>> [ntk_alpha(length, 32) for length in (20, 32, 33, 64, 65, 129)]
+    [1, 1, 3, 3, 7, 15]
+    """
+    return max(2 ** math.ceil(math.log2(length / seq_length) + 1) - 1, 1)
+
+
+def inverse_frequencies(dim: int, base: float, alpha: int = 1) -> Tensor:
+    """theta of the formula above, (dim / 2,) in fp32, for `dim` rotated dimensions."""
+    if alpha != 1:
+        base = base * alpha ** (dim / (dim - 2))
+    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+
+class DynamicNtkRotaryEmbedding(nn.Module):
+    """Cosines and sines of the half-split RoPE, under each row's own NTK factor.
+
+    Args:
+        dim: number of rotated dimensions of a head.
+        base: the rotary base.
+        seq_length: trained length in tokens; None: not known, and no NTK.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, dim: int, base: float, seq_length: int | None = None):
+        super().__init__()
+        self.dim = dim
+        self.base = base
+        self.seq_length = seq_length
+        self.inv_freq = nn.Buffer(self.compute_inv_freq(), persistent=False)
+
+    def compute_inv_freq(self) -> Tensor:
+        """(1 or DOUBLINGS + 1, dim / 2): row n holds alpha = 2^(n + 1) - 1, for prompts of at most 2^n S tokens."""
+        rows = 1 if self.seq_length is None or self.dim == 2 else DOUBLINGS + 1
+        return torch.stack([inverse_frequencies(self.dim, self.base, 2 ** (row + 1) - 1) for row in range(rows)])
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:  # model.half() must not round the angles
+            self.inv_freq = self.compute_inv_freq().to(self.inv_freq.device)
+        return self
+
+    @property
+    def plain(self) -> Tensor:
+        """The inverse frequencies without NTK, (1, 1, dim / 2)."""
+        return self.inv_freq[:1, None]
+
+    def for_lengths(self, prompt_lengths: Tensor) -> Tensor:
+        """(rows, tokens or 1) prompt lengths -> their inverse frequencies, (rows, tokens or 1, dim / 2)."""
+        limits = self.seq_length * 2 ** torch.arange(DOUBLINGS, device=prompt_lengths.device)
+        return self.inv_freq[(prompt_lengths[..., None] > limits).sum(-1)]
+
+    def select(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prompt_lengths: Tensor | int | None = None,
+    ) -> Tensor:
+        """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2).
+
+        In this order: those that the cache carries; those of `prompt_lengths`; the plain ones for a call that fits the
+        trained length, or that continues a cache which carries nothing; else this is the prefill of a long prompt, and
+        they follow from its true lengths. What is decided here is carried by the cache from now on.
+
+        Args:
+            inputs_embeds: (batch, length, hidden).
+            attention_mask, position_ids: what the caller gave, see `true_lengths`.
+            prompt_lengths: (batch,) or one number: tokens in each row's prompt.
+        """
+        batch_size, length = inputs_embeds.shape[:2]
+        carried = carried_inv_freq(past_key_values)
+        if carried is not None:
+            if carried.shape[0] != batch_size:
+                raise ValueError(
+                    f"`past_key_values` belongs to a generation of {carried.shape[0]} sequences, but the inputs are "
+                    f"{batch_size}. Pass the cache of these sequences, or change its rows with its own methods."
+                )
+            return carried
+        if prompt_lengths is not None:
+            lengths = torch.as_tensor(prompt_lengths, device=inputs_embeds.device).reshape(-1, 1)
+        elif length <= self.seq_length:
+            return self.plain
+        elif past_key_values is None:
+            lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
+        else:
+            # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
+            # A static cache counts in a tensor, hence no `if`.
+            is_prefill = past_key_values.get_seq_length() == 0
+            lengths = true_lengths(inputs_embeds, attention_mask) * is_prefill
+        inv_freq = self.for_lengths(lengths)
+        if past_key_values is not None:
+            carry(past_key_values, inv_freq.expand(batch_size, -1, -1))
+        return inv_freq
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch or 1, length) positions and what `select` returned -> cos and sin, (batch or 1, length, dim)."""
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids: Tensor | None = None) -> Tensor:
+    """Number of real tokens in each row of a prefill: (batch, 1), (1, 1) if all are full, (rows, length) if packed.
+
+    Args:
+        inputs_embeds: (batch, length, hidden).
+        attention_mask: (batch, length), 0 for padding; or (batch, 1, length, keys), boolean (True = visible) or
+            additive (0 = visible), in which the query that sees most sees its whole row; or None.
+        position_ids: given without a mask, a restart begins a packed document, whose tokens all get its length.
+
+    Raises:
+        ValueError: the mask does not tell.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return (attention_mask != 0).sum(-1, keepdim=True).to(inputs_embeds.device)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        return visible[:, 0].sum(-1).amax(-1, keepdim=True)
+    if attention_mask is not None:
+        raise ValueError(
+            "Dynamic NTK needs the true length of each prompt, which an `attention_mask` of type "
+            f"{type(attention_mask).__name__} does not tell. Pass `prompt_lengths`, or a mask of shape (batch, length)."
+        )
+    if position_ids is None:
+        return torch.full((1, 1), inputs_embeds.shape[1], device=inputs_embeds.device)
+    starts = torch.diff(position_ids, dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    documents = starts.cumsum(-1)
+    sizes = torch.zeros_like(documents).scatter_add_(1, documents, torch.ones_like(documents))
+    return sizes.gather(1, documents)
+
+
+class CarriesNtk:
+    """What `carry` puts in front of a cache's class."""
+
+    ntk_inv_freq: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor):
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor):
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        if self.ntk_inv_freq is not None:
+            self.ntk_inv_freq = self.ntk_inv_freq.repeat_interleave(repeats, dim=0)
+
+    def crop(self, tokens_to_remove: int):
+        super().crop(tokens_to_remove)
+        if self.get_seq_length() == 0:
+            self.ntk_inv_freq = None
+
+    def reset(self):
+        super().reset()
+        self.ntk_inv_freq = None
+
+    def _select_rows(self, indices: Tensor):
+        if self.ntk_inv_freq is not None:
+            self.ntk_inv_freq = self.ntk_inv_freq[indices.to(self.ntk_inv_freq.device)]
+
+    def __reduce__(self):
+        return _new_carrying, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _carrying(cache_class: type[Cache]) -> type[Cache]:
+    return type(f"Ntk{cache_class.__name__}", (CarriesNtk, cache_class), {})
+
+
+def _new_carrying(cache_class: type[Cache]) -> Cache:
+    return object.__new__(_carrying(cache_class))
+
+
+def carry(cache: Cache, inv_freq: Tensor) -> None:
+    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2), and moves its rows along with its own.
+
+    Inside a compiled region the class of an object cannot change: there the rows are held, but do not follow. `generate`
+    never compiles a step that decides, so this concerns only hand-written loops that compile their prefill.
+    """
+    if not isinstance(cache, CarriesNtk) and not torch.compiler.is_compiling():
+        cache.__class__ = _carrying(type(cache))
+    cache.ntk_inv_freq = inv_freq
+
+
+def carried_inv_freq(cache: Cache | None) -> Tensor | None:
+    """(batch, 1, dim / 2) that `carry` left with `cache`; None: nothing, its prompt was within the trained length."""
+    return getattr(cache, "ntk_inv_freq", None)

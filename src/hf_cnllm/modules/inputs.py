@@ -1,0 +1,51 @@
+"""Checks of what a forward pass is given, where PyTorch's own message would not say what is wrong."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuses token ids outside the vocabulary. On accelerators nothing is looked at, as that would wait for them.
+
+    Raises:
+        ValueError: naming the id and where it stands.
+    """
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    smallest, largest = input_ids.aminmax()
+    if smallest < 0 or largest >= vocab_size:
+        row, column = ((input_ids < 0) | (input_ids >= vocab_size)).nonzero()[0].tolist()
+        raise ValueError(
+            f"`input_ids[{row}, {column}]` is {input_ids[row, column].item()}, but the model's vocabulary has ids 0 to "
+            f"{vocab_size - 1} (`vocab_size`). Is the tokenizer that of this checkpoint?"
+        )
+
+
+def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads: int, head_dim: int) -> None:
+    """Refuses a cache that another model filled, or that holds other sequences.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if cache is None or not cache.layers:
+        return
+    grows = getattr(cache, "layer_class_to_replicate", None) is not None
+    if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):
+        raise ValueError(
+            f"`past_key_values` has {len(cache.layers)} layers, but the model has {num_layers}. "
+            "Was the cache filled by another model?"
+        )
+    keys = cache.layers[0].keys
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.numel() == 0:
+        return
+    if (keys.shape[1], keys.shape[3]) != (num_heads, head_dim):
+        raise ValueError(
+            f"`past_key_values` holds {keys.shape[1]} heads of {keys.shape[3]} dimensions, but the model has {num_heads} "
+            f"of {head_dim}. Was the cache filled by another model?"
+        )
+    if keys.shape[0] != batch_size:
+        raise ValueError(
+            f"`past_key_values` holds {keys.shape[0]} sequences, but the inputs are {batch_size}. "
+            "Pass the cache of these sequences, or expand it with its own methods."
+        )
