@@ -1,0 +1,114 @@
+"""Logits that are computed when somebody reads them.
+
+A training step needs the loss alone, and [tokens, vocab_size] logits are most of its memory, yet `outputs.logits` is
+part of every causal language model's interface: metrics, distillation losses and hooks read it. A deferred tensor has
+the logits' shape, dtype, device and place in the autograd graph at once, and their values from the first operation on.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+def deferred_logits(head: nn.Module, hidden_states: Tensor) -> Tensor:
+    """`head(hidden_states)`, computed when it is first read.
+
+    Args:
+        head: maps (..., hidden_size) to (..., head.out_features), with parameters but no other state.
+        hidden_states: (..., hidden_size).
+
+    Reading the values raises RuntimeError after a parameter of the head or the hidden states have been changed in
+    place (an optimizer step): they would not be the logits of this forward pass.
+    """
+    return _DeferredHead.apply(_Projection(head, hidden_states), hidden_states, *head.parameters())
+
+
+class _Projection:
+    """The head in the autocast state of the forward pass."""
+
+    def __init__(self, head: nn.Module, hidden_states: Tensor):
+        self.head = head
+        self.device = hidden_states.device.type
+        self.autocast = torch.is_autocast_enabled(self.device)
+        self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden_states.dtype
+        self.shape = (*hidden_states.shape[:-1], head.out_features)
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        with torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast):
+            return self.head(hidden_states)
+
+
+class _DeferredHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, project, hidden_states, *parameters):
+        ctx.project = project
+        ctx.save_for_backward(hidden_states, *parameters)
+        inputs = (hidden_states, *parameters)
+        versions = [tensor._version for tensor in inputs]
+        hidden_states = hidden_states.detach()
+
+        def compute() -> Tensor:
+            if versions != [tensor._version for tensor in inputs]:
+                raise RuntimeError(
+                    "outputs.logits are read after the output head or its input was changed in place. Read them before "
+                    "optimizer.step(), or set model.config.loss_chunk_size = None to compute them in the forward pass"
+                )
+            with torch.no_grad():
+                return project(hidden_states)
+
+        return DeferredTensor(compute, project.shape, project.dtype, hidden_states.device)
+
+    @staticmethod
+    def backward(ctx, grad_logits):
+        inputs = [tensor for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            logits = ctx.project(ctx.saved_tensors[0])
+        gradients = iter(torch.autograd.grad(logits, inputs, grad_logits, create_graph=create_graph))
+        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
+class DeferredTensor(Tensor):
+    """A tensor whose values `compute` returns when the first operation needs them; a cast to another dtype waits too.
+
+    Autograd sees an ordinary tensor (this class sits below it), so results of operations have the right gradients.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    def __init__(self, compute: Callable[[], Tensor], shape, dtype, device):
+        self._compute = compute
+        self._values: Tensor | None = None
+
+    def values_now(self) -> Tensor:
+        """The values as an ordinary tensor outside the autograd graph, computed once."""
+        if self._values is None:
+            self._values = self._compute()
+            self._compute = None
+        return self._values
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operation is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"} and args[0]._values is None:
+            source, dtype = args[0], kwargs["dtype"]
+            return cls(lambda: source.values_now().to(dtype), source.shape, dtype, source.device)
+        args, kwargs = tree_map_only(cls, cls.values_now, (args, kwargs))
+        return operation(*args, **kwargs)
+
+    # What torch does not send through the dispatcher.
+
+    def data_ptr(self) -> int:
+        return self.values_now().data_ptr()
+
+    def tolist(self) -> list:
+        return self.values_now().tolist()
+
+    def __reduce_ex__(self, protocol):
+        return self.detach().__reduce_ex__(protocol)
