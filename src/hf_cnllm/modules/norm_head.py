@@ -31,26 +31,40 @@ def inverse_row_norms(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).clamp_min(NORM_EPSILON).reciprocal()
 
 
-class NormHead(nn.Module):
-    """Output projection with row-normalised weight, without bias.
+class EffectiveWeight(torch.Tensor):
+    """The row-normalised matrix as `NormHead.weight` gives it: computed afresh, so writing to it would be lost.
 
-    Not a subclass of `nn.Linear` on purpose: a LoRA delta merged into the raw weight would be normalised with it, so
-    PEFT must refuse this module as a LoRA target (`modules_to_save=["lm_head"]` works).
+    Operations on it give plain tensors; what would change it in place raises.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+        if in_place and isinstance(args[0], cls):
+            raise RuntimeError(
+                "NormHead.weight is the row-normalised form of NormHead.raw_weight and cannot be written to. "
+                "Change `raw_weight` instead; a LoRA adapter on this head cannot be merged, so leave `lm_head` out of "
+                "its target modules (`modules_to_save=['lm_head']` trains the head itself)."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+class NormHead(nn.Linear):
+    """Output projection with row-normalised weight, without bias.
 
     Args:
         hidden_size: width of the input.
         vocab_size: number of rows.
     """
 
-    bias = None  # what code that handles `nn.Linear` heads looks for
-
     def __init__(self, hidden_size: int, vocab_size: int, device=None, dtype=None):
-        super().__init__()
-        self.in_features = hidden_size
-        self.out_features = vocab_size
-        self.register_parameter("weight", nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype)))
-        nn.init.kaiming_uniform_(self.raw_weight, a=5**0.5)
+        super().__init__(hidden_size, vocab_size, bias=False, device=device, dtype=dtype)
         self._memo: tuple[tuple, torch.Tensor] | None = None
+
+    def reset_parameters(self):
+        nn.init.kaiming_uniform_(self.raw_weight, a=5**0.5)
 
     @property
     def raw_weight(self) -> nn.Parameter:
@@ -63,7 +77,8 @@ class NormHead(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The effective matrix [vocab_size, hidden_size], differentiable with respect to [`raw_weight`]."""
-        return normalize_rows(self.raw_weight)
+        effective = normalize_rows(self.raw_weight)
+        return effective.as_subclass(EffectiveWeight) if type(effective) is torch.Tensor else effective
 
     def get_parameter(self, target: str) -> nn.Parameter:
         return self.raw_weight if target == "weight" else super().get_parameter(target)
@@ -105,6 +120,3 @@ class NormHead(nn.Module):
         head = cls(linear.in_features, linear.out_features, device="meta")
         head.register_parameter("weight", linear.weight)
         return head
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"

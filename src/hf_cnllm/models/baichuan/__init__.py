@@ -8,6 +8,7 @@ from .modeling_baichuan import (
     BaichuanModel,
     BaichuanPreTrainedModel,
 )
+from .tokenization_baichuan import BaichuanTokenizer
 
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "BaichuanForTokenClassification",
     "BaichuanModel",
     "BaichuanPreTrainedModel",
+    "BaichuanTokenizer",
 ]

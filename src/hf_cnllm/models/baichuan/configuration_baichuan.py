@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from ...losses import DEFAULT_CHUNK_SIZE
 from ...modules.configuration import CheckpointConfigMixin
 
 
@@ -38,6 +39,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         norm_head: whether the output head normalises its rows (NormHead, Baichuan 2 report, section 2.4); default:
             from `vocab_size`, and for other sizes from `tokenizer_class`, which only Baichuan2's files carry.
         z_loss_weight: weight of the max-z loss (Baichuan 2 report, equation 2; the report trains with 2e-4). 0 is off.
+        loss_chunk_size: tokens per chunk of the training loss, which then never holds all logits; None computes them.
         rope_parameters: transformers' RoPE parameters; unused with ALiBi.
         initializer_range, rms_norm_eps, use_cache, pad_token_id, bos_token_id, eos_token_id, tie_word_embeddings:
             as in transformers' `LlamaConfig`.
@@ -78,6 +80,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     position_embedding: Literal["rope", "alibi"] | None = None
     norm_head: bool | None = None
     z_loss_weight: float | int = 0.0
+    loss_chunk_size: int | None = DEFAULT_CHUNK_SIZE
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True

@@ -17,7 +17,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -28,6 +28,7 @@ from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
 from ...attention.blind_rows import BlindRows, fill_blind_rows
 from ...attention.documents import packed_documents
 from ...losses import causal_lm_loss
+from ...modules.causal_lm_head import loss_and_logits
 from ...modules.norm_head import NormHead
 from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from .configuration_baichuan import BaichuanConfig
@@ -157,9 +158,10 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.rotary_emb\.inv_freq"]
 
     def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
         if isinstance(module, NormHead):
             init.kaiming_uniform_(module.raw_weight, a=5**0.5)
+        else:
+            super()._init_weights(module)
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
@@ -317,18 +319,15 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                z_loss_weight=self.config.z_loss_weight,
-                **kwargs,
-            )
-
+        loss, logits = loss_and_logits(
+            self,
+            self.lm_head,
+            outputs.last_hidden_state,
+            labels,
+            logits_to_keep,
+            z_loss_weight=self.config.z_loss_weight,
+            **kwargs,
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -346,7 +345,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     def _get_resized_lm_head(self, old_lm_head: nn.Module, *args, **kwargs) -> nn.Module:
         if not isinstance(old_lm_head, NormHead):
             return super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
-        return NormHead.from_linear(super()._get_resized_lm_head(old_lm_head.as_linear(), *args, **kwargs))
+        head = NormHead.from_linear(super()._get_resized_lm_head(old_lm_head.as_linear(), *args, **kwargs))
+        head._is_hf_initialized = True  # as the plain head that transformers makes: `post_init` leaves it alone
+        return head
 
 
 class BaiChuanForCausalLM(BaichuanForCausalLM):
