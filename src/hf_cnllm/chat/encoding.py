@@ -32,7 +32,7 @@ from transformers.utils import PaddingStrategy
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..modules.original_vocabulary import OriginalVocabularyTokenizer
-from ..modules.sentencepiece import any_of
+from ..modules.patterns import any_of
 
 
 def read_template(name: str) -> str:

@@ -1,8 +1,34 @@
-"""SentencePiece's compiled normalisation rules (`precompiled_charsmap`) as `tokenizers` normalisers."""
+"""SentencePiece's compiled normalisation rules (`precompiled_charsmap`), exactly, as `tokenizers` normalisers.
+
+SentencePiece replaces, from left to right, the longest text that a rule is for. The rules of `nfkc` and `nmt_nfkc` are
+of two kinds: for single characters, and for every spelling of a composed character (`e` + `◌́`, `ﾊ` + `ﾞ`, Hangul jamo).
+
+The Rust `Precompiled` normaliser looks rules up for whole grapheme clusters and takes the shortest one that fits, which
+is right only where a cluster is one character. So the clusters are taken apart for it, and NFC does the composing:
+
+1. `border`, which no rule knows, goes wherever the rules do not compose two neighbours though NFC might;
+2. `erased`, a character that some rule deletes, goes between the characters of every cluster;
+3. `Precompiled` applies the rules for single characters (and removes `erased`);
+4. NFC composes what is left adjacent: the result of the longest rule, since all of them are compositions;
+5. `border` goes.
+"""
 
 import struct
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
 
-from tokenizers import normalizers
+import numpy as np
+from tokenizers import Regex, normalizers
+
+from .patterns import any_of
+
+# Characters that continue a grapheme cluster; every rule that composes has one of them in second place, or a jamo.
+EXTENDS = r"\p{M}\x{200C}\x{200D}\x{FF9E}\x{FF9F}\x{0E33}\x{0EB3}"
+# Unassigned, and a cluster of its own (Grapheme_Cluster_Break=Control).
+BORDER = "\U000e0fff"
+LEADING_JAMO = range(0x1100, 0x1113)
+FOLLOWING_JAMO = range(0x1161, 0x11C3)
 
 
 class CharsMap:
@@ -10,6 +36,9 @@ class CharsMap:
 
     A unit of the array (https://github.com/s-yata/darts-clone) holds the label of the edge into it (bits 0-7 and 31),
     whether a rule ends there (bit 8), and the offset to its children (bits 10-30, times 256 if bit 9 is set).
+
+    Raises:
+        ValueError: the bytes are not such a map, or its rules are not of the two kinds above.
     """
 
     ENDS_RULE = 1 << 8
@@ -18,34 +47,120 @@ class CharsMap:
         size = struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0
         if size % 4 or not 4 <= size <= len(data) - 4:
             raise ValueError("the SentencePiece model's precompiled_charsmap is damaged")
-        self.units = list(struct.unpack_from(f"<{size // 4}I", data, 4))
+        self.units = np.frombuffer(data, dtype="<u4", count=size // 4, offset=4)
         self.replacements = data[4 + size :]
 
-    @staticmethod
-    def _offset(unit: int) -> int:
-        return (unit >> 10) << ((unit & (1 << 9)) >> 6)
-
-    def _find(self, text: str) -> int | None:
-        """Index of the unit that `text` leads to."""
-        position = 0
-        for byte in text.encode():
-            position ^= self._offset(self.units[position]) ^ byte
-            if position >= len(self.units) or self.units[position] & (1 << 31 | 0xFF) != byte:
-                return None
-        return position
-
-    def without(self, texts: list[str]) -> "CharsMap":
-        """The map without the rules for exactly these texts."""
-        trimmed = CharsMap(self.to_bytes())
-        for text in texts:
-            position = self._find(text)
-            if position is not None:
-                trimmed.units[position] &= ~self.ENDS_RULE
-        return trimmed
-
-    def to_bytes(self) -> bytes:
-        return struct.pack(f"<I{len(self.units)}I", 4 * len(self.units), *self.units) + self.replacements
-
     def normalizers(self, symbols: list[str]) -> list[normalizers.Normalizer]:
-        """Normalisers that apply the rules to everything but the user-defined `symbols`."""
-        return [normalizers.Precompiled(self.without([symbol for symbol in symbols if len(symbol) == 1]).to_bytes())]
+        """Normalisers that apply the rules to everything but the user-defined `symbols`, which stay as they are."""
+        erased = min((text for text, replacement in self.characters.items() if not replacement), default=None)
+        if erased is None:
+            raise ValueError("the SentencePiece model's normalisation rules delete no character: not nmt_nfkc")
+        return [
+            normalizers.Replace(Regex(self._borders(symbols)), BORDER),
+            normalizers.Replace(Regex(rf"(?<=\r)(?=\n)|(?<=[\s\S])(?=[{EXTENDS}])"), erased),
+            normalizers.Precompiled(self._without([symbol for symbol in symbols if len(symbol) == 1])),
+            normalizers.NFC(),
+            normalizers.Replace(BORDER, ""),
+        ]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # the rules
+
+    @cached_property
+    def characters(self) -> dict[str, str]:
+        """The rules for single characters."""
+        return self._rules[0]
+
+    @cached_property
+    def compositions(self) -> dict[str, str]:
+        """The rules for spellings of composed characters, but not those that begin with a Hangul jamo."""
+        return self._rules[1]
+
+    @cached_property
+    def _rules(self) -> tuple[dict[str, str], dict[str, str]]:
+        characters: dict[str, str] = {}
+        compositions: dict[str, str] = {}
+        labels = np.arange(1, 256, dtype=np.uint32)
+        keys, nodes = [b""], np.zeros(1, dtype=np.uint32)
+        while keys:
+            children = (nodes ^ self._offsets(nodes))[:, None] ^ labels
+            inside = children < len(self.units)
+            reached = inside & ((self.units[np.where(inside, children, 0)] & 0x800000FF) == labels)
+            rows, columns = np.nonzero(reached)
+            nodes = children[rows, columns]
+            keys = [
+                keys[row] + bytes([column + 1]) for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+            ]
+            ends = (self.units[nodes] & self.ENDS_RULE).astype(bool).tolist()
+            kept = []
+            for index, (key, is_rule) in enumerate(zip(keys, ends, strict=True)):
+                text = _text(key)
+                if text is not None and is_rule:
+                    (characters if len(text) == 1 else compositions)[text] = self._replacement(nodes[index])
+                if text is None or len(text) > 1 or not _is_jamo(characters.get(text, text), LEADING_JAMO):
+                    kept.append(index)
+            nodes, keys = nodes[kept], [keys[index] for index in kept]
+        return characters, compositions
+
+    def _offsets(self, nodes: np.ndarray) -> np.ndarray:
+        units = self.units[nodes]
+        return (units >> 10) << ((units & (1 << 9)) >> 6)
+
+    def _replacement(self, node: int) -> str:
+        value = int(self.units[node ^ self._offsets(node)] & 0x7FFFFFFF)
+        return self.replacements[value : self.replacements.index(b"\0", value)].decode()
+
+    def _without(self, texts: list[str]) -> bytes:
+        """The map's bytes without the rules for exactly these texts."""
+        units = self.units.copy()
+        for text in texts:
+            node = np.uint32(0)
+            for byte in text.encode():
+                node = node ^ self._offsets(node) ^ np.uint32(byte)
+                if node >= len(units) or units[node] & 0x800000FF != byte:
+                    break
+            else:
+                units[node] &= ~np.uint32(self.ENDS_RULE)
+        return struct.pack("<I", units.nbytes) + units.tobytes() + self.replacements
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # where NFC must not compose
+
+    def _borders(self, symbols: list[str]) -> str:
+        """Pattern of the (empty) places for borders. `\\K` keeps what is before it out of the match, so a spelling that
+        a rule composes is stepped over as a whole, and a border follows it."""
+        bases = {text[0] for text in self.compositions}
+        protected = [symbol for symbol in symbols if len(symbol) > 1 and symbol[-1] in bases]
+        places = [rf"{any_of(protected)}(?=[{EXTENDS}])"] if protected else []
+        places.append(rf"(?=[\s\S][{EXTENDS}])(?:{self._spellings()}|[\s\S])")
+        # NFC would also add a jamo to a finished syllable, or to one from which a deleted character keeps it.
+        closed = [text for text, to in self.characters.items() if not to or "가" <= to[-1] <= "힣"]
+        following = [text for text, to in self.characters.items() if _is_jamo(to, FOLLOWING_JAMO)]
+        places.append(rf"[가-힣{_class(closed)}](?=[\x{{1161}}-\x{{11C2}}{_class(following)}])")
+        return "|".join(rf"{place}\K" for place in places)
+
+    def _spellings(self) -> str:
+        """Pattern of `compositions`, the longest first; bases that compose with the same marks share one branch."""
+        marks = defaultdict(set)
+        for text in self.compositions:
+            marks[text[0]].add(text[1:])
+        bases = defaultdict(list)
+        for base, tails in marks.items():
+            bases[frozenset(tails)].append(base)
+        return "|".join(f"[{_class(group)}]{any_of(tails)}" for tails, group in bases.items())
+
+
+def _text(key: bytes) -> str | None:
+    """The key as text, None if it ends inside a character."""
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_jamo(text: str, jamo: range) -> bool:
+    return bool(text) and ord(text[0]) in jamo
+
+
+def _class(chars: Iterable[str]) -> str:
+    return "".join(rf"\x{{{ord(char):X}}}" for char in sorted(chars))

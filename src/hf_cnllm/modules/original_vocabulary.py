@@ -19,8 +19,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         ValueError: there is neither file, or `tokenizer.json` is damaged; `build_backend` reports its own file.
     """
 
-    @classmethod
-    def build_backend(cls, vocab_file: str, **options: Any) -> Tokenizer:
+    def build_backend(self, vocab_file: str) -> Tokenizer:
         """The Rust tokenizer for the original `vocab_file`, without special tokens."""
         raise NotImplementedError
 
@@ -41,17 +40,16 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
             **kwargs,
         )
 
-    @classmethod
-    def _load_backend(cls, vocab_file, tokenizer_file) -> Tokenizer:
+    def _load_backend(self, vocab_file, tokenizer_file) -> Tokenizer:
         if tokenizer_file is not None and os.path.isfile(tokenizer_file):
             try:
                 return Tokenizer.from_file(os.fspath(tokenizer_file))
             except Exception as error:  # the Rust side raises bare Exceptions
                 raise ValueError(f"{tokenizer_file} is damaged ({error}). Delete it or save it again.") from error
         if vocab_file is None:
-            names = " nor ".join(cls.vocab_files_names.values())
-            raise ValueError(f"{cls.__name__}: neither {names} was found in the checkpoint.")
-        return cls.build_backend(os.fspath(vocab_file))
+            names = " nor ".join(self.vocab_files_names.values())
+            raise ValueError(f"{self.__class__.__name__}: neither {names} was found in the checkpoint.")
+        return self.build_backend(os.fspath(vocab_file))
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -91,10 +89,15 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         return file_names
 
     def _complete_config(self, config_file: str) -> None:
-        """transformers leaves these to the post-processor in `tokenizer.json`; readers of the old layout need them."""
+        """What transformers leaves to `tokenizer.json` alone.
+
+        Readers of the old layout need the flags. Without the added tokens, loading would parse the whole of
+        `tokenizer.json` in Python to find them, and then once more in Rust.
+        """
         with open(config_file, encoding="utf-8") as file:
             config = json.load(file)
         config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        config["added_tokens_decoder"] = {i: token.__getstate__() for i, token in self.added_tokens_decoder.items()}
         with open(config_file, "w", encoding="utf-8") as file:
             file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 

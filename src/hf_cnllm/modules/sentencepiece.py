@@ -18,14 +18,15 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import groupby
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .charsmap import CharsMap
+from .patterns import any_of
 
 SPACE = "▁"  # SentencePiece's visible space, U+2581
 
@@ -190,6 +191,37 @@ def build_decoder(model: SentencePieceModel) -> decoders.Decoder:
     return decoders.Sequence(steps)
 
 
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def mend_bytes(tokens: list[str]) -> list[str]:
+    """The tokens, with every run of byte pieces that is not UTF-8 replaced by the text SentencePiece makes of it.
+
+    It loses only the bytes at fault, each to one U+FFFD, where the Rust decoder gives up the whole run.
+    """
+    mended: list[str] = []
+    for is_byte, run in groupby(tokens, key=lambda token: BYTE_PIECE.fullmatch(token) is not None):
+        pieces = list(run)
+        if is_byte:
+            data = bytes(int(piece[3:5], 16) for piece in pieces)
+            text = decode_bytes(data)
+            mended += pieces if text.encode() == data else [text]
+        else:
+            mended += pieces
+    return mended
+
+
+def decode_bytes(data: bytes) -> str:
+    """UTF-8 with one U+FFFD for every byte that has no place in a character."""
+    text = ""
+    while True:
+        try:
+            return text + data.decode()
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode() + "\ufffd"
+            data = data[error.start + 1 :]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # BPE
 
@@ -273,27 +305,3 @@ def _best_path(text: str, scores: dict[str, float], unknown: float) -> float:
         paths = (best[start] + scores[text[start:end]] for start in range(end) if text[start:end] in scores)
         best.append(max(paths, default=best[end - 1] + unknown))
     return best[-1]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# regular expressions
-
-
-def any_of(texts: Iterable[str]) -> str:
-    """A regular expression (Oniguruma and Python) for the longest of `texts`, as a prefix tree so that thousands of
-    alternatives cost one step a character."""
-    root: dict = {}
-    for text in texts:
-        node = root
-        for char in text:
-            node = node.setdefault(char, {})
-        node[""] = {}
-
-    def pattern(node: dict) -> str:
-        branches = [re.escape(char) + pattern(child) for char, child in sorted(node.items()) if char]
-        if not branches:
-            return ""
-        joined = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
-        return joined + "?" if "" in node else joined
-
-    return pattern(root)

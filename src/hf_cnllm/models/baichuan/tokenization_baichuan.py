@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...chat.encoding import ChatTokenizer, read_template
-from ...modules.sentencepiece import SentencePieceModel, build_tokenizer
+from ...modules.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 
 # Where both generations keep the pieces that open a turn: <reserved_102>, <reserved_103> in v1 and <reserved_106>,
 # <reserved_107> in v2 (generation_config.json: user_token_id, assistant_token_id).
@@ -63,6 +63,38 @@ class BaichuanTokenizer(ChatTokenizer):
     @classmethod
     def build_backend(cls, vocab_file: str) -> Tokenizer:
         return build_tokenizer(SentencePieceModel.from_file(vocab_file))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        special = set(self.all_special_tokens)
+        text, run = "", []
+        for index, token in enumerate(tokens):
+            if token not in special:
+                run.append(token)
+                continue
+            if index and tokens[index - 1] not in special:
+                text += " "
+            text += self._join(run) + token
+            run = []
+        return text + self._join(run)
+
+    def _join(self, tokens: list[str]) -> str:
+        return self._tokenizer.decoder.decode(mend_bytes(tokens))
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        foreign = next((index for index in ids if not 0 <= index < len(self)), None)
+        if foreign is not None:
+            raise IndexError(f"token id {foreign} is outside the vocabulary of {len(self)}")
+        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def chat_control_pieces(self) -> list[str]:
         return self._reserved_pieces
