@@ -1,21 +1,18 @@
 """Tokenizer of Qwen v1 (Qwen-1.8B to 72B, and their chat models): tiktoken's ids on the `tokenizers` backend."""
 
-import copy
-import json
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import BatchEncoding, TokenizersBackend
+from transformers import BatchEncoding
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
+from ...chat.encoding import ChatTokenizer, read_template
 from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
-
 
 ENDOFTEXT, IMSTART, IMEND = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205)))
@@ -29,7 +26,7 @@ TextOrTexts = str | list[str] | list[list[str]] | None
 SpecialText = Literal["all"] | Collection[str]
 
 
-class QWenTokenizer(TokenizersBackend):
+class QWenTokenizer(ChatTokenizer):
     """Byte-level BPE over the NFC form of the text, from `qwen.tiktoken` or a saved `tokenizer.json`.
 
     Which special tokens may stand in text, in every call (`tokenizer(…)`, `encode`, `tokenize`):
@@ -53,56 +50,50 @@ class QWenTokenizer(TokenizersBackend):
 
     vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "right"
 
     def __init__(
         self,
-        vocab_file: str | None = None,
+        vocab_file: str | os.PathLike | None = None,
         errors: str = "replace",
-        extra_vocab_file: str | None = None,
-        tokenizer_file: str | None = None,
-        tokenizer_object: Tokenizer | None = None,
+        extra_vocab_file: str | os.PathLike | None = None,
         first_revision: bool | None = None,
+        tokenizer_file: str | os.PathLike | None = None,
         eos_token: str | AddedToken | None = ENDOFTEXT,
         pad_token: str | AddedToken | None = ENDOFTEXT,
         **kwargs,
     ):
         self.errors = errors
+        self.extra_vocab_file = extra_vocab_file
         self.first_revision = "remove_space" in kwargs if first_revision is None else first_revision
-        names = FIRST_SPECIAL_TOKENS if self.first_revision else SPECIAL_TOKENS
-        if tokenizer_object is not None:
-            self._tokenizer = copy.deepcopy(tokenizer_object)
-        elif tokenizer_file is not None and extra_vocab_file is None:
-            self._tokenizer = Tokenizer.from_file(tokenizer_file)
-        elif vocab_file is not None:
-            self._tokenizer = build_backend(_read_vocabularies(vocab_file, extra_vocab_file), names)
-        else:
-            raise ValueError(
-                "QWenTokenizer needs `vocab_file` (qwen.tiktoken)"
-                + (
-                    " to add an `extra_vocab_file` to."
-                    if extra_vocab_file
-                    else " or `tokenizer_file` (tokenizer.json)."
-                )
-            )
-        self.special_tokens: dict[str, int] = {name: self._tokenizer.token_to_id(name) for name in names}
-        if None in self.special_tokens.values():
-            lacking = next(name for name, index in self.special_tokens.items() if index is None)
-            raise ValueError(
-                f"{tokenizer_file or 'The tokenizer'} has no special token {lacking}: it is not a tokenizer of Qwen v1"
-                + (", or not of its first revision (`first_revision=False`)." if self.first_revision else ".")
-            )
-        self.eod_id = self.special_tokens[ENDOFTEXT]
-        self.im_start_id = self.special_tokens[IMSTART]
-        self.im_end_id = self.special_tokens[IMEND]
-
+        self.special_tokens: dict[str, int] = {}
         if self.first_revision:
             kwargs.setdefault("bos_token", ENDOFTEXT)
             kwargs.setdefault("unk_token", ENDOFTEXT)
-        kwargs.pop("auto_map", None)  # names code files that a re-saved checkpoint lacks
         kwargs["clean_up_tokenization_spaces"] = False  # the original never did, whatever old configurations say
         super().__init__(
-            errors=errors, first_revision=self.first_revision, eos_token=eos_token, pad_token=pad_token, **kwargs
+            vocab_file=vocab_file,
+            tokenizer_file=None if extra_vocab_file else tokenizer_file,
+            errors=errors,
+            first_revision=self.first_revision,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            **kwargs,
         )
+        for name in self._special_names:
+            if self._tokenizer.token_to_id(name) is None:
+                raise ValueError(
+                    f"The vocabulary has no special token {name}. It is not Qwen v1's, or not of the revision that "
+                    f"`first_revision={self.first_revision}` says."
+                )
+            self.special_tokens[name] = self._tokenizer.token_to_id(name)
+        self.eod_id, self.im_start_id, self.im_end_id = (self.special_tokens[n] for n in (ENDOFTEXT, IMSTART, IMEND))
+        if self.chat_template is None:
+            self.chat_template = read_template("qwen")
+
+    @property
+    def _special_names(self) -> tuple[str, ...]:
+        return FIRST_SPECIAL_TOKENS if self.first_revision else SPECIAL_TOKENS
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, extra_vocab_file=None, **kwargs):
@@ -111,16 +102,24 @@ class QWenTokenizer(TokenizersBackend):
             pretrained_model_name_or_path, *init_inputs, extra_vocab_file=extra_vocab_file, **kwargs
         )
 
-    @classmethod
-    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
-        return kwargs  # `__init__` reads the files itself, tokenizer.json in Rust only
+    def build_backend(self, vocab_file: str) -> Tokenizer:
+        ranks = read_tiktoken(vocab_file)
+        if self.extra_vocab_file is not None:
+            extra = {token: i for token, i in read_tiktoken(self.extra_vocab_file).items() if token not in ranks}
+            if clash := set(extra.values()).intersection(ranks.values()):
+                raise ValueError(
+                    f"{self.extra_vocab_file}: the id {min(clash)} belongs to a token of {vocab_file}. Give the extra "
+                    "tokens ids after the special tokens'."
+                )
+            ranks |= extra
+        return build_backend(ranks, self._special_names)
 
     # ---- vocabulary ----
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included (as in the original)."""
-        return len(self)
+        """Number of ids, special tokens included (as in the original), tokens that were added later not."""
+        return max(self._tokenizer.get_vocab_size(with_added_tokens=False), 1 + max(self.special_tokens.values()))
 
     @cached_property
     def mergeable_ranks(self) -> dict[bytes, int]:
@@ -184,12 +183,14 @@ class QWenTokenizer(TokenizersBackend):
                 return self._encode_with_some_special(text, text_pair, allowed, **kwargs)
         return super()._encode_plus(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
 
-    def _in_normal_form(self, text: TextOrTexts) -> TextOrTexts:
-        """The text, made NFC where the backend would do it otherwise than Python, and valid Unicode.
+    def _in_normal_form(self, text: Any) -> Any:
+        """The text (or texts in containers), made NFC where the backend would do it otherwise than Python, and valid Unicode.
 
         The backend's tables are of an older Unicode version: some combining marks are in another order. Half surrogates
         become U+FFFD, as in tiktoken.
         """
+        if isinstance(text, Mapping):
+            return {key: self._in_normal_form(value) for key, value in text.items()}
         if isinstance(text, list | tuple):
             return [self._in_normal_form(t) for t in text]
         if not isinstance(text, str) or text.isascii():
@@ -264,6 +265,33 @@ class QWenTokenizer(TokenizersBackend):
             return_tensors=return_tensors,
         )
 
+    # ---- chats ----
+
+    def apply_chat_template(
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        *args,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """ChatML, with every message encoded apart, as text. A batch of prompts to be continued is padded on the left."""
+        if add_generation_prompt:
+            tokenizer_kwargs = {"padding_side": "left"} | (tokenizer_kwargs or {})
+        return super().apply_chat_template(
+            self._in_normal_form(conversation),
+            tools,
+            documents,
+            chat_template,
+            add_generation_prompt,
+            *args,
+            tokenizer_kwargs=tokenizer_kwargs,
+            **kwargs,
+        )
+
     # ---- ids to text ----
 
     def _decode(
@@ -293,40 +321,17 @@ class QWenTokenizer(TokenizersBackend):
 
     # ---- files ----
 
+    def _has_vocab_file(self) -> bool:
+        return True  # it is written anew
+
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `qwen.tiktoken`, extra tokens included, as the original does."""
-        path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "qwen.tiktoken")
+        """Write `qwen.tiktoken`, extra tokens included (as the original does)."""
+        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "qwen.tiktoken")
         write_tiktoken(self.mergeable_ranks, path)
-        return (str(path),)
+        return (path,)
 
-    def _save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-    ) -> tuple[str, ...]:
-        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        # Without the added tokens in tokenizer_config.json, loading reads the whole of tokenizer.json a second time, in
-        # Python, to find them.
-        path = Path(file_names[0])
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["added_tokens_decoder"] = {i: token.__getstate__() for i, token in self.added_tokens_decoder.items()}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        return files + self.save_vocabulary(save_directory, filename_prefix)
-
-
-def _read_vocabularies(vocab_file: str, extra_vocab_file: str | None) -> dict[bytes, int]:
-    ranks = read_tiktoken(vocab_file)
-    if extra_vocab_file is not None:
-        extra = {token: rank for token, rank in read_tiktoken(extra_vocab_file).items() if token not in ranks}
-        if clash := set(extra.values()).intersection(ranks.values()):
-            raise ValueError(
-                f"{extra_vocab_file}: the id {min(clash)} belongs to a token of {vocab_file}. Give the extra tokens ids "
-                "after the special tokens'."
-            )
-        ranks |= extra
-    return ranks
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "mergeable_ranks"}
 
 
 def _any_of(tokens: Collection[str], keep: bool = False) -> re.Pattern:
