@@ -9,9 +9,10 @@ from .models.baichuan import *  # noqa: F403
 from .models.baichuan import __all__ as _baichuan
 from .models.chatglm import *  # noqa: F403
 from .models.chatglm import __all__ as _chatglm
-
+from .models.qwen import *  # noqa: F403
+from .models.qwen import __all__ as _qwen
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "register", *_baichuan, *_chatglm]
+__all__ = ["FAMILIES", "register", *_baichuan, *_chatglm, *_qwen]
 
 register()

@@ -11,7 +11,7 @@ import transformers
 from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .models import baichuan, chatglm
+from .models import baichuan, chatglm, qwen
 
 
 class Family(NamedTuple):
@@ -54,7 +54,26 @@ FAMILIES: tuple[Family, ...] = (
         },
         lora_targets=("query_key_value",),
     ),
+    Family(
+        config=qwen.QWenConfig,
+        models={
+            "AutoModel": qwen.QWenModel,
+            "AutoModelForCausalLM": qwen.QWenLMHeadModel,
+            "AutoModelForSequenceClassification": qwen.QWenForSequenceClassification,
+            "AutoModelForTokenClassification": qwen.QWenForTokenClassification,
+        },
+        tokenizers=(qwen.QWenTokenizer,),
+        lora_targets=("c_attn",),
+    ),
 )
+
+
+class TokenizerFoundByName(PreTrainedConfig):
+    """The configuration that tokenizers are registered under. No checkpoint has it, so transformers finds them by their
+    class name alone. A tokenizer under the configuration of its model would lose to the code files of a checkpoint when
+    a script passes `trust_remote_code=True`."""
+
+    model_type = "hf_cnllm_tokenizer"
 
 
 def register() -> None:
@@ -65,7 +84,7 @@ def register() -> None:
         for auto_class, model_class in family.models.items():
             getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
-            AutoTokenizer.register(family.config, tokenizer_class=tokenizer_class, exist_ok=True)
+            AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         for targets in (
             peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
             peft_utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,

@@ -6,6 +6,7 @@ from .modeling_qwen import (
     QWenModel,
     QWenPreTrainedModel,
 )
+from .tokenization_qwen import QWenTokenizer
 
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "QWenLMHeadModel",
     "QWenModel",
     "QWenPreTrainedModel",
+    "QWenTokenizer",
 ]

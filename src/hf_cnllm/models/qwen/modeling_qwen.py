@@ -24,13 +24,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.logn import apply_logn, logn_scale
 from ...attention.window import create_window_masks, mask_name
+from ...chat.qwen import QWenChatMixin
 from ...losses import causal_lm_loss
 from ...modules.dynamic_ntk import DynamicNtkRotaryEmbedding
 from ...modules.inputs import check_cache, check_token_ids
 from ...modules.rotary import apply_rotary_pos_emb
 from .configuration_qwen import QWenConfig
 from .generation_qwen import QWenGenerationMixin
-
 
 logger = logging.get_logger(__name__)
 
@@ -293,7 +293,7 @@ class QWenModel(QWenPreTrainedModel):
         )
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin, GenerationMixin):
+class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
