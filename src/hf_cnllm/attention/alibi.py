@@ -25,16 +25,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, repeat_kv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
-from .documents import lookup_mask, same_document
+from .documents import same_document
 
 
 class AlibiMask(NamedTuple):
@@ -185,9 +185,7 @@ def create_alibi_mask(
     key_positions = torch.arange(keys, device=device)
     query_positions = torch.arange(queries, device=device) + offset
     if backend == "flex_attention":
-        return AlibiMask(
-            slopes, visible=_block_mask(config, inputs_embeds, attention_mask, past_key_values, query_positions, keys)
-        )
+        return AlibiMask(slopes, visible=_block_mask(attention_mask, query_positions, key_positions))
 
     plain = backend == "sdpa" and queries > 1 and _is_padding_only(attention_mask, offset)
     visible = None if plain else _visible(attention_mask, query_positions, key_positions, dtype)
@@ -270,29 +268,35 @@ def _visible(
             query_ids = key_ids.index_select(1, query_positions)
             allowed = allowed & (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
         allowed = allowed[:, None]
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def _block_mask(
-    config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    query_positions: torch.Tensor,
-    keys: int,
+    attention_mask: torch.Tensor | None, query_positions: torch.Tensor, key_positions: torch.Tensor
 ) -> BlockMask:
-    """Flex attention's form of [`_visible`]: the same rules as functions of the indices."""
-    if attention_mask is None:
-        return create_causal_mask(config, inputs_embeds, None, past_key_values)
-    if attention_mask.ndim == 4:
-        allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        functions = {"or_mask_function": lookup_mask(allowed[:, 0]), "and_mask_function": lookup_mask(allowed[:, 0])}
-    elif attention_mask.ndim == 3:
-        functions = {"and_mask_function": lookup_mask(attention_mask != 0)}
-    else:
-        documents = F.pad(attention_mask, (0, max(0, keys - attention_mask.shape[-1])))
-        functions = {"and_mask_function": same_document(documents)}
-    return create_causal_mask(config, inputs_embeds, None, past_key_values, **functions)
+    """Flex attention's form of [`_visible`]: the same rules as functions of the indices.
+
+    Made here and not by transformers: its functions keep a reference to a static cache's length, which the layers
+    have moved on by the time the mask is read.
+    """
+    batch, keys = None, len(key_positions)
+    rules = []
+    if attention_mask is None or attention_mask.ndim != 4:
+        rules.append(lambda b, h, q, k: k <= query_positions[q])
+    if attention_mask is not None:
+        batch = attention_mask.shape[0]
+        if attention_mask.ndim == 2:
+            documents = F.pad(attention_mask, (0, max(0, keys - attention_mask.shape[-1])))
+            of_documents = same_document(documents)
+            rules.append(lambda b, h, q, k: of_documents(b, h, query_positions[q], k))
+        else:
+            keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+            if attention_mask.ndim == 3:
+                keeps = (attention_mask != 0)[:, None]
+            rules.append(lambda b, h, q, k: keeps[b, 0, q, k])
+    return create_block_mask(
+        and_masks(*rules), batch, None, len(query_positions), keys, device=query_positions.device, _compile=True
+    )
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------

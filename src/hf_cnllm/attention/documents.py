@@ -21,15 +21,6 @@ def same_document(documents: torch.Tensor) -> Callable:
     return mask_function
 
 
-def lookup_mask(allowed: torch.Tensor) -> Callable:
-    """Mask function that looks up a bool mask [batch, queries, keys]."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return allowed[batch_idx, q_idx, kv_idx]
-
-    return mask_function
-
-
 def packed_documents(
     config: PreTrainedConfig, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
 ) -> Callable | None:

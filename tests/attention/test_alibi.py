@@ -1,0 +1,175 @@
+"""Every way ALiBi is computed against the dense reference: outputs and gradients, dtypes, masks, lengths, heads."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from hf_cnllm import BaichuanConfig
+from hf_cnllm.attention.alibi import alibi_attention, alibi_slopes, create_alibi_mask
+from hf_cnllm.attention.reference import alibi_bias_reference, attention_reference
+
+
+BACKENDS = ("eager", "sdpa", "flex_attention")
+# The dense reference in the same precision is about this far from fp64.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class Layer(nn.Module):
+    """What attention functions read of a layer."""
+
+    num_key_value_groups = 1
+    is_causal = True
+
+
+def config_of(heads: int, head_dim: int, backend: str) -> BaichuanConfig:
+    config = BaichuanConfig(hidden_size=heads * head_dim, num_attention_heads=heads, position_embedding="alibi")
+    config._attn_implementation = backend
+    return config
+
+
+def attend(query, key, value, backend, attention_mask=None, cache=None, position_ids=None):
+    heads, head_dim = query.shape[1], query.shape[3]
+    config = config_of(heads, head_dim, backend)
+    inputs = query.new_empty(query.shape[0], query.shape[2], 0)
+    mask = create_alibi_mask(config, inputs, attention_mask, cache, position_ids)
+    output, _ = alibi_attention(backend)(Layer().eval(), query, key, value, mask, scaling=head_dim**-0.5)
+    return output.transpose(1, 2)
+
+
+def reference(query, key, value, allowed=None):
+    """In fp64; `allowed` [batch, 1, queries, keys] on top of causality."""
+    query, key, value = query.double(), key.double(), value.double()
+    bias = alibi_bias_reference(alibi_slopes(query.shape[1]).double(), query.shape[2], key.shape[2])[None]
+    if allowed is not None:
+        bias = bias.masked_fill(~allowed, -math.inf)
+    return attention_reference(query, key, value, bias, query.shape[3] ** -0.5)
+
+
+def random_qkv(batch, heads, length, head_dim, dtype=torch.float32, keys=None):
+    generator = torch.Generator().manual_seed(length + heads)
+    shapes = ((batch, heads, n, head_dim) for n in (length, keys or length, keys or length))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("heads", [1, 4, 5, 12, 40])
+def test_slopes_follow_the_papers_rule(heads):
+    slopes = alibi_slopes(heads)
+    power = 2 ** math.floor(math.log2(heads))
+    assert slopes[:power].tolist() == pytest.approx([2 ** (-8 * (k + 1) / power) for k in range(power)])
+    assert len(set(slopes.tolist())) == heads
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "length", "head_dim"), [(5, 129, 12), (4, 64, 64), (12, 300, 20), (2, 2, 8)])
+def test_prefill_matches_reference(backend, dtype, heads, length, head_dim):
+    query, key, value = random_qkv(2, heads, length, head_dim, dtype)
+    output = attend(query, key, value, backend)
+    assert output.dtype == dtype
+    torch.testing.assert_close(
+        output.double(), reference(query, key, value), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_error_does_not_grow_with_length(dtype):
+    """At 4,096 tokens the bias reaches thousands; the error stays that of a short input."""
+    query, key, value = random_qkv(1, 5, 3072, 16, dtype)
+    output = attend(query, key, value, "sdpa")
+    torch.testing.assert_close(
+        output.double(), reference(query, key, value), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_gradients_match_reference(backend, padding):
+    inputs = [tensor.double().requires_grad_() for tensor in random_qkv(2, 5, 37, 12)]
+    mask = torch.ones(2, 37, dtype=torch.long)
+    mask[1, :padding] = 0
+    allowed = (mask[:, None, None, :] != 0) & (mask[:, None, :, None] != 0)
+    weights = torch.randn(2, 5, 37, 12, dtype=torch.double) * (mask != 0)[:, None, :, None]
+    expected = torch.autograd.grad((reference(*inputs, allowed) * weights).sum(), inputs)
+    actual = torch.autograd.grad((attend(*inputs, backend, mask if padding else None) * weights).sum(), inputs)
+    for got, want in zip(actual, expected, strict=True):
+        # Slopes are fp32, and so is eager's softmax.
+        torch.testing.assert_close(got, want, atol=5e-6 if backend == "eager" else 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_padding_and_packing_matches_reference(backend, data):
+    length = data.draw(st.integers(2, 24), label="length")
+    rows = st.lists(st.integers(0, 3), min_size=length, max_size=length)
+    mask = torch.tensor([data.draw(rows, label="documents") for _ in range(2)])
+    query, key, value = random_qkv(2, 3, length, 8)
+    output = attend(query, key, value, backend, mask)
+    assert output.isfinite().all()
+    allowed = ((mask[:, None, :] == mask[:, :, None]) & (mask != 0)[:, None, :])[:, None]
+    real = (mask != 0)[:, None, :, None]
+    expected = reference(query, key, value, allowed)
+    torch.testing.assert_close(output.double() * real, expected * real, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_restarting_positions_separate_documents(backend):
+    query, key, value = random_qkv(1, 5, 9, 12)
+    packed = attend(query, key, value, backend, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]]))
+    for start, stop in ((0, 4), (4, 7), (7, 9)):
+        alone = attend(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], backend)
+        torch.testing.assert_close(packed[:, :, start:stop], alone, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_continuing_a_cache_matches_reference(backend, kind, chunk):
+    heads, head_dim, length, room = 5, 12, 20, 32
+    query, key, value = random_qkv(2, heads, length, head_dim)
+    config = config_of(heads, head_dim, backend)
+    config.num_hidden_layers = 1
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=config, max_cache_len=room)
+    past = length - chunk
+    cache.update(key[:, :, :past], value[:, :, :past], 0)
+    inputs = query.new_empty(2, chunk, 0)
+    mask = create_alibi_mask(config, inputs, torch.ones(2, length, dtype=torch.long), cache)
+    keys, values = cache.update(key[:, :, past:], value[:, :, past:], 0)
+    output, _ = alibi_attention(backend)(
+        Layer().eval(), query[:, :, past:], keys, values, mask, scaling=head_dim**-0.5
+    )
+    expected = reference(query[:, :, past:], key, value)
+    torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bool_and_additive_4d_masks_are_taken_as_they_are(backend):
+    query, key, value = random_qkv(1, 5, 6, 12)
+    allowed = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.4
+    allowed |= torch.eye(6, dtype=torch.bool)
+    bias = alibi_slopes(5)[:, None, None] * (torch.arange(6) - torch.arange(6)[:, None])
+    expected = attention_reference(query, key, value, bias.masked_fill(~allowed, -math.inf), 12**-0.5)
+    additive = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    for mask in (allowed, additive):
+        torch.testing.assert_close(attend(query, key, value, backend, mask), expected, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "paged|sdpa", "sdpaa"])
+def test_a_backend_without_the_bias_is_refused(backend):
+    with pytest.raises(ValueError, match="has no ALiBi bias"):
+        alibi_attention(backend)
+
+
+@pytest.mark.parametrize(
+    ("shape", "complaint"),
+    [((2, 5), "must cover the cached tokens"), ((2, 4, 5), "queries, keys"), ((6,), "2, 3 or 4 dimensions")],
+)
+def test_a_mask_that_does_not_fit_is_refused(shape, complaint):
+    config = config_of(4, 8, "sdpa")
+    with pytest.raises(ValueError, match=complaint):
+        create_alibi_mask(config, torch.empty(2, 6, 0), torch.ones(shape, dtype=torch.long), None)
