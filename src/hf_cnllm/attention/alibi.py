@@ -268,7 +268,8 @@ def _visible(
             query_ids = key_ids.index_select(1, query_positions)
             allowed = allowed & (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
         allowed = allowed[:, None]
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # eager attention's softmax is fp32
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
 
 def _block_mask(
