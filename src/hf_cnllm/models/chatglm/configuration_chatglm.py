@@ -183,6 +183,12 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         for field, value in ARCHITECTURE_DEFAULTS[self.architecture].items():
             if getattr(self, field) is None:
                 setattr(self, field, value)
+        if self.quantization_bit and kwargs.get("quantization_config") is None:
+            kwargs["quantization_config"] = {
+                "quant_method": "chatglm",
+                "bits": self.quantization_bit,
+                "quantize_embeddings": bool(self.quantization_embeddings),
+            }
         super().__post_init__(**kwargs)
         for name, value in derived.items():
             if value != getattr(self, name):

@@ -35,7 +35,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from ...hub.quantization import QUANT_METHOD, quantize
 from ...modules.prefix_encoder import PrefixEncoder
+from ...modules.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from .configuration_chatglm import ChatGLMConfig
 
 
@@ -81,11 +83,39 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         self._freeze_for_prefix_tuning()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; quantised weights without `quantization_bit` in the configuration are a ValueError."""
+        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any(key.endswith(".weight_scale") for key in loading_info["unexpected_keys"]):
+            raise ValueError(
+                "the checkpoint holds quantised weights (`weight_scale`), but its configuration does not say so: set "
+                "`quantization_bit` to 8 or 4"
+            )
         model._freeze_for_prefix_tuning()  # loading replaces the parameters
-        return loaded
+        return (model, loading_info) if output_loading_info else model
+
+    def quantize(self, bits: int, quantize_embeddings: bool = False, **kwargs):
+        """Weight-only quantization in place, as in the originals: `model = model.quantize(4)`.
+
+        Args:
+            bits: 8 or 4; 0 does nothing.
+            quantize_embeddings: also the word embeddings, which then serve as the output projection (ChatGLM-6B only).
+            kwargs: accepted for the originals' sake (`empty_init`, `device`, `use_quantization_cache`), unused.
+        """
+        return quantize(self, bits, quantize_embeddings) if bits else self
+
+    # transformers refuses these on every quantised model; here the integers stay and everything else may follow, as in
+    # the originals' scripts (`from_pretrained(...).half().cuda()`, `.float()`).
+
+    def half(self, *args):
+        return self.to(torch.float16) if self._is_weight_only_quantized else super().half(*args)
+
+    def float(self, *args):
+        return self.to(torch.float32) if self._is_weight_only_quantized else super().float(*args)
+
+    @property
+    def _is_weight_only_quantized(self) -> bool:
+        return getattr(self, "quantization_method", None) == QUANT_METHOD
 
     @property
     def _prefix_encoder(self) -> PrefixEncoder | None:
@@ -98,6 +128,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             self._prefix_encoder.requires_grad_(True)
 
     def _init_weights(self, module: nn.Module):
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            raise ValueError(f"quantised weights cannot be initialised, but some were not loaded: {module}")
         if self._prefix_encoder is not None and module in self._prefix_encoder.initialised_as_in_torch():
             module.reset_parameters()
         else:

@@ -1,0 +1,151 @@
+"""Weight-only INT8 and INT4 layers in the format of the ChatGLM line's quantised checkpoints.
+
+A row of the weight is stored as integers with one scale::
+
+    scale = max|row| / (2^(bits - 1) - 1),    q = round(row / scale),    row ~ scale * q
+
+INT4 packs two neighbouring inputs into a byte, the even one in the high nibble, both in two's complement. The layers
+dequantise on the fly, in the dtype of their input, and once more in the backward pass instead of keeping the result.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(rows, columns) floats -> integers (rows, columns * bits / 8) in int8 and scales (rows,) in the weight's dtype.
+
+    As in the originals the scale is rounded to half precision before it divides.
+    """
+    scale = (weight.abs().amax(dim=-1) / (2 ** (bits - 1) - 1)).half().to(weight.dtype)
+    quantized = torch.round(weight / scale[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(torch.int8)
+    return (pack_int4(quantized) if bits == 4 else quantized), scale
+
+
+def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Integers (..., columns * bits / 8) and scales (...,) -> (..., columns) in `dtype`, rounded once."""
+    integers = unpack_int4(weight) if bits == 4 else weight
+    if dtype in (torch.float16, torch.bfloat16) and scale.dtype != dtype:
+        return (integers * scale.float()[..., None]).to(dtype)
+    return integers * scale.to(dtype)[..., None]
+
+
+def pack_int4(integers: Tensor) -> Tensor:
+    """(..., columns) int8 in [-8, 7] -> (..., columns / 2): even columns in the high nibble."""
+    return (integers[..., 0::2] << 4) | (integers[..., 1::2] & 0xF)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """(..., columns / 2) bytes -> (..., columns) int8 in [-8, 7]."""
+    high = packed >> 4
+    low = ((packed & 0xF) ^ 0x8) - 0x8
+    return torch.stack((high, low), dim=-1).flatten(-2)
+
+
+def packed_size(columns: int, bits: int) -> int:
+    if columns * bits % 8:
+        raise ValueError(f"INT{bits} packs {8 // bits} inputs into a byte, but the layer has {columns} inputs")
+    return columns * bits // 8
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """`linear(inputs, dequantised weight, bias)` that keeps the integers for its backward pass, not the floats."""
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.bits, ctx.input_dtype = bits, inputs.dtype
+        return nn.functional.linear(inputs, dequantize_rows(weight, scale, bits, inputs.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        weight, scale = ctx.saved_tensors
+        grad_inputs = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_inputs = grad_output @ dequantize_rows(weight, scale, ctx.bits, grad_output.dtype)
+            grad_inputs = grad_inputs.to(ctx.input_dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_output.flatten(0, -2).sum(dim=0)
+        return grad_inputs, None, None, grad_bias, None
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer with integer weights: `weight` (out, in * bits / 8) int8, `weight_scale` (out,), `bias`.
+
+    It is an `nn.Linear`, so that PEFT puts LoRA on it; merging an adapter needs `model.dequantize()` first.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
+        size = (out_features, packed_size(in_features, bits))
+        self.bits = bits
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, device=device), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+
+    @classmethod
+    def like(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
+        """An empty layer of the same shape, on the device and in the dtype of `linear`."""
+        weight = linear.weight
+        return cls(linear.in_features, linear.out_features, linear.bias is not None, bits, weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def quantize_from(self, linear: nn.Linear) -> "QuantizedLinear":
+        weight, scale = quantize_rows(linear.weight, self.bits)
+        self.weight.copy_(weight)
+        self.weight_scale.copy_(scale)
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+        return self
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_scale, self.bits, dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _DequantizedLinear.apply(inputs, self.weight, self.weight_scale, self.bias, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """A frozen embedding with integer rows: `weight` (tokens, dim * bits / 8) int8, `weight_scale` (tokens,)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, device=None, dtype=None):
+        super().__init__(num_embeddings, embedding_dim, device="meta", dtype=dtype)
+        size = (num_embeddings, packed_size(embedding_dim, bits))
+        self.bits = bits
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, device=device), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(num_embeddings, dtype=dtype, device=device), requires_grad=False)
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, bits: int) -> "QuantizedEmbedding":
+        weight = embedding.weight
+        return cls(embedding.num_embeddings, embedding.embedding_dim, bits, weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def quantize_from(self, embedding: nn.Embedding) -> "QuantizedEmbedding":
+        weight, scale = quantize_rows(embedding.weight, self.bits)
+        self.weight.copy_(weight)
+        self.weight_scale.copy_(scale)
+        return self
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
+        weight = dequantize_rows(self.weight, self.weight_scale, self.bits, dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        scale = self.weight_scale
+        return dequantize_rows(self.weight[input_ids], scale[input_ids], self.bits, scale.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
