@@ -36,6 +36,7 @@ ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
         "quantization_embeddings": False,
         "mask_token_id": None,
         "gmask_token_id": None,
+        "smask_token_id": None,
         "early_positions": None,
     },
     "chatglm2": {
@@ -92,6 +93,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         early_positions (`bool`, *optional*): (ours, `"chatglm"`)
             The 150,528-token revision of ChatGLM-6B, which gives bos another position than the later ones. Left out, it
             is true for that vocabulary size, and for an unusual size without a `pad_token_id`.
+        smask_token_id (`int`, *optional*): (ours, `"chatglm"`)
+            Id of `[sMASK]`, which marks a blank too. Left out, it is known for the two published vocabulary sizes.
         inner_hidden_size, max_sequence_length, position_encoding_2d, mask_token_id, gmask_token_id,
         quantization_embeddings (`"chatglm"`):
             Width of the MLP; trained length; 2-D or plain positions; ids of `[MASK]` and `[gMASK]`; whether the word
@@ -143,6 +146,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     position_encoding_2d: bool | None = None
     mask_token_id: int | None = None
     gmask_token_id: int | None = None
+    smask_token_id: int | None = None
     quantization_embeddings: bool | None = None
     early_positions: bool | None = None
 
@@ -223,6 +227,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             for offset, field in {
                 0: "mask_token_id",
                 1: "gmask_token_id",
+                2: "smask_token_id",
                 4: "bos_token_id",
                 5: "eos_token_id",
             }.items():
