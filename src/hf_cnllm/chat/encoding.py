@@ -14,7 +14,8 @@ the original vocabulary file), set `self.chat_template` unless the checkpoint
 brings one (`read_template` gives the files in `templates/`), and say
 
 * `encodes_messages_alone`: whether a message is encoded apart from the template's text around it (True), or the text
-  between two control tokens is encoded as one (False: ChatGLM, ChatGLM2);
+  between two control tokens is encoded as one (False), unless the template itself writes `border` where a text ends
+  (a variable that is empty everywhere but here);
 * `chat_control_pieces()`: control tokens that are ordinary pieces of the vocabulary. The special added tokens, those
   in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
 """
@@ -43,14 +44,14 @@ def read_template(name: str) -> str:
 def without_control_tokens(backend: Tokenizer, control: Collection[str]) -> Tokenizer:
     """A backend that shares `backend`'s model and steps but can yield none of the `control` tokens.
 
-    Control tokens that were added to the vocabulary are simply not added here. Those that are pieces of the model are
-    also kept from it: the first character of their text becomes a pre-token of its own.
+    Control tokens that were added to the vocabulary are simply not added here. Those that the model makes of their own
+    text are also kept from it: the first character of that text becomes a pre-token of its own.
     """
     plain = Tokenizer(backend.model)
     if backend.normalizer is not None:
         plain.normalizer = backend.normalizer
     steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
-    pieces = [token for token in control if backend.model.token_to_id(token) is not None]
+    pieces = [token for token in control if any(made.value == token for made in backend.model.tokenize(token))]
     if pieces:
         steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
     if steps:
@@ -67,11 +68,11 @@ class ChatBackends(NamedTuple):
     plain: Tokenizer  # any other text
 
     @classmethod
-    def build(cls, backend: Tokenizer, control: Mapping[str, int]) -> "ChatBackends":
+    def build(cls, plain: Tokenizer, control: Mapping[str, int]) -> "ChatBackends":
         if any(len(token) < 2 for token in control):
             raise ValueError("a control token of a single character cannot be told from text")
         words = models.WordLevel(dict(control), unk_token="")
-        return cls(any_of(control) or "(?!)", Tokenizer(words), without_control_tokens(backend, control))
+        return cls(any_of(control) or "(?!)", Tokenizer(words), plain)
 
 
 class Marks(NamedTuple):
@@ -134,6 +135,10 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
         return ()
 
+    def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
+        """The messages of one chat as the template takes them."""
+        return plain_messages(conversation)
+
     def apply_chat_template(
         self,
         conversation,
@@ -162,7 +167,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             and len(conversation) > 0
             and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
         )
-        chats = [plain_messages(chat) for chat in (conversation if is_batched else [conversation])]
+        chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
         if not tokenize:
             return super().apply_chat_template(
                 chats if is_batched else chats[0],
@@ -200,7 +205,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens_map, **marks.break_up(inputs, occurrence)},
+            **{**self.special_tokens_map, **marks.break_up(inputs, occurrence), "border": marks.border},
         )
         rows = [
             encode_sections(text, spans[index] if return_assistant_tokens_mask else None, marks, backends)
@@ -217,6 +222,11 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         )
         return batch if return_dict else batch["input_ids"]
 
+    def encode_message(self, content: str) -> list[int]:
+        """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
+        template = self.chat_template if isinstance(self.chat_template, str) else ""
+        return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+
     def _chat_backends(self, template: str) -> ChatBackends:
         """The backends for the control tokens of now; built again when tokens are added or the template changes."""
         listed = set(getattr(self, "chat_control_tokens", None) or ())
@@ -230,9 +240,12 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         key = (frozenset(control.items()), tuple(str(token) for token in added.values()), id(self._tokenizer))
         cached = self.__dict__.get("_chat_backends_cache")
         if cached is None or cached[0] != key:
-            cached = (key, ChatBackends.build(self._tokenizer, control))
+            cached = (key, ChatBackends.build(self._without_control_tokens(control), control))
             self.__dict__["_chat_backends_cache"] = cached
         return cached[1]
+
+    def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
+        return without_control_tokens(self._tokenizer, control)
 
     def __getstate__(self) -> dict[str, Any]:
         # Caches stay out of pickles: datasets fingerprints a tokenizer by its pickle.

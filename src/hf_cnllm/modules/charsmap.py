@@ -23,8 +23,9 @@ from tokenizers import Regex, normalizers
 
 from .patterns import any_of
 
-# Characters that continue a grapheme cluster; every rule that composes has one of them in second place, or a jamo.
-EXTENDS = r"\p{M}\x{200C}\x{200D}\x{FF9E}\x{FF9F}\x{0E33}\x{0EB3}"
+# Characters that continue a grapheme cluster, or may in a later version of Unicode than the Rust side's. Every rule that
+# composes has one of them in second place, or a jamo.
+EXTENDS = r"\p{M}\p{Cn}\x{200C}\x{200D}\x{FF9E}\x{FF9F}\x{0E33}\x{0EB3}"
 # Unassigned, and a cluster of its own (Grapheme_Cluster_Break=Control).
 BORDER = "\U000e0fff"
 LEADING_JAMO = range(0x1100, 0x1113)

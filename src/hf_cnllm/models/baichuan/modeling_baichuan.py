@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
 from ...attention.blind_rows import BlindRows, fill_blind_rows
 from ...attention.documents import packed_documents
+from ...chat.baichuan import BaichuanChatMixin
 from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.norm_head import NormHead
@@ -265,7 +266,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return BlindRows(tokens.cumsum(1) == 0, tokens if self.config.norm_head else None)
 
 
-class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
+class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
