@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .modules.norm_head import inverse_row_norms, normalize_rows
 
-
 DEFAULT_CHUNK_SIZE = 512
 """Tokens whose logits are held at a time: a quarter of a gigabyte in fp32 at a vocabulary of 125,696."""
 

@@ -9,7 +9,6 @@ from ..losses import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .deferred_logits import deferred_logits
 from .norm_head import NormHead
 
-
 try:
     from transformers.modeling_utils import slice_logits_to_keep
 except ImportError:  # transformers before 5.20 or so knows the last positions and a list of positions only

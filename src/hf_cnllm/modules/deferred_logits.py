@@ -70,10 +70,15 @@ class _DeferredHead(torch.autograd.Function):
         return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
-class DeferredTensor(Tensor):
-    """A tensor whose values `compute` returns when the first operation needs them; a cast to another dtype waits too.
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
-    Autograd sees an ordinary tensor (this class sits below it), so results of operations have the right gradients.
+
+class DeferredTensor(Tensor):
+    """A tensor whose values `compute` returns when the first operation needs them.
+
+    Copies and casts wait too: accelerate casts every output of a mixed-precision model to fp32, and
+    DistributedDataParallel may copy it. This class sits below autograd, which sees an ordinary tensor, so the results
+    of operations have the right gradients.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -96,11 +101,22 @@ class DeferredTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operation is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"} and args[0]._values is None:
-            source, dtype = args[0], kwargs["dtype"]
-            return cls(lambda: source.values_now().to(dtype), source.shape, dtype, source.device)
+        if operation in _COPIES and kwargs.keys() <= {"dtype"} and args[0]._values is None:
+            return args[0]._copy_later(operation, **kwargs)
         args, kwargs = tree_map_only(cls, cls.values_now, (args, kwargs))
         return operation(*args, **kwargs)
+
+    def _copy_later(self, operation: Callable[..., Tensor], **kwargs) -> "DeferredTensor":
+        version = self._version
+
+        def compute() -> Tensor:
+            if self._version != version:
+                raise RuntimeError(
+                    "outputs.logits were changed in place after a copy of them was made; detach() it first"
+                )
+            return operation(self.values_now(), **kwargs)
+
+        return DeferredTensor(compute, self.shape, kwargs.get("dtype", self.dtype), self.device)
 
     # What torch does not send through the dispatcher.
 
