@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-
 Message = dict[str, str]
 Conversation = list[Message]
 

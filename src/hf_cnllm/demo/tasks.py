@@ -1,0 +1,58 @@
+"""How the families turn a conversation into training examples and prompts, and which auto class serves them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.conversations import Conversation, encode_conversation
+
+
+class ChatTask:
+    """Next-token training on chat-template data, the loss on the assistant's replies only."""
+
+    auto_class = AutoModelForCausalLM
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        ends = model.generation_config.eos_token_id
+        self.end_token_ids = ends if isinstance(ends, list) else [ends]
+        self.collator = DataCollatorForSeq2Seq(tokenizer, padding="longest")
+
+    def example(self, conversation: Conversation) -> dict[str, Any]:
+        return encode_conversation(self.tokenizer, conversation, self.end_token_ids, self.max_length)
+
+    def prompts(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+        ids = [
+            self.tokenizer.apply_chat_template(c[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+            for c in conversations
+        ]
+        return dict(self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt"))
+
+    def replies(self, output_ids: torch.Tensor, prompt_length: int) -> list[str]:
+        texts = self.tokenizer.batch_decode(output_ids[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def task_class_for(config: PreTrainedConfig) -> type[ChatTask]:
+    """The task of a checkpoint, from its configuration.
+
+    Raises:
+        ValueError: the checkpoint is of no family of this package.
+    """
+    if not type(config).__module__.startswith("hf_cnllm."):
+        raise ValueError(
+            f"model_type {config.model_type!r} is served by transformers itself; the demo is for the families here"
+        )
+    return TASKS.get(config.model_type, ChatTask)
+
+
+TASKS: dict[str, type] = {}

@@ -1,0 +1,127 @@
+"""What the demo does with a model, each in one call of Trainer or generate: fit, measure a loss, reply."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from ..data.conversations import Conversation
+
+Example = dict[str, Any]
+LossCurve = list[tuple[int, float]]
+
+
+class Task(Protocol):
+    """How a family turns conversations into tensors."""
+
+    collator: Callable[[list[Example]], dict[str, torch.Tensor]]
+    end_token_ids: list[int]
+
+    def example(self, conversation: Conversation) -> Example:
+        """One training example with labels."""
+
+    def prompts(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+        """What `generate` takes to answer the last question of each conversation."""
+
+    def replies(self, output_ids: torch.Tensor, prompt_length: int) -> list[str]:
+        """The texts that `generate` added to the prompts."""
+
+
+class QuietProgressCallback(ProgressCallback):
+    """One progress bar that shows the loss, in place of a printed line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    conversations: Sequence[Conversation],
+    scratch: Path,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    gradient_checkpointing: bool = False,
+) -> LossCurve:
+    """Train `model` in place with AdamW and a cosine schedule; returns (step, training loss) of every step."""
+    arguments = _arguments(
+        scratch,
+        batch_size,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        logging_steps=1,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    trainer = _trainer(model, arguments, task, train_dataset=[task.example(c) for c in conversations])
+    trainer.train()
+    return [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+
+
+def mean_loss(
+    model: nn.Module, task: Task, conversations: Sequence[Conversation], scratch: Path, batch_size: int
+) -> float:
+    """The model's loss on the conversations, without training."""
+    examples = [task.example(c) for c in conversations]
+    trainer = _trainer(model, _arguments(scratch, batch_size), task, eval_dataset=examples)
+    return trainer.evaluate()["eval_loss"]
+
+
+def _arguments(scratch: Path, batch_size: int, **options: Any) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=on_gpu,
+        save_strategy="no",
+        report_to="none",
+        **options,
+    )
+
+
+def _trainer(model: nn.Module, arguments: TrainingArguments, task: Task, **datasets: Any) -> Trainer:
+    trainer = Trainer(model, arguments, data_collator=task.collator, **datasets)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgressCallback)
+    return trainer
+
+
+def reply(
+    model: PreTrainedModel,
+    task: Task,
+    conversations: Sequence[Conversation],
+    description: str,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+) -> list[str]:
+    """Answer the last question of each conversation greedily."""
+    model.eval()
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=task.end_token_ids,
+        pad_token_id=model.generation_config.pad_token_id,
+        repetition_penalty=1.0,
+    )
+    replies: list[str] = []
+    for start in tqdm(range(0, len(conversations), batch_size), desc=description, unit="batch"):
+        prompts = task.prompts(conversations[start : start + batch_size])
+        prompts = {name: tensor.to(model.device) for name, tensor in prompts.items()}
+        output = model.generate(**prompts, generation_config=greedy)
+        replies += task.replies(output, prompts["input_ids"].shape[1])
+    return replies
