@@ -111,7 +111,7 @@ def test_a_damaged_line_is_named(tmp_path, line, complaint):
 def test_a_large_file_pointer_and_an_empty_file_are_refused(tmp_path):
     path = tmp_path / "qwen.tiktoken"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:b2b1b8\nsize 2561218\n")
-    with pytest.raises(ValueError, match="line 1 is damaged.*git-lfs"):
+    with pytest.raises(ValueError, match=r"line 1 is damaged.*git-lfs"):
         read_tiktoken(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="holds no tokens"):
