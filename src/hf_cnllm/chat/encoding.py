@@ -22,9 +22,10 @@ brings one (`read_template` gives the files in `templates/`), and say
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
-from itertools import chain
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import Any, ClassVar, NamedTuple
 
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding
@@ -84,9 +85,8 @@ class Marks(NamedTuple):
     @classmethod
     def unused_in(cls, texts: Iterable[str]) -> "Marks":
         used = set().union(*texts)
-        private = (chr(code) for code in range(0xF0000, 0xFFFFE))
-        free = [char for char in private if char not in used]
-        return cls(free[0], free[1])
+        free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
+        return cls(next(free), next(free))
 
     def break_up(self, value: Any, control: re.Pattern) -> Any:
         """`value` with every control token in its strings, keys included, broken by glue after its first character."""
@@ -207,8 +207,11 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             add_generation_prompt=add_generation_prompt,
             **{**self.special_tokens_map, **marks.break_up(inputs, occurrence), "border": marks.border},
         )
+        encoding_kwargs = dict(tokenizer_kwargs or {})
+        columns = {"assistant_masks": return_assistant_tokens_mask}
+        columns["offset_mapping"] = encoding_kwargs.pop("return_offsets_mapping", False)
         rows = [
-            encode_sections(text, spans[index] if return_assistant_tokens_mask else None, marks, backends)
+            encode_chat(text, marks, backends, *(spans[index : index + 1] or [[]]), *columns.values())
             for index, text in enumerate(rendered)
         ]
         batch = self._chat_batch(
@@ -218,7 +221,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             truncation=truncation,
             max_length=max_length,
             return_tensors=return_tensors,
-            **(tokenizer_kwargs or {}),
+            **encoding_kwargs,
         )
         return batch if return_dict else batch["input_ids"]
 
@@ -229,20 +232,22 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
     def _chat_backends(self, template: str) -> ChatBackends:
         """The backends for the control tokens of now; built again when tokens are added or the template changes."""
-        listed = set(getattr(self, "chat_control_tokens", None) or ())
+        listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
-        control = {
-            token.content: token_id
-            for token_id, token in added.items()
-            if token.special or token.content in listed or (token.content in template and not token.content.isspace())
-        }
-        control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
-        key = (frozenset(control.items()), tuple(str(token) for token in added.values()), id(self._tokenizer))
+        key = (template, listed, tuple((index, repr(token)) for index, token in added.items()))
         cached = self.__dict__.get("_chat_backends_cache")
-        if cached is None or cached[0] != key:
-            cached = (key, ChatBackends.build(self._without_control_tokens(control), control))
+        if cached is None or cached[0] != key or cached[1] is not self._tokenizer:
+            control = {
+                token.content: index
+                for index, token in added.items()
+                if token.special
+                or token.content in listed
+                or (token.content in template and not token.content.isspace())
+            }
+            control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
+            cached = (key, self._tokenizer, ChatBackends.build(self._without_control_tokens(control), control))
             self.__dict__["_chat_backends_cache"] = cached
-        return cached[1]
+        return cached[2]
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
         return without_control_tokens(self._tokenizer, control)
@@ -253,7 +258,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
     def _chat_batch(
         self,
-        rows: list[tuple[Encoding, list[int] | None]],
+        rows: "list[EncodedChat]",
         is_batched: bool,
         padding,
         truncation,
@@ -271,97 +276,130 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
             padding, truncation, max_length, pad_to_multiple_of, verbose, **flags
         )
-        has_masks = rows[0][1] is not None
-        if has_masks and return_overflowing_tokens:
-            raise ValueError("return_overflowing_tokens is not compatible with return_assistant_tokens_mask.")
         if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
-            for encoding, mask in rows:
-                encoding.truncate(max_length, stride=stride, direction=self.truncation_side)
-                if mask is not None and self.truncation_side == "left":
-                    del mask[: len(mask) - max_length if len(mask) > max_length else 0]
-                elif mask is not None:
-                    del mask[max_length:]
-        encodings = [
-            piece for encoding, _ in rows for piece in [encoding, *(encoding.overflowing * return_overflowing_tokens)]
-        ]
-        for encoding in encodings:
-            self._eventual_warn_about_too_long_sequence(encoding.ids, max_length, verbose)
+            for row in rows:
+                row.truncate(max_length, stride, self.truncation_side)
+        source = range(len(rows))
+        if return_overflowing_tokens:
+            source = [index for index, row in enumerate(rows) for _ in range(1 + len(row.encoding.overflowing))]
+            rows = [part for row in rows for part in (row, *row.overflowing())]
+        for row in rows:
+            self._eventual_warn_about_too_long_sequence(row.encoding.ids, max_length, verbose)
         if padding_strategy != PaddingStrategy.DO_NOT_PAD:
-            is_longest = padding_strategy == PaddingStrategy.LONGEST
-            length = max(map(len, encodings)) if is_longest else max_length
-            if pad_to_multiple_of:
-                length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-            side = padding_side or self.padding_side
-            for encoding in encodings:
-                encoding.pad(
-                    length,
-                    direction=side,
+            if padding_strategy == PaddingStrategy.LONGEST:
+                max_length = max(len(row.encoding) for row in rows)
+            multiple = pad_to_multiple_of or 1
+            for row in rows:
+                row.pad(
+                    -(-max_length // multiple) * multiple,
+                    direction=padding_side or self.padding_side,
                     pad_id=self.pad_token_id,
                     pad_type_id=self.pad_token_type_id,
                     pad_token=self.pad_token,
                 )
-            for _, mask in rows:
-                if mask is not None:
-                    missing = [0] * (length - len(mask))
-                    mask[:] = missing + mask if side == "left" else mask + missing
         data: dict[str, list] = {}
-        for encoding in encodings:
-            for name, value in self._convert_encoding(encoding, verbose=verbose, **flags)[0].items():
-                data.setdefault(name, []).extend(value)
+        for row in rows:
+            backend_columns, _ = self._convert_encoding(row.encoding, verbose=verbose, **flags)
+            for name, values in backend_columns.items():
+                data.setdefault(name, []).extend(values)
+            for name, values in row.columns.items():
+                data.setdefault(name, []).append(values)
         if return_overflowing_tokens:
-            data["overflow_to_sample_mapping"] = [
-                index for index, (encoding, _) in enumerate(rows) for _ in range(1 + len(encoding.overflowing))
-            ]
-        if has_masks:
-            data["assistant_masks"] = [mask for _, mask in rows]
-        if not is_batched and return_tensors is None and not return_overflowing_tokens:
-            return BatchEncoding({name: value[0] for name, value in data.items()}, encodings)
-        return BatchEncoding(data, encodings, tensor_type=return_tensors)
+            data["overflow_to_sample_mapping"] = list(source)
+        elif not is_batched and return_tensors is None:
+            return BatchEncoding({name: values[0] for name, values in data.items()})
+        return BatchEncoding(data, tensor_type=return_tensors)
 
 
-def encode_sections(
-    rendered: str, spans: list[tuple[int, int]] | None, marks: Marks, backends: ChatBackends
-) -> tuple[Encoding, list[int] | None]:
-    """One rendered chat as an encoding and, given the `spans` of characters that the assistant generates, a mask.
+# --------------------------------------------------------------------------------------------------------------------
+# one rendered chat
 
-    Offsets in the encoding refer to the chat as its reader sees it, without the marks.
-    """
-    texts: list[str] = []
-    starts: list[int] = []
-    is_control: list[bool] = []
 
-    def add(start: int, end: int, control: bool) -> None:
-        if start < end:
-            texts.append(rendered[start:end])
-            starts.append(start)
-            is_control.append(control)
+class Section(NamedTuple):
+    """A stretch of a rendered chat that is one control token, or is encoded as one plain text."""
 
+    text: str
+    start: int
+    is_control: bool
+
+
+def sections(rendered: str, marks: Marks, control: str) -> Iterator[Section]:
     last = 0
-    for match in re.finditer(f"{marks.border}|({backends.control})", rendered):
-        add(last, match.start(), False)
-        add(match.start(), match.end(), True) if match[1] else None
+    for match in re.finditer(f"{marks.border}|({control})", rendered):
+        if last < match.start():
+            yield Section(rendered[last : match.start()], last, False)
+        if match[1]:
+            yield Section(match[1], match.start(), True)
         last = match.end()
-    add(last, len(rendered), False)
-
-    plain = (text.replace(marks.glue, "") for text, control in zip(texts, is_control, strict=True) if not control)
-    plain_encodings = iter(backends.plain.encode_batch(list(plain), add_special_tokens=False))
-    encodings = [
-        backends.control_ids.encode(text) if control else next(plain_encodings)
-        for text, control in zip(texts, is_control, strict=True)
-    ]
-    mask = None
-    if spans is not None:
-        mask = []
-        for text, start, encoding in zip(texts, starts, encodings, strict=True):
-            mask += generated(encoding, [start + at for at, char in enumerate(text) if char != marks.glue], spans)
-    return Encoding.merge(encodings, growing_offsets=True), mask
+    if last < len(rendered):
+        yield Section(rendered[last:], last, False)
 
 
-def generated(encoding: Encoding, positions: list[int], spans: list[tuple[int, int]]) -> list[int]:
-    """1 for the tokens that lie in one of the `spans`; character `i` of the encoded text stands at `positions[i]`."""
-    mask = []
+@dataclass
+class EncodedChat:
+    """The tokens of one chat: the backend's encoding, and what it cannot know, with an entry for every token."""
+
+    PADDING: ClassVar[dict[str, Any]] = {"assistant_masks": 0, "offset_mapping": (0, 0)}
+
+    encoding: Encoding
+    columns: dict[str, list]
+
+    def truncate(self, max_length: int, stride: int, side: str) -> None:
+        excess = max(len(self.encoding) - max_length, 0)
+        self.encoding.truncate(max_length, stride=stride, direction=side)
+        for values in self.columns.values():
+            del values[slice(excess) if side == "left" else slice(max_length, None)]
+
+    def overflowing(self) -> "list[EncodedChat]":
+        """What `truncate` cut off."""
+        if self.columns and self.encoding.overflowing:
+            raise ValueError(f"return_overflowing_tokens is not compatible with {' and '.join(self.columns)}.")
+        return [EncodedChat(encoding, {}) for encoding in self.encoding.overflowing]
+
+    def pad(self, length: int, direction: str, **tokens: Any) -> None:
+        missing = max(length - len(self.encoding), 0)
+        self.encoding.pad(length, direction=direction, **tokens)
+        for name, values in self.columns.items():
+            at = 0 if direction == "left" else len(values)
+            values[at:at] = [self.PADDING[name]] * missing
+
+
+def encode_chat(
+    rendered: str,
+    marks: Marks,
+    backends: ChatBackends,
+    spans: list[tuple[int, int]],
+    with_mask: bool,
+    with_offsets: bool,
+) -> EncodedChat:
+    """Encodes a rendered chat section by section.
+
+    Args:
+        spans: the characters of `rendered` that the assistant generates, as (start, end).
+        with_mask: add the column `assistant_masks`, 1 for the tokens that lie in one of the `spans`.
+        with_offsets: add the column `offset_mapping`, in characters of the chat without the marks.
+    """
+    parts = list(sections(rendered, marks, backends.control))
+    texts = [part.text.replace(marks.glue, "") for part in parts if not part.is_control]
+    plain = iter(backends.plain.encode_batch(texts, add_special_tokens=False))
+    encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in parts]
+
+    columns: dict[str, list] = {}
+    if with_mask or with_offsets:
+        places = [place for pair in zip(parts, encodings, strict=True) for place in token_places(*pair, marks.glue)]
+        if with_mask:
+            columns["assistant_masks"] = [
+                int(any(low < max(end, start + 1) and start < high for low, high in spans)) for start, end in places
+            ]
+        if with_offsets:
+            shown = list(accumulate((char not in marks for char in rendered), initial=0))
+            columns["offset_mapping"] = [(shown[start], shown[end]) for start, end in places]
+    return EncodedChat(Encoding.merge(encodings, growing_offsets=True), columns)
+
+
+def token_places(section: Section, encoding: Encoding, glue: str) -> Iterator[tuple[int, int]]:
+    """The characters of the rendered chat that each token of a section stands for, as (start, end)."""
+    places = [section.start + index for index, char in enumerate(section.text) if char != glue]
     for start, end in encoding.offsets:
-        first = positions[min(start, len(positions) - 1)]
-        last = positions[max(end - 1, start)] if end > start else first
-        mask.append(int(any(low <= last and first < high for low, high in spans)))
-    return mask
+        first = places[min(start, len(places) - 1)]
+        yield first, first if end <= start else places[end - 1] + 1
