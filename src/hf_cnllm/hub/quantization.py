@@ -16,7 +16,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modules.quantized_linear import QuantizedEmbedding, QuantizedLinear
 
-
 QUANT_METHOD = "chatglm"
 # What the originals quantise in each layer; embeddings, norms, biases and heads stay floats.
 LAYER_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

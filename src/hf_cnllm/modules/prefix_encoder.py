@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-
 PREFIX_KEY = "prefix_encoder."
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 

@@ -6,7 +6,6 @@ from .modeling_chatglm_auto import (
     ChatGLMPreTrainedModel,
 )
 
-
 __all__ = [
     "ChatGLMConfig",
     "ChatGLMForConditionalGeneration",

@@ -18,12 +18,14 @@ from transformers import PreTrainedConfig
 
 from ...modules.configuration import CheckpointConfigMixin
 
-
 # Keys that only one of the two originals has: what an unlabelled checkpoint is recognised by.
 DECISIVE_KEYS = {
     "chatglm": ("position_encoding_2d", "inner_hidden_size"),
     "chatglm2": ("ffn_hidden_size", "multi_query_attention", "kv_channels"),
 }
+
+DEFAULT_ARCHITECTURE = "chatglm2"  # of a configuration that is made from nothing; a checkpoint must be recognisable
+HOW_TO_CHOOSE = 'Set `architecture` to "chatglm" (ChatGLM-6B) or "chatglm2" (ChatGLM2, ChatGLM3).'
 
 # The fields of one architecture alone, and what its original assumes for those that `config.json` does not mention
 # (None: nothing, or decided from other fields below).
@@ -74,6 +76,15 @@ DERIVED_SIZES = {
 EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
 
 
+def decisive_keys_of(values: dict[str, Any]) -> dict[str, list[str]]:
+    """Architecture -> those of its decisive keys that `values` sets; architectures without any are left out."""
+    seen = {
+        architecture: [key for key in keys if values.get(key) is not None]
+        for architecture, keys in DECISIVE_KEYS.items()
+    }
+    return {architecture: keys for architecture, keys in seen.items() if keys}
+
+
 @strict
 class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     r"""
@@ -81,7 +92,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     Args:
         architecture (`"chatglm"` or `"chatglm2"`, *optional*): (ours)
-            Which of the two models this is. Left out, it is decided from the other keys (`DECISIVE_KEYS`).
+            Which of the two models this is. Left out, it is decided from the other keys (`DECISIVE_KEYS`); without any
+            of them a checkpoint is an error, and a configuration made from nothing is `"chatglm2"`.
         vocab_size (`int`, *optional*):
             Rows of the embedding. ChatGLM2/3 call it `padded_vocab_size`; both names work and both are saved.
         pre_seq_len (`int`, *optional*), prefix_projection (`bool`):
@@ -171,8 +183,6 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     bias_dropout_fusion: bool | None = None
     fp32_residual_connection: bool | None = None
 
-    has_no_defaults_at_init = True  # a bare `ChatGLMConfig()` cannot know which architecture is meant
-
     def __post_init__(self, **kwargs):
         derived = {name: value for name in DERIVED_SIZES if (value := kwargs.pop(name, None)) is not None}
         if self.architecture is None:
@@ -201,18 +211,13 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
                 )
 
     def _recognise_architecture(self) -> str:
-        seen = {
-            architecture: [key for key in keys if getattr(self, key) is not None]
-            for architecture, keys in DECISIVE_KEYS.items()
-        }
-        candidates = [architecture for architecture, keys in seen.items() if keys]
-        if len(candidates) == 1:
-            return candidates[0]
-        found = ", ".join(key for keys in seen.values() for key in keys) or "none of the keys that tell them apart"
-        raise ValueError(
-            "cannot tell whether this is ChatGLM-6B or ChatGLM2/3: the configuration has "
-            f'{found}. Set `architecture` to "chatglm" (ChatGLM-6B) or "chatglm2" (ChatGLM2, ChatGLM3).'
-        )
+        seen = decisive_keys_of(vars(self))
+        if len(seen) > 1:
+            raise ValueError(
+                f"this configuration mixes keys of ChatGLM-6B ({', '.join(seen['chatglm'])}) and of ChatGLM2/3 "
+                f"({', '.join(seen['chatglm2'])}). {HOW_TO_CHOOSE}"
+            )
+        return next(iter(seen), DEFAULT_ARCHITECTURE)
 
     def _decide_revision(self):
         """The March 2023 revision of ChatGLM-6B: its vocabulary size says so, or the pad token it did not know."""
@@ -272,7 +277,13 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         # Overrides take part in the decisions above, so they must be there when the configuration is built.
         overrides = {field.name: kwargs[field.name] for field in fields(cls) if field.name in kwargs}
         overrides.pop("dtype", None)
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        config_dict = config_dict | overrides
+        if config_dict.get("architecture") is None and not decisive_keys_of(config_dict):
+            raise ValueError(
+                f"this config.json has none of the keys that tell ChatGLM-6B from ChatGLM2/3 "
+                f"({', '.join(key for keys in DECISIVE_KEYS.values() for key in keys)}). {HOW_TO_CHOOSE}"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of this architecture, under the names its original knows."""

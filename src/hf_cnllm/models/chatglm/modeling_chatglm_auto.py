@@ -40,7 +40,6 @@ from ...modules.prefix_encoder import PrefixEncoder
 from ...modules.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from .configuration_chatglm import ChatGLMConfig
 
-
 ARCHITECTURES = {
     "chatglm": "hf_cnllm.models.chatglm.modeling_chatglm",
     "chatglm2": "hf_cnllm.models.chatglm2.modeling_chatglm2",
@@ -59,6 +58,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     architecture: ClassVar[str | None] = None
 
@@ -137,7 +141,21 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """Door to the backbones: hidden states (batch, length, hidden_size) after the final norm, no output projection."""
+    """Door to the backbones."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """What every architecture's backbone takes and returns: hidden states (batch, length, hidden_size) after the
+        final norm."""
+        raise NotImplementedError
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):

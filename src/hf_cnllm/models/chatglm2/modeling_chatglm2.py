@@ -20,7 +20,6 @@ from ...modules.prefix_encoder import PrefixEncoder, default_positions, with_pre
 from ..chatglm import modeling_chatglm_auto as auto
 from ..chatglm.configuration_chatglm import ChatGLMConfig
 
-
 logger = logging.get_logger(__name__)
 
 ROPE_BASE = 10000.0
@@ -197,18 +196,13 @@ class GLMTransformer(nn.Module):
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     architecture = "chatglm2"
     _no_split_modules = ["GLMBlock"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    # Stored by the originals, determined by the configuration.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+    # Stored by the originals: a buffer that the configuration determines, and, in the backbone, the output projection.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq", r"output_layer\.weight"]
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
-    """The backbone. As in the original it also holds the output projection, which its `forward` does not use."""
+    """The backbone."""
 
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
@@ -216,13 +210,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         "encoder.layers.*.self_attention.dense": "rowwise_split_input",
         "encoder.layers.*.mlp.dense_h_to_4h": "colwise_gather_output",
         "encoder.layers.*.mlp.dense_4h_to_h": "rowwise_split_input",
-        "output_layer": "colwise_gather_output",
     }
     _fsdp_plan = {
         "embedding": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
         "encoder.final_layernorm": "keep_full_weight",
-        "output_layer": "keep_full_weight",
     }
 
     def __init__(self, config: ChatGLMConfig):
@@ -230,7 +222,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         self.embedding = Embedding(config)
         self.rotary_pos_emb = RotaryEmbedding(config)
         self.encoder = GLMTransformer(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.prefix_encoder = None
         if config.pre_seq_len is not None:
             all_layers = config.num_layers * 2 * config.num_key_value_heads * config.head_dim
@@ -315,10 +306,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration):
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+    _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
+    _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
+        # The checkpoints keep it inside the backbone, which has no use for it by itself.
+        self.transformer.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
