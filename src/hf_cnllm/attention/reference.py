@@ -36,3 +36,17 @@ def alibi_bias_reference(slopes: torch.Tensor, queries: int, keys: int) -> torch
     i = torch.arange(keys - queries, keys, dtype=slopes.dtype)[:, None]
     j = torch.arange(keys, dtype=slopes.dtype)[None, :]
     return torch.where(j <= i, slopes[:, None, None] * (j - i), -torch.inf)
+
+
+def prefix_lm_bias_reference(prefix: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """The prefix-LM mask, [batch, 1, length, length]: 0 where query i sees key j, else −inf (GLM, arXiv 2103.10360).
+
+    Args:
+        prefix: [batch, length], True for the tokens that all of their text sees.
+        documents: [batch, length], 0 for padding and one number for the tokens of each text.
+    """
+    positions = torch.arange(prefix.shape[1])
+    causal = positions[None, :] <= positions[:, None]
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents != 0)[:, None, :]
+    visible = same & (causal | (prefix & (documents != 0))[:, None, :])
+    return torch.where(visible, 0.0, -torch.inf)[:, None]

@@ -1,0 +1,389 @@
+"""ChatGLM-6B (GLM, arXiv 2103.10360): a prefix language model with 2-D rotary positions and a scaled residual stream."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
+from ...modules.block_positions import Blanks, check_blanks, find_blanks
+from ...modules.prefix_encoder import PrefixEncoder
+from ...modules.prefix_lm_generation import PrefixLMGenerationMixin
+from ...modules.rotary import rotate_half
+from . import modeling_chatglm_auto as auto
+from .configuration_chatglm import ChatGLMConfig
+
+
+ROPE_BASE = 10000.0
+
+# √(2·28). The original's layers never learn how many there are and assume ChatGLM-6B's 28.
+RESIDUAL_SCALE = 56**0.5
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles in fp32. In 2-D mode the first half of each head turns with the position, the second half with the block
+    position, each half in the half-split form.
+
+    The frequencies are those of the original's fp16 buffer, which its weights were trained with: rounding them moves the
+    angle at position 1,900 by up to half a radian.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dim = config.head_dim // 2 if config.position_encoding_2d else config.head_dim
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, [batch, 1, length, rows, dim] for position_ids [batch, rows, length], in the dtype of
+        `hidden_states`."""
+        channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
+        inv_freq = (1.0 / ROPE_BASE ** (channels / self.dim)).half().float()
+        angles = position_ids.transpose(1, 2)[:, None, :, :, None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns states [batch, heads, length, head_dim], a part of each head for each row of positions."""
+    parts = states.unflatten(-1, cos.shape[-2:])
+    return (parts * cos + rotate_half(parts) * sin).flatten(-2)
+
+
+class SelfAttention(nn.Module):
+    """Attention over one packed projection, q | k | v of each head in turn.
+
+    The original scales queries by 1 / (layer + 1) and scores by layer + 1, to keep fp16 scores small; softmax sees the
+    plain scores.
+    """
+
+    num_key_value_groups = 1
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | PrefixLMLayout | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        mixed = self.query_key_value(hidden_states).view(*input_shape, -1, 3 * self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in mixed.chunk(3, dim=-1))
+        query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
+        key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
+
+        if prefix is not None:
+            key_states = torch.cat((prefix[0], key_states), dim=-2)
+            value_states = torch.cat((prefix[1], value_states), dim=-2)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = prefix_lm_attention(self.config._attn_implementation)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.dense(attn_output), attn_weights
+
+
+class GLU(nn.Module):
+    """The MLP, under the original's name (there is no gate in it)."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN["gelu_pytorch_tanh"]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(self.act_fn(self.dense_h_to_4h(hidden_states)))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = GLU(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | PrefixLMLayout | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        # The residual is the norm's output, not its input.
+        normed = self.input_layernorm(hidden_states)
+        attn_output, _ = self.attention(
+            normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            prefix=prefix,
+            **kwargs,
+        )
+        hidden_states = normed * RESIDUAL_SCALE + attn_output
+
+        normed = self.post_attention_layernorm(hidden_states)
+        return normed * RESIDUAL_SCALE + self.mlp(normed)
+
+
+class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
+    architecture = "chatglm"
+    _no_split_modules = ["GLMBlock"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    # Attention functions from outside know no prefix and would be causal.
+    _supports_attention_backend = False
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+    # Stored by the original in every layer, determined by the configuration.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
+    """The backbone."""
+
+    # A head's q | k | v are neighbours, so shards of the projection are whole heads.
+    _tp_plan = {
+        "layers.*.attention.query_key_value": "colwise",
+        "layers.*.attention.dense": "rowwise",
+        "layers.*.mlp.dense_h_to_4h": "colwise",
+        "layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+    _fsdp_plan = {
+        "word_embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "final_layernorm": "keep_full_weight",
+    }
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.prefix_encoder = None
+        if config.pre_seq_len is not None:
+            self.requires_grad_(False)  # P-tuning v2 trains the prefix (and, in the original, the output projection)
+            self.prefix_encoder = PrefixEncoder(config, projection_size=config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, length). Each text is a context with a mask token ([gMASK], [MASK] or [sMASK]) in it, one
+                start token (`bos_token_id`), and the answer. The context sees all of itself, the rest is causal.
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding, or equal numbers from 1 for the
+                tokens of one packed text. A P-tuning prefix is not counted. Or (batch or 1, 1, length, past + length),
+                True where a query sees a key, or additive, which then says everything.
+            position_ids: (batch, 2, length), positions and block positions; the tokens with block position 0 are the
+                context. Worked out from `input_ids` if not given, which takes all of a text: after a cache, and with
+                `inputs_embeds`, they must be given. With `position_encoding_2d=False`, (batch, length).
+
+        Returns:
+            `hidden_states`, if asked for, are the embeddings and each layer's output, the last one after the final norm.
+
+        Raises:
+            ValueError: `input_ids` are not as said, or `position_ids` have the wrong shape.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
+        position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        prefix, past = None, past_key_values
+        if self.prefix_encoder is not None:
+            if self.gradient_checkpointing and self.training:
+                past_key_values = None  # the layers would drop it, and the prefix with it
+            prefix, past = self.prefix_encoder.place(past_key_values, batch_size, inputs_embeds.dtype)
+
+        mask = create_prefix_lm_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past,
+            prefix=context,
+            learned_keys=self.config.pre_seq_len or 0,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states = inputs_embeds
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                prefix=None if prefix is None else prefix[layer_idx],
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        hidden_states = self.final_layernorm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def find_blanks(self, input_ids: torch.LongTensor, tokens: torch.Tensor | None, check: bool) -> Blanks:
+        """The blanks of (batch, length) texts, of which [gMASK] is preferred to [MASK], and that to [sMASK].
+
+        Raises:
+            ValueError: `check` is set and the texts are not a context with a blank, a start token and an answer; or the
+                configuration does not know these tokens.
+        """
+        config = self.config
+        known = {
+            name: getattr(config, name)
+            for name in ("gmask_token_id", "mask_token_id", "smask_token_id")
+            if getattr(config, name) is not None
+        }
+        if not known or config.bos_token_id is None:
+            raise ValueError(
+                "to find the context in `input_ids` the configuration needs `bos_token_id` and at least one of "
+                "`gmask_token_id`, `mask_token_id` and `smask_token_id`: set them, or pass 2-row `position_ids`"
+            )
+        blanks = find_blanks(input_ids, tokens, config.bos_token_id, [(token,) for token in known.values()])
+        if check and not torch.compiler.is_compiling():
+            check_blanks(blanks, input_ids, ("bos_token_id", config.bos_token_id), known)
+        return blanks
+
+    def positions_of_blanks(self, blanks: Blanks) -> torch.LongTensor:
+        """(batch, 2, length), or (batch, length) with `position_encoding_2d=False`."""
+        config = self.config
+        # [gMASK] stands for all that follows the context: in one dimension its answer just goes on counting.
+        at_the_end = blanks.kind == 0 if config.gmask_token_id is not None else torch.zeros_like(blanks.token)
+        if not config.position_encoding_2d:
+            goes_on = (blanks.index < blanks.start) | at_the_end
+            return torch.where(goes_on, blanks.index, blanks.blank) * blanks.token
+        position_ids = blanks.position_ids()
+        if config.early_positions:
+            # The first revision left the start token of [gMASK] at its own index; what follows is as ever.
+            first = at_the_end & blanks.token & (blanks.index == blanks.start)
+            position_ids[:, 0] = torch.where(first, blanks.index, position_ids[:, 0])
+        return position_ids
+
+    def _positions_and_context(
+        self,
+        input_ids: torch.LongTensor | None,
+        tokens: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Positions (batch, rows, length), and which tokens are context, (batch, length) or None for none."""
+        batch_size, length = inputs_embeds.shape[:2]
+        two_rows = self.config.position_encoding_2d
+        if position_ids is None:
+            if input_ids is None:
+                raise ValueError(
+                    "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
+                )
+            blanks = self.find_blanks(input_ids, tokens, check=True)
+            position_ids = self.positions_of_blanks(blanks)
+            context = blanks.context
+        else:
+            expected = (2, length) if two_rows else (length,)
+            if position_ids.shape[1:] != expected or position_ids.shape[0] not in (1, batch_size):
+                raise ValueError(
+                    f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, *expected)}: "
+                    f"{'positions and block positions' if two_rows else 'positions'} of the {length} tokens."
+                )
+            position_ids = position_ids.expand(batch_size, *expected)
+            if two_rows:
+                context = position_ids[:, 1] == 0
+            elif input_ids is not None and length > 1:
+                blanks = self.find_blanks(input_ids, tokens, check=False)
+                context = blanks.context & (blanks.start != blanks.missing)
+            else:
+                context = None
+        if context is not None and tokens is not None:
+            context = context & (tokens != 0)
+        return position_ids if two_rows else position_ids[:, None], context
+
+
+class ChatGLMForConditionalGeneration(
+    PrefixLMGenerationMixin, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration
+):
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head = new_embeddings
+
+    def positions_of_prompt(self, input_ids, attention_mask, check):
+        return self.transformer.positions_of_blanks(self.transformer.find_blanks(input_ids, attention_mask, check))
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
+    pass
+
+
+__all__ = [
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
+    "ChatGLMModel",
+    "ChatGLMPreTrainedModel",
+]

@@ -1,0 +1,118 @@
+"""`generate` for prefix language models with GLM's 2-D positions.
+
+transformers' loop counts positions up by one, row by row, which is not what a blank's tokens have. Here the loop carries
+no positions: each step works them out anew from all token ids so far, which travel with the generation through beams,
+assistants and caches of any kind. The blank and the start token are those of the prompt, whatever is generated later.
+Positions that the caller gives for the prompt are carried along and continued.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .prefix_encoder import with_prefix_columns
+
+
+class PrefixLMGenerationMixin:
+    """Stands in front of `GenerationMixin`; the model defines `positions_of_prompt`."""
+
+    def positions_of_prompt(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, check: bool
+    ) -> torch.LongTensor:
+        """[batch, 2, length] (or [batch, length]) position ids of a prompt and what has been generated after it.
+
+        Args:
+            input_ids, attention_mask: [batch, length], from the first token on.
+            check: refuse a malformed prompt; off once tokens are generated, which may be anything.
+        """
+        raise NotImplementedError
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if model_kwargs.get("inputs_embeds") is not None and inputs_tensor.is_floating_point():
+            raise ValueError(
+                "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
+            )
+        return None
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        # Out of the way of the loop, which would take the rows for a batch and count them up.
+        if (position_ids := model_kwargs.pop("position_ids", None)) is not None:
+            if model_kwargs.get("inputs_embeds") is not None and input_ids.shape[1] > 0:
+                raise ValueError("pass `input_ids` or `inputs_embeds` together with `position_ids`, not both")
+            model_kwargs["prompt_position_ids"] = position_ids.expand(input_ids.shape[0], *position_ids.shape[1:])
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _prefill(self, input_ids, generation_config, *args, **kwargs):
+        if (generation_config.prefill_chunk_size or input_ids.shape[1]) < input_ids.shape[1]:
+            raise ValueError(
+                "`prefill_chunk_size` is not possible here: the context of a prefix language model sees all of itself, so "
+                "it must be computed at once."
+            )
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        prompt_position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        if prompt_position_ids is not None:
+            length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
+            position_ids = continue_positions(prompt_position_ids, length)
+        else:
+            # The mask may cover virtual tokens in front (PEFT's prefix tuning), which have no positions.
+            tokens = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            position_ids = self.positions_of_prompt(input_ids, tokens, check=bool(is_first_iteration))
+        kwargs["position_ids"] = position_ids
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """For static caches: after the prompt the mask is causal and made outside the compiled step; the prompt's own is
+        made in the forward pass, which is not compiled then."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        learned_keys = getattr(config, "pre_seq_len", None)
+        attention_mask = with_prefix_columns(attention_mask, learned_keys)
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+
+
+def continue_positions(position_ids: torch.LongTensor, length: int) -> torch.LongTensor:
+    """Positions of a prompt, [batch, 2, prompt length] or [batch, prompt length], for `length` tokens.
+
+    The tokens after it stay at the last position and go on in the block. Positions of one row go on as they ended:
+    still, or counting.
+    """
+    more = length - position_ids.shape[-1]
+    if more <= 0:
+        return position_ids[..., :length]
+    last = position_ids[..., -1:]
+    if position_ids.ndim == 3:
+        step = torch.tensor([[0], [1]], device=position_ids.device)
+    else:
+        before = F.pad(position_ids, (1, 0), value=-1)[..., -2:-1]
+        step = (last - before == 1).long()
+    steps = torch.arange(1, more + 1, device=position_ids.device)
+    return torch.cat([position_ids, last + step * steps], dim=-1)
