@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...losses import DEFAULT_CHUNK_SIZE
 from ...modules.configuration import CheckpointConfigMixin
 
 # Keys that only one of the two originals has: what an unlabelled checkpoint is recognised by.
@@ -102,6 +103,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             Dropout on the learned prefix in training.
         quantization_bit (`int`):
             8 or 4: the linear weights of the layers are stored as integers with one scale per row. 0: they are not.
+        loss_chunk_size (`int`, *optional*): (ours)
+            Tokens per chunk of the training loss, which then never holds all logits; None computes them.
         early_positions (`bool`, *optional*): (ours, `"chatglm"`)
             The 150,528-token revision of ChatGLM-6B, which gives bos another position than the later ones. Left out, it
             is true for that vocabulary size, and for an unusual size without a `pad_token_id`.
@@ -152,6 +155,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     prefix_projection: bool = False
     prefix_dropout: float = 0.0
     quantization_bit: int = 0
+    loss_chunk_size: int | None = DEFAULT_CHUNK_SIZE
 
     inner_hidden_size: int | None = None
     max_sequence_length: int | None = None

@@ -31,11 +31,11 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...hub.quantization import QUANT_METHOD, quantize
+from ...modules.causal_lm_head import loss_and_logits
 from ...modules.prefix_encoder import PrefixEncoder
 from ...modules.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from .configuration_chatglm import ChatGLMConfig
@@ -192,13 +192,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.get_output_embeddings()(hidden_states)
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-
+        loss, logits = loss_and_logits(
+            self, self.get_output_embeddings(), outputs.last_hidden_state, labels, logits_to_keep, **kwargs
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
