@@ -18,6 +18,7 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -179,8 +180,21 @@ def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def build_decoder(model: SentencePieceModel) -> decoders.Decoder:
-    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+def build_decoder(
+    model: SentencePieceModel, silent: str | None = None, texts: Mapping[str, str] | None = None
+) -> decoders.Decoder:
+    """Pieces to text; the white space that the normaliser puts in front goes.
+
+    Args:
+        silent: pattern of the pieces that have no text.
+        texts: pieces that have another text than their own. White space there is text: it stays in front.
+    """
+    steps: list[decoders.Decoder] = []
+    if silent:
+        steps.append(decoders.Replace(Regex(rf"\A(?:{silent})\z"), ""))
+    if texts:
+        steps.append(decoders.Replace(Regex(rf"\A(?={any_of(texts)}\z)"), _MARK))
+    steps.append(decoders.Replace(SPACE, " "))
     if model.byte_fallback:
         steps.append(decoders.ByteFallback())
     steps.append(decoders.Fuse())
@@ -188,7 +202,11 @@ def build_decoder(model: SentencePieceModel) -> decoders.Decoder:
         steps.append(decoders.Strip(" ", len(max(model.ids, key=len)), 0))
     elif model.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
+    steps += [decoders.Replace(_MARK + piece, text) for piece, text in (texts or {}).items()]
     return decoders.Sequence(steps)
+
+
+_MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
 
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")

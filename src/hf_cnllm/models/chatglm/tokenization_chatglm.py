@@ -1,0 +1,431 @@
+"""Tokenizer of ChatGLM-6B, ChatGLM2 and ChatGLM3: one class, told apart by the vocabulary file and what is beside it."""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Encoding, Tokenizer, processors
+from transformers import BatchEncoding
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
+
+from ...chat.encoding import ChatTokenizer, EncodedChat, read_template
+from ...chat.history import as_messages
+from ...chat.tool_calls import as_chatglm3_messages, as_chatglm3_tools
+from ...modules.sentencepiece import SentencePieceModel, mend_bytes
+from .vocabulary_chatglm import (
+    GENERATIONS,
+    ICE_TEXT,
+    IMAGE_TOKENS,
+    ROLES,
+    TOKENIZER_MODEL,
+    Generation,
+    build_bpe_backend,
+    build_ice_backend,
+    recognise,
+    symbols_as_text,
+)
+
+
+class ChatGLMTokenizer(ChatTokenizer):
+    r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
+
+    `generation` says which one this is; `vocabulary_chatglm` has the table and tells how it is recognised.
+
+    | generation               | special tokens      | chat                                                 |
+    |--------------------------|---------------------|------------------------------------------------------|
+    | `chatglm_early`, `chatglm` | text, [gMASK] <sop> | `[Round 0]\n问：…\n答：…`; a lone question as it is |
+    | `chatglm2`               | [gMASK] sop, text   | `[Round 1]\n\n问：…\n\n答：…`                        |
+    | `chatglm3`               | [gMASK] sop, text   | role, a line of metadata, content; tools             |
+
+    In ChatGLM-6B special tokens may stand in text (`[MASK]`, `<eop>`, …), in ChatGLM2 and 3 they may not, as in the
+    originals. In chats, messages never yield one.
+
+    Args:
+        vocab_file: `ice_text.model` or `tokenizer.model`.
+        generation: `"chatglm_early"`, `"chatglm"`, `"chatglm2"` or `"chatglm3"`; by default recognised.
+        num_image_tokens: ids in front of ChatGLM-6B's text vocabulary; by default 20,000 in the early revision, else 0.
+        encode_special_tokens: ChatGLM3: whether the four role tokens are read from text. May be set at any time.
+        do_lower_case, remove_space: ChatGLM-6B: lower-case the text; squeeze its white space.
+        gmask_token, end_token, eop_token: accepted as in the original configurations; they have one value each.
+
+    Raises:
+        ValueError: a vocabulary file is missing, damaged, of another family or not of this `generation`, or nothing
+            tells the generation.
+    """
+
+    vocab_files_names = {"vocab_file": TOKENIZER_MODEL, "ice_text_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    padding_side = "left"
+    encodes_messages_alone = False  # the templates say where a text ends
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None = None,
+        ice_text_file: str | os.PathLike | None = None,
+        tokenizer_file: str | os.PathLike | None = None,
+        tokenizer_object: Tokenizer | None = None,
+        generation: str | None = None,
+        num_image_tokens: int | None = None,
+        encode_special_tokens: bool = False,
+        do_lower_case: bool = False,
+        remove_space: bool = False,
+        **kwargs: Any,
+    ):
+        if vocab_file is not None and ice_text_file is not None:
+            raise ValueError(
+                f"{vocab_file} and {ice_text_file} are two vocabularies: remove the one that is not used."
+            )
+        vocab_file = ice_text_file if vocab_file is None else vocab_file
+        if vocab_file is not None and generation is None:
+            tokenizer_file = None  # not written by this class, so it may read special tokens from text
+        if tokenizer_file is None and tokenizer_object is None:
+            if vocab_file is None:
+                raise ValueError(f"ChatGLMTokenizer: neither {ICE_TEXT} nor {TOKENIZER_MODEL} was found.")
+            self._sentencepiece = SentencePieceModel.from_file(vocab_file)
+            generation = recognise(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
+        if generation not in GENERATIONS:
+            raise ValueError(
+                f"generation is {generation!r}, but must be one of {', '.join(GENERATIONS)}: {tokenizer_file} does not "
+                f"say which one it is of. Put {ICE_TEXT} or {TOKENIZER_MODEL} beside it, or pass generation=…"
+            )
+        if num_image_tokens is None:
+            num_image_tokens = IMAGE_TOKENS if generation == "chatglm_early" else 0
+        self.generation, self.num_image_tokens = generation, num_image_tokens
+        self.do_lower_case, self.remove_space = do_lower_case, remove_space
+        self.vocab_files_names = {"vocab_file": self._row.vocab_file, "tokenizer_file": "tokenizer.json"}
+        # Names of tokens that are no special tokens: making them so would change what may stand in text.
+        for holder in (kwargs, kwargs.get("model_specific_special_tokens") or {}):
+            for name in ("gmask_token", "end_token", "eop_token"):
+                holder.pop(name, None)
+        self._named = {name: kwargs.pop(name, token) for name, token in self._row.special_tokens.items()}
+        super().__init__(
+            vocab_file=vocab_file,
+            tokenizer_file=tokenizer_file,
+            tokenizer_object=tokenizer_object,
+            generation=generation,
+            num_image_tokens=num_image_tokens,
+            encode_special_tokens=encode_special_tokens,
+            do_lower_case=do_lower_case,
+            remove_space=remove_space,
+            **self._named,
+            **{
+                "clean_up_tokenization_spaces": self._row.cleans_up,
+                "model_input_names": list(self._row.input_names),
+                **kwargs,
+            },
+        )
+        if encode_special_tokens:
+            self.encode_special_tokens = True
+        if self.chat_template is None:
+            self.chat_template = read_template(self._row.template)
+
+    @property
+    def _row(self) -> Generation:
+        return GENERATIONS[self.generation]
+
+    def build_backend(self, vocab_file: str) -> Tokenizer:
+        model = self.__dict__.pop("_sentencepiece")
+        if self._row.vocab_file == TOKENIZER_MODEL:
+            return build_bpe_backend(model, self._row)
+        backend = build_ice_backend(model, self.num_image_tokens, self.do_lower_case, self.remove_space)
+        named = [str(token) for token in self._named.values() if token is not None]
+        backend.add_special_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in named])
+        return backend
+
+    # ---- special tokens ----
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        # Which of its own control tokens text may contain is settled when the backend is built.
+        new_tokens = [token for token in new_tokens if self._tokenizer.model.token_to_id(str(token)) is None]
+        return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
+
+    @property
+    def encode_special_tokens(self) -> bool:
+        return any(token.content == ROLES[0] for token in self.added_tokens_decoder.values())
+
+    @encode_special_tokens.setter
+    def encode_special_tokens(self, value: bool) -> None:
+        if value == self.encode_special_tokens:
+            return
+        self._require("encode_special_tokens", "chatglm3")
+        if value:
+            self._tokenizer.add_tokens([AddedToken(role, normalized=False, special=False) for role in ROLES])
+        else:  # tokens cannot be taken from a backend
+            state = json.loads(self._tokenizer.to_str())
+            state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in ROLES]
+            self._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+    @property
+    def gmask_token(self) -> str:
+        return "[gMASK]"
+
+    @property
+    def gmask_token_id(self) -> int:
+        return self.get_command("[gMASK]")
+
+    @property
+    def end_token(self) -> str:
+        return "</s>"
+
+    @property
+    def end_token_id(self) -> int:
+        return self.get_command("</s>")
+
+    def get_command(self, token: str) -> int:
+        """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.
+
+        Raises:
+            ValueError: it is none of this generation's.
+        """
+        usual = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": self.pad_token, "<unk>": "<unk>"}
+        token = usual.get(token, token)
+        if token not in (*self._row.control, "<s>", *usual.values()):
+            raise ValueError(f"{token!r} is not a special token of {self.generation}.")
+        return self._tokenizer.token_to_id(token)
+
+    def get_prefix_tokens(self) -> list[int]:
+        """ChatGLM2 and 3: ids of `[gMASK] sop`, which every text begins with."""
+        self._require("get_prefix_tokens", "chatglm2", "chatglm3")
+        return [self.get_command("[gMASK]"), self.get_command("sop")]
+
+    def _require(self, what: str, *generations: str) -> None:
+        if self.generation not in generations:
+            raise ValueError(
+                f"{what} is for {' and '.join(generations)}; this tokenizer's generation is {self.generation}."
+            )
+
+    def update_post_processor(self) -> None:
+        """Where the special tokens go is a matter of the generation alone."""
+        self._place_special_tokens(self._row.single, self._row.pair)
+
+    def _place_special_tokens(self, single: str, pair: str) -> None:
+        names = {name for name in f"{single} {pair}".split() if not name.startswith("$")}
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(name, self._tokenizer.token_to_id(name)) for name in names]
+        )
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The ids of one text or two with the special tokens that `tokenizer(…)` puts around them."""
+        texts = {"$A": token_ids_0, "$B": token_ids_1 or []}
+        layout = self._row.single if token_ids_1 is None else self._row.pair
+        if self.generation == "chatglm_early":
+            layout = layout.replace(self._row.ending, self._early_ending(texts["$A"] + texts["$B"]))
+        ids: list[int] = []
+        for name in layout.split():
+            ids += texts[name] if name in texts else [self._tokenizer.token_to_id(name)]
+        return ids
+
+    # ---- text to ids ----
+
+    def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
+        if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text
+            batch = self._encode_plus([text], [""], add_special_tokens, **kwargs)
+            if kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens"):
+                batch = BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
+            return batch
+        batch = super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
+        if self.generation != "chatglm_early" or not add_special_tokens:
+            return batch
+        endings = [
+            self._early_ending([i for i, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added])
+            for row in batch.encodings
+        ]
+        if all(ending == self._row.ending for ending in endings):
+            return batch
+        return self._encode_with_endings(text, text_pair, endings, **kwargs)
+
+    def _early_ending(self, ids: list[int]) -> str:
+        """What the early revision puts behind text: [gMASK] only where there is no [MASK] to fill."""
+        mask = self.get_command("[MASK]")
+        if mask not in ids:
+            return self._row.ending
+        return "<sop>" if ids[-1] == mask else "</s> <sop>"
+
+    def _encode_with_endings(
+        self,
+        text,
+        text_pair,
+        endings: list[str],
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        max_length: int | None = None,
+        is_split_into_words: bool = False,
+        return_tensors: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_overflowing_tokens: bool = False,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        stride: int = 0,
+        split_special_tokens: bool | None = None,
+        **flags: Any,
+    ) -> BatchEncoding:
+        """Each text with special tokens of its own behind it; truncation makes room for the usual two."""
+        if return_overflowing_tokens:
+            raise ValueError("chatglm_early: return_overflowing_tokens is not available for texts with [MASK].")
+        is_batched = isinstance(text[0] if is_split_into_words else text, (list, tuple))
+        texts = text if is_batched else [text]
+        pairs = text_pair if is_batched else [text_pair]
+        rows: list[EncodedChat] = []
+        try:
+            for one, other, ending in zip(texts, pairs or [None] * len(texts), endings, strict=True):
+                single, pair = (
+                    layout.replace(self._row.ending, ending) for layout in (self._row.single, self._row.pair)
+                )
+                self._place_special_tokens(single, pair)
+                alone = super()._encode_plus(
+                    [one],
+                    None if other is None else [other],
+                    truncation_strategy=truncation_strategy,
+                    max_length=None if max_length is None else max_length - 2 + len(ending.split()),
+                    is_split_into_words=is_split_into_words,
+                    split_special_tokens=split_special_tokens,
+                )
+                rows.append(EncodedChat(alone.encodings[0], {}))
+        finally:
+            self.update_post_processor()
+        return self._chat_batch(
+            rows,
+            is_batched,
+            padding=padding_strategy,
+            truncation=TruncationStrategy.DO_NOT_TRUNCATE,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            **flags,
+        )
+
+    def _convert_encoding(self, encoding: Encoding, *args: Any, **kwargs: Any):
+        data, encodings = super()._convert_encoding(encoding, *args, **kwargs)
+        if "position_ids" in self.model_input_names:
+            data["position_ids"] = [self._positions(row.ids, row.attention_mask) for row in encodings]
+        return data, encodings
+
+    def _pad(self, encoded_inputs, *args: Any, padding_side: str | None = None, **kwargs: Any) -> dict:
+        ids = encoded_inputs["input_ids"]
+        if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
+            encoded_inputs["position_ids"] = self._positions(
+                ids, encoded_inputs.get("attention_mask") or [1] * len(ids)
+            )
+        padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        if "position_ids" in padded:
+            pads = [0] * (len(padded["input_ids"]) - len(ids))
+            is_left = (padding_side or self.padding_side) == "left"
+
+            def fill(row: list) -> list:
+                if row and isinstance(row[0], list):
+                    return [fill(part) for part in row]
+                return pads + row if is_left else row + pads
+
+            padded["position_ids"] = fill(padded["position_ids"])
+        return padded
+
+    def _positions(self, ids: list[int], attention_mask: list[int]) -> list:
+        """Positions of one row, `[length]` or, in ChatGLM-6B, `[2][length]`; 0 where there is padding.
+
+        ChatGLM-6B: row 0 counts the context and stays, from <sop> on, at the first [MASK] (else [gMASK]); row 1 is 0 in
+        the context and counts from 1 from <sop> on.
+        """
+        start = attention_mask.index(1) if 1 in attention_mask else len(ids)
+        real = ids[start : start + sum(attention_mask)]
+        before, after = [0] * start, [0] * (len(ids) - start - len(real))
+        if self._row.vocab_file == TOKENIZER_MODEL:
+            return before + list(range(len(real))) + after
+        bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
+        context = real.index(bos) if bos in real else len(real)
+        rest = len(real) - context
+        wanted = mask if mask in real else gmask
+        spot = [real.index(wanted)] * rest if wanted in real else list(range(context, len(real)))
+        return [
+            before + list(range(context)) + spot + after,
+            before + [0] * context + list(range(1, rest + 1)) + after,
+        ]
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        # The backend's own names for special tokens include the white space around them.
+        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+
+    # ---- ids to text ----
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Text of the ids, without those that are negative (the padding of labels).
+
+        Raises:
+            IndexError: an id has no token (ChatGLM3 passes over it, as its original does).
+        """
+        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
+        if max(ids, default=0) >= len(self) and not self._row.ignores_unknown_ids:
+            raise IndexError(f"{max(ids)} is not a token id: the vocabulary has {len(self)}.")
+        skip_special_tokens &= self._row.skips_special
+        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        ids = [index for index in ids if index >= 0 and index not in skipped]
+        text = super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs)
+        if "\ufffd" in text:
+            tokens = self.convert_ids_to_tokens(ids)
+            text = self._tokenizer.decoder.decode(mend_bytes([token for token in tokens if token is not None]))
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    # ---- chats ----
+
+    def chat_control_pieces(self) -> Iterable[str]:
+        return [*self._row.control, "</s>"]
+
+    def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
+        plain = super()._without_control_tokens(control)
+        return symbols_as_text(plain) if self._row.vocab_file == ICE_TEXT else plain
+
+    def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
+        return (
+            as_chatglm3_messages(conversation)
+            if self.generation == "chatglm3"
+            else super().read_messages(conversation)
+        )
+
+    def apply_chat_template(self, conversation, tools=None, *args: Any, **kwargs: Any):
+        """As [`~PreTrainedTokenizerBase.apply_chat_template`]; see the class for the formats.
+
+        ChatGLM3: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages may
+        have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system message,
+        `tools`.
+
+        Raises:
+            ValueError: a tool is not JSON-serialisable.
+        """
+        return super().apply_chat_template(conversation, as_chatglm3_tools(tools), *args, **kwargs)
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+        """ChatGLM-6B and ChatGLM2: the text that asks `query` after `history`, (query, response) each."""
+        self._require("build_prompt", "chatglm_early", "chatglm", "chatglm2")
+        prompt = self.apply_chat_template(as_messages(query, history), tokenize=False)
+        return prompt.removeprefix("[gMASK]sop")
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """ChatGLM3: ids of one turn, without prefix: the role, a line of `metadata`, and `message` as plain text."""
+        self._require("build_single_message", "chatglm3")
+        if f"<|{role}|>" not in ROLES:
+            raise ValueError(f"role is {role!r}, but must be one of system, user, assistant, observation.")
+        return [self.get_command(f"<|{role}|>"), *self.encode_message(f"{metadata}\n"), *self.encode_message(message)]
+
+    def build_chat_input(
+        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
+    ) -> BatchEncoding:
+        """ChatGLM3: the model's input, tensors `[1, length]`, for the answer to `query` after the messages `history`."""
+        self._require("build_chat_input", "chatglm3")
+        messages = [*(history or []), {"role": role, "content": query}]
+        return self.apply_chat_template([messages], add_generation_prompt=True, return_tensors="pt")
+
+
+__all__ = ["ChatGLMTokenizer"]

@@ -1,0 +1,275 @@
+"""The vocabulary files of ChatGLM: which generation one belongs to, and the Rust tokenizer made of it.
+
+| generation       | file              | ids                                                        | text goes through                   |
+|------------------|-------------------|------------------------------------------------------------|-------------------------------------|
+| `chatglm_early`  | `ice_text.model`  | 20,000 image tokens, 130,000 pieces, controls, bytes       | white space as symbols, Unigram     |
+| `chatglm`        | `ice_text.model`  | 130,344 pieces, controls and bytes among them              | the same                            |
+| `chatglm2`       | `tokenizer.model` | 64,789 pieces, `[MASK] [gMASK] [sMASK] sop eop`            | BPE                                 |
+| `chatglm3`       | `tokenizer.model` | those of ChatGLM2, four roles                              | BPE                                 |
+
+`chatglm_early` is ChatGLM-6B as of March 2023, whose model has 150,528 ids. The files of ChatGLM2 and ChatGLM3 are the
+same, byte for byte: what tells them apart stands beside the file (`recognise`).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+from ...modules.patterns import any_of
+from ...modules.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+
+ICE_TEXT, TOKENIZER_MODEL = "ice_text.model", "tokenizer.model"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+IMAGE_TOKENS = 20_000
+MAX_BLANK_LENGTH = 80
+
+# What ChatGLM-6B writes for white space, in the order in which text is searched for it: the longest runs of spaces first.
+WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
+
+
+class Generation(NamedTuple):
+    """One row of the table of generations.
+
+    Attributes:
+        vocab_file: name of the vocabulary file in a checkpoint.
+        control: control tokens behind the pieces of the file, unless the file has them among its pieces.
+        special_tokens: the named special tokens.
+        template: name of the chat template.
+        single, pair: where the special tokens go, as templates of `tokenizers.processors.TemplateProcessing`.
+        input_names: what the model takes.
+        shows_control: whether decoding shows the control tokens; else they have no text.
+        ignores_unknown_ids: whether decoding passes over ids without a token; else they are an error.
+        skips_special: whether decoding heeds `skip_special_tokens` for the named special tokens.
+        cleans_up: default of `clean_up_tokenization_spaces`.
+    """
+
+    vocab_file: str
+    control: tuple[str, ...]
+    special_tokens: dict[str, str]
+    template: str
+    single: str
+    pair: str
+    input_names: tuple[str, ...]
+    shows_control: bool = False
+    ignores_unknown_ids: bool = False
+    skips_special: bool = True
+    cleans_up: bool = False
+
+    @property
+    def ending(self) -> str:
+        """The special tokens behind a text."""
+        return self.single.partition("$A")[2].strip()
+
+
+_ICE_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+_ICE_SPECIAL = {"bos_token": "<sop>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "[MASK]"}
+_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+GENERATIONS = {
+    "chatglm_early": Generation(
+        vocab_file=ICE_TEXT,
+        control=_ICE_CONTROL,
+        special_tokens={**_ICE_SPECIAL, "eos_token": "</s>"},
+        template="chatglm",
+        single="$A [gMASK] <sop>",
+        pair="$A $B [gMASK] <sop>",
+        input_names=_INPUTS[:2],  # the original gave no mask, so that padding was read as text
+        skips_special=False,
+    ),
+    "chatglm": Generation(
+        vocab_file=ICE_TEXT,
+        control=_ICE_CONTROL,
+        special_tokens={**_ICE_SPECIAL, "eos_token": "<eop>"},
+        template="chatglm",
+        single="$A [gMASK] <sop>",
+        pair="$A [gMASK] <sop> $B <eop>",
+        input_names=_INPUTS,
+        cleans_up=True,
+    ),
+    "chatglm2": Generation(
+        vocab_file=TOKENIZER_MODEL,
+        control=_CONTROL,
+        special_tokens=_SPECIAL,
+        template="chatglm2",
+        single="[gMASK] sop $A",
+        pair="[gMASK] sop $A $B </s>",
+        input_names=_INPUTS,
+    ),
+    "chatglm3": Generation(
+        vocab_file=TOKENIZER_MODEL,
+        control=_CONTROL + ROLES,
+        special_tokens=_SPECIAL,
+        template="chatglm3",
+        single="[gMASK] sop $A",
+        pair="[gMASK] sop $A $B </s>",
+        input_names=_INPUTS,
+        shows_control=True,
+        ignores_unknown_ids=True,
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# which generation
+
+
+def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None, settings: Mapping[str, Any]) -> str:
+    """The generation of a vocabulary file.
+
+    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file, what the original tokenizers had
+    beside it decides: the role tokens (or `encode_special_tokens`) anywhere in `settings` or in the configuration files
+    in its folder are ChatGLM3's; otherwise the first name that says `chatglm2` or `chatglm3`: `name_or_path` in
+    `tokenizer_config.json`, `_name_or_path` in `config.json`, the name it was loaded by.
+
+    Args:
+        generation: what the caller or a saved configuration says; must agree with the file.
+        settings: the tokenizer's other arguments.
+
+    Raises:
+        ValueError: the file is of another family or generation, or nothing tells ChatGLM2 from ChatGLM3.
+    """
+    if generation is not None and generation not in GENERATIONS:
+        raise ValueError(f"generation is {generation!r}, but must be one of {', '.join(GENERATIONS)}.")
+    found = _of_the_file(model)
+    if not found:
+        raise ValueError(f"{vocab_file} is not a vocabulary of ChatGLM: it has other pieces or rules.")
+    here = Path(vocab_file)
+    recorded = _recorded(here.parent)
+    if generation is not None and generation not in found:
+        raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {' and '.join(found)}.")
+    right_name = GENERATIONS[found[0]].vocab_file
+    if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
+        raise ValueError(f"{vocab_file} holds the vocabulary of {' and '.join(found)}, whose name is {right_name}.")
+    if right_name == TOKENIZER_MODEL and "num_image_tokens" in recorded.get("tokenizer_config.json", {}):
+        raise ValueError(
+            f"{vocab_file} is the vocabulary of {' and '.join(found)}, but the tokenizer_config.json beside it is that of "
+            f"ChatGLM-6B (num_image_tokens), whose vocabulary is {ICE_TEXT}."
+        )
+    if generation is not None or len(found) == 1:
+        return generation or found[0]
+    known = json.dumps([recorded, settings], default=str, ensure_ascii=False)
+    if "encode_special_tokens" in known or any(role in known for role in ROLES):
+        return "chatglm3"
+    names = (
+        recorded.get("tokenizer_config.json", {}).get("name_or_path"),
+        recorded.get("config.json", {}).get("_name_or_path"),
+        settings.get("name_or_path"),
+    )
+    for name in names:
+        if match := re.search(r"(chatglm|codegeex)-?([23])", str(name).lower()):
+            return "chatglm" + match[2]
+    raise ValueError(
+        f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and nothing beside it says which one this is. "
+        "Pass generation='chatglm2' or generation='chatglm3', or put it into tokenizer_config.json."
+    )
+
+
+def _of_the_file(model: SentencePieceModel) -> tuple[str, ...]:
+    if model.model_type is ModelType.UNIGRAM:
+        if "<n>" not in model.symbols:
+            return ()
+        return ("chatglm",) if "[gMASK]" in model.ids else ("chatglm_early",)
+    is_plain = not model.charsmap and not model.symbols and model.byte_fallback and model.add_dummy_prefix
+    return ("chatglm2", "chatglm3") if is_plain else ()
+
+
+def _recorded(folder: Path) -> dict[str, dict]:
+    """The configuration files that a checkpoint keeps beside its vocabulary."""
+    found = {}
+    for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            found[name] = content if isinstance(content, dict) else {}
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ChatGLM2 and ChatGLM3
+
+
+def build_bpe_backend(model: SentencePieceModel, generation: Generation) -> Tokenizer:
+    """No merge leads to the control tokens, so no text becomes one."""
+    model = _with_pieces(model, generation.control, PieceType.CONTROL)
+    backend = build_tokenizer(model)
+    silent = {*model.of_type(PieceType.CONTROL), model.unknown}
+    if generation.shows_control:
+        silent -= set(generation.control)
+    backend.decoder = build_decoder(model, any_of(sorted(silent)))
+    return backend
+
+
+def _with_pieces(
+    model: SentencePieceModel, pieces: tuple[str, ...] | list[str], kind: PieceType
+) -> SentencePieceModel:
+    return replace(
+        model,
+        texts=model.texts + list(pieces),
+        scores=model.scores + [0.0] * len(pieces),
+        types=model.types + [kind] * len(pieces),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ChatGLM-6B
+
+# Stand-ins inside the backend: code points that are not assigned, and that no grapheme cluster spans. The symbols for
+# white space wear the brackets while the text is normalised, so that nothing in the text can be taken for one.
+_OPEN, _CLOSE, _BREAK = map(chr, range(0xE0F00, 0xE0F03))
+
+
+def build_ice_backend(
+    model: SentencePieceModel, num_image_tokens: int, do_lower_case: bool = False, remove_space: bool = False
+) -> Tokenizer:
+    """Unigram over text whose white space is written as symbols, as SentencePiece would drop it otherwise."""
+    if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
+        model = _with_pieces(model, GENERATIONS["chatglm_early"].control, PieceType.CONTROL)
+        blanks = [f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)]
+        model = _with_pieces(model, ["<|tab|>", *blanks], PieceType.USER_DEFINED)
+        model = _with_pieces(model, [f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
+        model = replace(model, byte_fallback=True)
+    images = replace(model, texts=[], scores=[], types=[])
+    images = _with_pieces(images, [f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL)
+    backend = build_tokenizer(
+        replace(
+            model,
+            texts=images.texts + model.texts,
+            scores=images.scores + model.scores,
+            types=images.types + model.types,
+        )
+    )
+    steps: list[normalizers.Normalizer] = []
+    if remove_space:
+        steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if do_lower_case:
+        steps.append(normalizers.Lowercase())
+    steps += [normalizers.Replace(space, f"{_OPEN}{symbol[1:-1]}{_CLOSE}") for space, symbol in WHITE_SPACE.items()]
+    steps.append(backend.normalizer)
+    steps += [normalizers.Replace(_OPEN, "<"), normalizers.Replace(_CLOSE, ">")]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = build_decoder(
+        model,
+        silent=any_of(model.of_type(PieceType.CONTROL)) + r"|<image_\d+>",
+        texts={model.unknown: " ⁇ "} | {symbol: space for space, symbol in WHITE_SPACE.items()},
+    )
+    return backend
+
+
+def symbols_as_text(backend: Tokenizer) -> Tokenizer:
+    """Makes ChatGLM-6B's `backend` take the names of the white-space symbols, `<n>` say, for text; returns it."""
+    steps = list(backend.normalizer)
+    # Where text still tells its own brackets from those of the symbols: break every name, and cut there afterwards.
+    names = any_of([symbol[1:] for symbol in WHITE_SPACE.values()])
+    steps[-2:-2] = [normalizers.Replace(Regex(f"(?<=<)(?={names})"), _BREAK)]
+    backend.normalizer = normalizers.Sequence(steps)
+    cuts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(_BREAK, "removed")]
+    if backend.pre_tokenizer is not None:
+        cuts.append(backend.pre_tokenizer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    return backend
