@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ...attention.window import FULL, SLIDING
+from ...losses import DEFAULT_CHUNK_SIZE
 from ...modules.configuration import CheckpointConfigMixin
 
 
@@ -43,6 +44,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         bf16, fp16, fp32: at most one: the dtype to load in. `dtype` goes before them.
         scale_attn_weights, use_flash_attn: kept for the original code. Scores are always scaled; `attn_implementation`
             chooses the attention kernel.
+        loss_chunk_size: tokens per chunk of the training loss, which then never holds all logits; None computes them.
         initializer_range, use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: as in transformers'
             `LlamaConfig`.
 
@@ -110,6 +112,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     use_flash_attn: bool | str = "auto"
     initializer_range: float = 0.02
     use_cache: bool = True
+    loss_chunk_size: int | None = DEFAULT_CHUNK_SIZE
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -169,7 +172,18 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     @property
     def sliding_window(self) -> int | None:
         """The largest of `window_sizes`: the number of tokens that a windowed layer's cache keeps."""
-        return max((window for window in self.window_sizes or () if window is not None), default=None)
+        windows = [window for window in self.window_sizes or () if window is not None]
+        return max(windows) if windows else None
+
+    @sliding_window.setter
+    def sliding_window(self, window: int | None):
+        """One size for all windowed layers, or for all layers if there was none; None: no windows."""
+        if window is None:
+            self.window_sizes = None
+        elif self.sliding_window is None:
+            self.window_sizes = [window] * self.num_hidden_layers
+        else:
+            self.window_sizes = [None if old is None else window for old in self.window_sizes]
 
     @property
     def rotary_dim(self) -> int:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -26,6 +26,7 @@ from ...attention.logn import apply_logn, logn_scale
 from ...attention.window import create_window_masks, mask_name
 from ...chat.qwen import QWenChatMixin
 from ...losses import causal_lm_loss
+from ...modules.causal_lm_head import loss_and_logits
 from ...modules.dynamic_ntk import DynamicNtkRotaryEmbedding
 from ...modules.inputs import check_cache, check_token_ids
 from ...modules.rotary import apply_rotary_pos_emb
@@ -349,12 +350,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
             prompt_lengths=prompt_lengths,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-
+        loss, logits = loss_and_logits(self, self.lm_head, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
