@@ -166,6 +166,8 @@ class BaichuanPreTrainedModel(PreTrainedModel):
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
+        if config._attn_implementation == "flex_attention":
+            return attention_mask  # `generate` cannot handle a BlockMask; the forward pass makes it
         if config.position_embedding != "alibi":
             return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         return create_alibi_mask(config, inputs_embeds, attention_mask, past_key_values)._asdict()

@@ -1,0 +1,252 @@
+"""The matrix family × feature: what users of the Hugging Face stack do, on every causal family of the package.
+
+Each row of `FAMILIES` is a tiny golden checkpoint in the original layout; each test is one feature. What is special to
+one family is in that family's own tests.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from goldens import GOLDENS
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, set_seed
+
+import hf_cnllm  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Row:
+    checkpoint: str
+    # Tokens that a prompt of this family ends with (ChatGLM-6B generates after [gMASK] <sop>).
+    prompt_end: tuple[int, ...] = ()
+    overrides: dict = field(default_factory=dict)
+
+
+FAMILIES = [
+    Row("baichuan_7b"),
+    Row("baichuan_13b"),
+    Row("baichuan2_7b"),
+    Row("baichuan2_13b"),
+    Row("qwen", overrides={"use_dynamic_ntk": True, "use_logn_attn": True}),
+    Row("chatglm2_6b"),
+    Row("chatglm3_6b"),
+]
+families = pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.checkpoint)
+backends = pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+TOLERANCE = 2e-5
+NEW_TOKENS = 6
+
+
+def load(row: Row, backend: str = "sdpa", **kwargs):
+    model = AutoModelForCausalLM.from_pretrained(
+        GOLDENS / row.checkpoint, attn_implementation=backend, **row.overrides, **kwargs
+    )
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def prompt(row: Row, length: int, seed: int = 0, low: int = 10) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    body = torch.randint(low, 100, (1, length - len(row.prompt_end)), generator=generator)
+    return torch.cat([body, torch.tensor([row.prompt_end], dtype=torch.long)], dim=1)
+
+
+def padded_batch(row: Row, side: str) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Three prompts of different lengths, alone and as one padded batch with its mask."""
+    alone = [prompt(row, length, seed=length) for length in (9, 6, 4)]
+    width = max(ids.shape[1] for ids in alone)
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for index, single in enumerate(alone):
+        length = single.shape[1]
+        part = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[index, part], mask[index, part] = single[0], 1
+    return alone, ids, mask
+
+
+def generate(model, ids, **kwargs):
+    kwargs.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, max_new_tokens=NEW_TOKENS, **{"do_sample": False, **kwargs})
+
+
+@families
+@backends
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_gives_the_logits_of_its_rows(row, backend, side):
+    model = load(row, backend)
+    alone, ids, mask = padded_batch(row, side)
+    logits = model(ids, attention_mask=mask).logits
+    for index, single in enumerate(alone):
+        torch.testing.assert_close(logits[index][mask[index] == 1], model(single).logits[0], atol=TOLERANCE, rtol=0)
+
+
+@families
+@backends
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generating_a_left_padded_batch_gives_the_rows_own_continuations(row, backend, cache):
+    model = load(row, backend)
+    alone, ids, mask = padded_batch(row, "left")
+    batch = generate(model, ids, attention_mask=mask, cache_implementation=cache, disable_compile=True)
+    for index, single in enumerate(alone):
+        assert batch[index, ids.shape[1] :].tolist() == generate(model, single)[0, single.shape[1] :].tolist()
+
+
+@families
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beam_search_with_and_without_cache_agree(row, mode):
+    model = load(row)
+    ids = prompt(row, 7)
+    assert torch.equal(generate(model, ids, **mode), generate(model, ids, use_cache=False, **mode))
+
+
+@families
+def test_sampling_repeats_with_its_seed(row):
+    model = load(row)
+    ids = prompt(row, 7)
+    sampled = []
+    for _ in range(2):
+        set_seed(3)
+        sampled.append(generate(model, ids, do_sample=True, num_return_sequences=3))
+    assert torch.equal(*sampled) and sampled[0].shape[0] == 3
+
+
+@families
+@pytest.mark.parametrize("assistant", [{"prompt_lookup_num_tokens": 3}, "self"])
+def test_assisted_decoding_gives_greedy_ids(row, assistant):
+    model = load(row)
+    ids = prompt(row, 9)
+    kwargs = {"assistant_model": load(row)} if assistant == "self" else assistant
+    assert torch.equal(generate(model, ids, **kwargs), generate(model, ids))
+
+
+@families
+@torch.no_grad()
+def test_two_interleaved_generations_do_not_disturb_each_other(row):
+    model = load(row)
+    runs = [prompt(row, length, seed=length) for length in (8, 41)]
+    expected = [generate(model, ids) for ids in runs]
+    caches, states = [None, None], list(runs)
+    for _ in range(NEW_TOKENS):
+        for index in range(2):
+            ids = states[index] if caches[index] is None else states[index][:, -1:]
+            output = model(
+                ids, attention_mask=torch.ones_like(states[index]), past_key_values=caches[index], use_cache=True
+            )
+            caches[index] = output.past_key_values
+            states[index] = torch.cat([states[index], output.logits[:, -1:].argmax(-1)], dim=1)
+    for state, want in zip(states, expected, strict=True):
+        assert torch.equal(state, want)
+
+
+@families
+@torch.no_grad()
+def test_logits_to_keep_keeps_the_last(row):
+    model = load(row)
+    ids = prompt(row, 9)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:], atol=TOLERANCE, rtol=0)
+
+
+@families
+@torch.no_grad()
+def test_saving_after_use_gives_back_the_checkpoint_bit_for_bit(row, tmp_path):
+    model = load(row)
+    ids = prompt(row, 9)
+    before = model(ids).logits
+    model.train()
+    model(ids)
+    model.eval().save_pretrained(tmp_path)
+    original, saved = load_file(GOLDENS / row.checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    ignored = [name for name in original if name not in saved]
+    assert all("inv_freq" in name or "masked_bias" in name or "logn" in name for name in ignored), ignored
+    assert all(torch.equal(saved[name], original[name]) for name in saved)
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is type(model)
+    assert torch.equal(again(ids).logits, before)
+
+
+@families
+def test_lora_with_gradient_checkpointing_trains_and_merges(row, tmp_path):
+    torch.manual_seed(0)
+    model = load(row)
+    base_logits = model(prompt(row, 9)).logits.detach()
+    # PEFT knows the family's default targets from the table.
+    peft_model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
+    peft_model.gradient_checkpointing_enable()
+    peft_model.enable_input_require_grads()
+    peft_model.train()
+    ids = prompt(row, 12)
+    peft_model(ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad}
+    assert gradients and all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+    peft_model.gradient_checkpointing_disable()
+    peft_model.zero_grad()
+    peft_model(ids, labels=ids).loss.backward()
+    for name, p in peft_model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients[name], atol=1e-6, rtol=1e-4)
+
+    peft_model.eval().save_pretrained(tmp_path)
+    adapted = peft_model(prompt(row, 9)).logits.detach()
+    assert (adapted - base_logits).abs().max() > 1e-3
+    reloaded = PeftModel.from_pretrained(load(row), tmp_path).eval()
+    torch.testing.assert_close(reloaded(prompt(row, 9)).logits, adapted, atol=TOLERANCE, rtol=0)
+    merged = reloaded.merge_and_unload()
+    torch.testing.assert_close(merged(prompt(row, 9)).logits, adapted, atol=TOLERANCE, rtol=0)
+
+
+@families
+def test_accumulated_gradients_equal_those_of_one_batch(row):
+    """`num_items_in_batch`, as Trainer passes it, makes two half batches add up to the whole."""
+    model = load(row).train()
+    ids = torch.cat([prompt(row, 10, seed=seed) for seed in range(4)])
+    labels = ids.clone()
+    labels[0, :4] = labels[2, :4] = -100
+    counted = (labels[:, 1:] != -100).sum()
+    if hasattr(model.config, "z_loss_weight"):
+        model.config.z_loss_weight = 0.01
+    losses, norms = [], []
+    for parts in ((slice(0, 4),), (slice(0, 2), slice(2, 4))):
+        model.zero_grad()
+        total = 0.0
+        for part in parts:
+            loss = model(ids[part], labels=labels[part], num_items_in_batch=counted).loss
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        norms.append({name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3, abs=1e-5)
+
+
+@families
+def test_packed_documents_by_position_ids_do_not_see_each_other(row):
+    model = load(row)
+    first, second = prompt(row, 6, seed=1), prompt(row, 5, seed=2)
+    positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(packed[:, :6], model(first).logits, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(packed[:, 6:], model(second).logits, atol=TOLERANCE, rtol=0)
+
+
+@families
+def test_an_empty_input_is_refused(row):
+    with pytest.raises(ValueError, match="length 0"):
+        load(row)(torch.empty(1, 0, dtype=torch.long))
+
+
+@families
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_the_forward_pass_compiles_without_a_graph_break(row):
+    model = load(row)
+    ids = prompt(row, 9)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(
+            compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=TOLERANCE, rtol=0
+        )
