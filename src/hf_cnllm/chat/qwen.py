@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from .history import History, checked_history
 from .streaming import iterate_tokens
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_WINDOW = 6144
-
-History = Sequence[tuple[str, str]]
 
 
 def make_context(
@@ -39,7 +38,7 @@ def make_context(
     Raises:
         ValueError: arguments of another shape, an unknown format, or a history or system message in raw format.
     """
-    history = _checked_history(query, history)
+    history = checked_history(query, history)
     if chat_format == "raw":
         if history or system:
             raise ValueError(
@@ -72,24 +71,6 @@ def make_context(
     query_text, query_ids = turn("user", query)
     ids += [*newline, *query_ids, *newline, tokenizer.im_start_id, *tokenizer.encode("assistant"), *newline]
     return f"{system_text}{text}\n{query_text}\n<|im_start|>assistant\n", system_ids + ids
-
-
-def _checked_history(query: Any, history: Any) -> History:
-    if not isinstance(query, str):
-        raise ValueError(f"query must be a string, but is {query!r}.")
-    if history is None:
-        return []
-    if not isinstance(history, (list, tuple)):
-        raise ValueError(
-            f"history must be a list of (query, response) pairs, but is of type {type(history).__name__}."
-        )
-    for index, pair in enumerate(history):
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise ValueError(
-                f"history must be a list of (query, response) pairs of strings, but history[{index}] is {pair!r}. "
-                "Messages with roles go to tokenizer.apply_chat_template."
-            )
-    return history
 
 
 def get_stop_words_ids(chat_format: str, tokenizer) -> list[list[int]]:

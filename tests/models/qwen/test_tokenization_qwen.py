@@ -221,8 +221,12 @@ def test_allowed_special_in_batches(small):
     with settings(small, truncation_side="left"):
         cut = small(texts[0], allowed_special={"<|im_end|>"}, truncation=True, max_length=1)
         assert cut["input_ids"] == [small.im_end_id]
-    with pytest.raises(ValueError, match="without pairs"):
-        small("a", "b", allowed_special={"<|im_end|>"})
+        whole = small(texts[0], allowed_special={"<|im_end|>"}, truncation=True, max_length=50)
+        assert whole["input_ids"] == [*plain, small.im_end_id]
+    pair = small("a<|im_end|>", "<|im_start|>b", allowed_special={"<|im_end|>"}, return_offsets_mapping=True)
+    assert pair["input_ids"] == [64, small.im_end_id, *small.encode("<|im_start|>b", allowed_special=())]
+    assert pair["offset_mapping"][:3] == [(0, 1), (1, 11), (0, 1)]
+    assert small.encode("<|im_start|>") == [small.im_start_id]  # the next call is not touched
 
 
 def test_disallowed_special(small):

@@ -1,5 +1,6 @@
 """Tokenizer of Qwen v1 (Qwen-1.8B to 72B, and their chat models): tiktoken's ids on the `tokenizers` backend."""
 
+import copy
 import os
 import re
 import unicodedata
@@ -9,9 +10,9 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding
-from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from ...chat.encoding import ChatTokenizer, read_template
+from ...modules.patterns import any_of
 from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
 
 ENDOFTEXT, IMSTART, IMEND = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -178,9 +179,9 @@ class QWenTokenizer(ChatTokenizer):
             names = self.special_tokens.keys()
             allowed = names if allowed_special == "all" else names & set(allowed_special)
             self._refuse(names - allowed if disallowed_special == "all" else set(disallowed_special), text, text_pair)
-            split_special_tokens = not allowed
             if allowed and allowed != names:
-                return self._encode_with_some_special(text, text_pair, allowed, **kwargs)
+                return self._matching_only(allowed)._encode_plus(text, text_pair, split_special_tokens=True, **kwargs)
+            split_special_tokens = not allowed
         return super()._encode_plus(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
 
     def _in_normal_form(self, text: Any) -> Any:
@@ -192,7 +193,7 @@ class QWenTokenizer(ChatTokenizer):
         if isinstance(text, Mapping):
             return {key: self._in_normal_form(value) for key, value in text.items()}
         if isinstance(text, list | tuple):
-            return [self._in_normal_form(t) for t in text]
+            return type(text)(self._in_normal_form(t) for t in text)
         if not isinstance(text, str) or text.isascii():
             return text
         try:
@@ -208,64 +209,34 @@ class QWenTokenizer(ChatTokenizer):
         if not disallowed:
             return
         for text in texts:
-            if isinstance(text, list):
+            if isinstance(text, list | tuple):
                 self._refuse(disallowed, *text)
-            elif text and (found := _any_of(disallowed).search(unicodedata.normalize("NFC", text))):
+            elif text and (found := re.search(any_of(disallowed), unicodedata.normalize("NFC", text))):
                 raise ValueError(
                     f"Encountered text corresponding to disallowed special token {found[0]!r}.\nIf you want this text to "
                     f"be encoded as a special token, pass it to `allowed_special`, e.g. `allowed_special={{{found[0]!r}}}`."
                     "\nIf you want this text to be encoded as normal text, pass `disallowed_special=()`."
                 )
 
-    def _encode_with_some_special(
-        self,
-        text: str | list[str],
-        text_pair: None,
-        allowed: Collection[str],
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
-        max_length: int | None = None,
-        is_split_into_words: bool = False,
-        return_overflowing_tokens: bool = False,
-        return_offsets_mapping: bool = False,
-        return_tensors: str | None = None,
-        return_token_type_ids: bool | None = None,
-        return_attention_mask: bool | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        **kwargs,
-    ) -> BatchEncoding:
-        """Encode with part of the special tokens: between those, everything is plain text."""
-        if text_pair is not None or is_split_into_words or return_overflowing_tokens or return_offsets_mapping:
-            raise ValueError(
-                "With part of the special tokens in `allowed_special`, the tokenizer takes a text or a list of texts, "
-                "without pairs, words, overflowing tokens or offsets. Pass 'all' or an empty collection for those."
-            )
-        rows = []
-        for one in [text] if isinstance(text, str) else text:
-            pieces = _any_of(allowed, keep=True).split(unicodedata.normalize("NFC", one))
-            ids = []
-            for i, piece in enumerate(pieces):  # plain, special, plain, …, plain
-                ids += [self.special_tokens[piece]] if i % 2 else self._encode_without_added_tokens(piece)
-            if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE and max_length is not None:
-                ids = ids[:max_length] if self.truncation_side == "right" else ids[len(ids) - max_length :]
-            rows.append(ids)
-        encoded = {"input_ids": rows}
-        if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
-            encoded["token_type_ids"] = [[0] * len(ids) for ids in rows]
-        if isinstance(text, str) and not return_tensors:
-            encoded = {key: values[0] for key, values in encoded.items()}
-        return self.pad(
-            encoded,
-            padding=padding_strategy,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_attention_mask=return_attention_mask,
-            return_tensors=return_tensors,
+    def _matching_only(self, allowed: Collection[str]) -> "QWenTokenizer":
+        """A copy on the same vocabulary that, with `split_special_tokens`, still matches the `allowed` special tokens."""
+        backend = Tokenizer(self._tokenizer.model)
+        for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            setattr(backend, step, getattr(self._tokenizer, step))
+        backend.add_tokens(
+            [
+                AddedToken(t.content, normalized=t.normalized, special=t.special and t.content not in allowed)
+                for t in self.added_tokens_decoder.values()
+            ]
         )
+        other = copy.copy(self)
+        other._tokenizer = backend
+        return other
 
     # ---- chats ----
+
+    def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
+        return self._in_normal_form(super().read_messages(conversation))
 
     def apply_chat_template(
         self,
@@ -282,7 +253,7 @@ class QWenTokenizer(ChatTokenizer):
         if add_generation_prompt:
             tokenizer_kwargs = {"padding_side": "left"} | (tokenizer_kwargs or {})
         return super().apply_chat_template(
-            self._in_normal_form(conversation),
+            conversation,
             tools,
             documents,
             chat_template,
@@ -332,11 +303,6 @@ class QWenTokenizer(ChatTokenizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "mergeable_ranks"}
-
-
-def _any_of(tokens: Collection[str], keep: bool = False) -> re.Pattern:
-    pattern = "|".join(map(re.escape, sorted(tokens)))
-    return re.compile(f"({pattern})" if keep else pattern)
 
 
 __all__ = ["QWenTokenizer"]
