@@ -144,7 +144,7 @@ def _check_grad_norms(model, loss: torch.Tensor, case: Case, atol: float):
         return
     model.zero_grad()
     loss.backward()
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     gradients = {name: parameters[name].grad for name in case.grad_norms}
     norms = {name: gradient.norm().item() for name, gradient in gradients.items() if gradient is not None}
     expected = {name: norm for name, norm in case.grad_norms.items() if norm is not None}  # None: frozen in the original

@@ -85,24 +85,6 @@ def write_prefix(past_key_values: Cache, prefix: list[tuple[Tensor, Tensor]]) ->
     return past_key_values
 
 
-def default_positions(
-    length: int,
-    device: torch.device,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    pre_seq_len: int | None,
-) -> Tensor:
-    """Positions of the last `length` tokens, (1 or batch, length): the prefix does not count.
-
-    Rotary positions are relative, so padding on the left shifts a row without harm. Not so next to a prefix, which is
-    not rotated: there the positions of each row count its real tokens (the original wants them given explicitly).
-    """
-    if pre_seq_len is not None and attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    past_length = past_key_values.get_seq_length() - (pre_seq_len or 0) if past_key_values is not None else 0
-    return (torch.arange(length, device=device) + past_length).unsqueeze(0)
-
-
 def with_prefix_columns(attention_mask: Tensor | None, pre_seq_len: int | None) -> Tensor | None:
     """The user's 2-D mask (batch, tokens) knows nothing of the prefix: (batch, pre_seq_len + tokens)."""
     if pre_seq_len is None or attention_mask is None or attention_mask.ndim != 2:

@@ -203,6 +203,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
+        """A P-tuning prefix takes its place in the cache besides the tokens that `generate` counts."""
+        return super()._prepare_static_cache(
+            *args, max_cache_len=max_cache_len + (self.config.pre_seq_len or 0), **kwargs
+        )
+
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """Door to the sequence classifiers: a linear layer on the last real token of each sequence."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -16,7 +16,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.prefix_encoder import PrefixEncoder, default_positions, with_prefix_columns
+from ...modules.prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
 from ..chatglm import modeling_chatglm_auto as auto
 from ..chatglm.configuration_chatglm import ChatGLMConfig
 
@@ -193,6 +193,10 @@ class GLMTransformer(nn.Module):
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
 
+def is_packed(position_ids: torch.LongTensor | None) -> bool:
+    return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
+
+
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     architecture = "chatglm2"
     _no_split_modules = ["GLMBlock"]
@@ -270,13 +274,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
         prefix, past = None, past_key_values
         if self.prefix_encoder is not None:
+            if past_key_values is None and attention_mask is None and is_packed(position_ids):
+                raise ValueError(
+                    "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
+                    "together; train without packing"
+                )
             if self.gradient_checkpointing and self.training:
                 past_key_values = None  # the layers would drop it, and the prefix with it
             prefix, past = self.prefix_encoder.place(past_key_values, batch_size, inputs_embeds.dtype)
         if position_ids is None:
-            position_ids = default_positions(
-                length, inputs_embeds.device, attention_mask, past, self.config.pre_seq_len
-            )
+            position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -303,6 +310,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         hidden_states = self.encoder.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
+    def _default_positions(
+        self, length: int, device: torch.device, attention_mask: torch.Tensor | None, past: Cache | None
+    ) -> torch.LongTensor:
+        """Positions of the last `length` tokens, (1 or batch, length), as the original's tokenizer gives them: padding
+        and a P-tuning prefix do not count. (Next to a prefix, which is not rotated, a shift of the row would matter.)"""
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        past_length = past.get_seq_length() - (self.config.pre_seq_len or 0) if past is not None else 0
+        return (torch.arange(length, device=device) + past_length).unsqueeze(0)
+
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration):
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
@@ -321,6 +338,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.transformer.output_layer = new_embeddings
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """The mask of a compiled step, made outside of it. Before the prefix is in the cache, the (uncompiled) forward
+        pass that puts it there makes its own."""
+        if config.pre_seq_len is None:
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        if is_empty(past_key_values):
+            return attention_mask
+        all_columns = with_prefix_columns(attention_mask, config.pre_seq_len)
+        mask = create_masks_for_generate(config, inputs_embeds, all_columns, past_key_values, **kwargs)
+        return mask if mask is not None and len(mask.shape) == 4 else attention_mask
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
