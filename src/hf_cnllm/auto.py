@@ -52,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSeq2SeqLM": chatglm.ChatGLMForConditionalGeneration,
             "AutoModelForSequenceClassification": chatglm.ChatGLMForSequenceClassification,
         },
+        tokenizers=(chatglm.ChatGLMTokenizer,),
         lora_targets=("query_key_value",),
     ),
     Family(

@@ -5,6 +5,7 @@ from .modeling_chatglm_auto import (
     ChatGLMModel,
     ChatGLMPreTrainedModel,
 )
+from .tokenization_chatglm import ChatGLMTokenizer
 
 __all__ = [
     "ChatGLMConfig",
@@ -12,4 +13,5 @@ __all__ = [
     "ChatGLMForSequenceClassification",
     "ChatGLMModel",
     "ChatGLMPreTrainedModel",
+    "ChatGLMTokenizer",
 ]

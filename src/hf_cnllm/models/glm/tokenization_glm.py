@@ -1,0 +1,409 @@
+"""Tokenizers of the original GLM: texts with blanks, `[MASK]`, `[sMASK]` or `[gMASK]`, and what the model fills them from.
+
+GLM (arXiv 2103.10360) reads a text with blanks in both directions and writes what belongs into one behind it, from
+`<|startofpiece|>` to `<|endofpiece|>`. Positions have two rows: the place in the text, for a piece that of its blank;
+and the place inside the piece, counted from 1, in the text 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
+
+from ...modules.original_vocabulary import OriginalVocabularyTokenizer
+from ...modules.patterns import any_of
+from ...modules.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+
+IGNORED = -100  # label of tokens without a loss
+
+
+class GLMBatchEncoding(BatchEncoding):
+    """A batch whose values may be nested lists of tensors."""
+
+    def to(self, device: str | torch.device | int, *, non_blocking: bool = False) -> "GLMBatchEncoding":
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            return [moved(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        self.data = {name: moved(value) for name, value in self.data.items()}
+        return self
+
+
+class GLMTokenizerMixin:
+    """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
+
+    truncation_side = "left"
+
+    @property
+    def sop_token(self) -> str:
+        return "<|startofpiece|>"
+
+    @property
+    def sop_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.sop_token)
+
+    @property
+    def eop_token(self) -> str:
+        return "<|endofpiece|>"
+
+    @property
+    def eop_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.eop_token)
+
+    @property
+    def gmask_token_id(self) -> int:
+        return self.convert_tokens_to_ids("[gMASK]")
+
+    @property
+    def smask_token_id(self) -> int:
+        return self.convert_tokens_to_ids("[sMASK]")
+
+    @property
+    def mask_token_ids(self) -> list[int]:
+        """The tokens that stand for a blank."""
+        return [self.mask_token_id, self.smask_token_id, self.gmask_token_id]
+
+    def build_inputs_for_generation(
+        self,
+        model_input: Mapping[str, Any],
+        max_gen_length: int = 512,
+        targets: str | Sequence[str] | None = None,
+        padding: bool = False,
+    ) -> BatchEncoding:
+        """The model's input for filling the first blank of each text.
+
+        Without `targets`: `input_ids` `[batch, length + 1]` (`<|startofpiece|>` behind), `position_ids`
+        `[batch, 2, length + max_gen_length]` and `generation_attention_mask` `[batch, 1, total, total]` for everything
+        that is going to be generated.
+
+        With `targets`, the texts of the blanks, for training: `input_ids`, `position_ids`, `attention_mask` and `labels`
+        (not shifted; -100 in the context) of `total = length + max_gen_length` tokens; a target ends in
+        `<|endofpiece|>` or is cut at `max_gen_length` tokens.
+
+        Args:
+            model_input: `tokenizer(texts, return_tensors="pt", padding=True)`.
+            padding: with targets, whether `total` is `length + max_gen_length` even if all of them are shorter.
+
+        Raises:
+            ValueError: a text without a blank, or not as many targets as texts.
+        """
+        input_ids, attention_mask = _tensor(model_input, "input_ids"), _tensor(model_input, "attention_mask")
+        batch, length = input_ids.shape
+        labels = None
+        if targets is not None:
+            texts = [targets] if isinstance(targets, str) else list(targets)
+            if len(texts) != batch:
+                raise ValueError(f"there are {len(texts)} targets for {batch} texts.")
+            pieces = [
+                [*ids, self.eop_token_id][:max_gen_length]
+                for ids in self(texts, add_special_tokens=False)["input_ids"]
+            ]
+            if not padding:
+                max_gen_length = max(map(len, pieces))
+            written = input_ids.new_full((batch, max_gen_length), self.pad_token_id)
+            labels = input_ids.new_full((batch, length + max_gen_length), IGNORED)
+            for row, piece in enumerate(pieces):
+                ids = input_ids.new_tensor([self.sop_token_id, *piece])
+                written[row, : min(len(ids), max_gen_length)] = ids[:max_gen_length]
+                labels[row, length : length + len(piece)] = ids[1:]
+        else:
+            written = input_ids.new_full((batch, 1), self.sop_token_id)
+
+        blank = self._first_blank(input_ids, self.mask_token_ids)
+        position_ids = input_ids.new_zeros(batch, 2, length + max_gen_length)
+        position_ids[:, 0, :length] = torch.arange(length, device=input_ids.device)
+        position_ids[:, 0, length:] = blank[:, None]
+        position_ids[:, 1, length:] = torch.arange(1, max_gen_length + 1, device=input_ids.device)
+
+        total = length + max_gen_length
+        mask = attention_mask.new_zeros(batch, total, total)
+        mask[:, :, :length] = attention_mask[:, None, :]
+        mask[:, length:, length:] = attention_mask.new_ones(max_gen_length, max_gen_length).tril()
+
+        inputs = {"input_ids": torch.cat([input_ids, written], dim=1), "position_ids": position_ids}
+        if labels is None:
+            return BatchEncoding({**inputs, "generation_attention_mask": mask[:, None]})
+        return BatchEncoding({**inputs, "attention_mask": mask[:, None], "labels": labels})
+
+    def build_inputs_for_multiple_choice(
+        self, model_input: Mapping[str, Any], choices: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> GLMBatchEncoding:
+        """The model's input for weighing what could stand in the first `[MASK]` of each text.
+
+        The choices of a text are written behind it one after the other; each sees the text and itself. Returns
+        `input_ids` `[batch, total]`, `position_ids` `[batch, 2, total]`, `attention_mask` `[batch, 1, total, total]`, and,
+        for every choice of every text, its tokens (`choice_ids`) and where they are predicted (`choice_indices`).
+
+        Args:
+            model_input: `tokenizer(texts, return_tensors="pt", padding=True)`.
+            choices: a list of texts for each text.
+            max_length: not used, as in the original.
+
+        Raises:
+            ValueError: a text without `[MASK]`, an empty choice, or not as many lists of choices as texts.
+        """
+        input_ids, attention_mask = _tensor(model_input, "input_ids"), _tensor(model_input, "attention_mask")
+        if len(choices) != len(input_ids):
+            raise ValueError(f"there are {len(choices)} lists of choices for {len(input_ids)} texts.")
+        blanks = self._first_blank(input_ids, [self.mask_token_id]).tolist()
+        rows = [
+            self._choices_of_one(ids, mask, blank, texts)
+            for ids, mask, blank, texts in zip(input_ids, attention_mask, blanks, choices, strict=True)
+        ]
+        total = max(len(row["input_ids"]) for row in rows)
+        collated: dict[str, list] = {name: [] for name in rows[0]}
+        for row in rows:
+            missing = total - len(row["input_ids"])
+            row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, missing))
+            last = row["position_ids"][:, -1:].expand(-1, missing)
+            row["position_ids"] = torch.cat([row["position_ids"], last], dim=1)
+            row["attention_mask"] = torch.nn.functional.pad(row["attention_mask"], (0, missing, 0, missing))[None]
+            for name, value in row.items():
+                collated[name].append(value)
+        tensors = ("input_ids", "position_ids", "attention_mask")
+        return GLMBatchEncoding({k: torch.stack(v) if k in tensors else v for k, v in collated.items()})
+
+    def _choices_of_one(
+        self, ids: torch.Tensor, mask: torch.Tensor, blank: int, choices: Sequence[str]
+    ) -> dict[str, Any]:
+        length = len(ids)
+        choice_ids = [ids.new_tensor(choice) for choice in self(list(choices), add_special_tokens=False)["input_ids"]]
+        empty = next((text for text, choice in zip(choices, choice_ids, strict=True) if not len(choice)), None)
+        if empty is not None:
+            raise ValueError(f"the choice {empty!r} has no tokens.")
+        sop = ids.new_tensor([self.sop_token_id])
+        written = [torch.cat([sop, choice[:-1]]) for choice in choice_ids]
+        inside = torch.cat([torch.arange(1, len(choice) + 1, device=ids.device) for choice in choice_ids])
+        position_ids = ids.new_zeros(2, length + len(inside))
+        position_ids[0, :length] = torch.arange(length, device=ids.device)
+        position_ids[0, length:] = blank
+        position_ids[1, length:] = inside
+        attention_mask = torch.block_diag(
+            mask.new_zeros(length, length), *(mask.new_ones(len(choice), len(choice)).tril() for choice in choice_ids)
+        )
+        attention_mask[:, :length] = mask
+        ends = torch.tensor([length, *map(len, choice_ids)]).cumsum(0).tolist()
+        return {
+            "input_ids": torch.cat([ids, *written]),
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "choice_ids": choice_ids,
+            "choice_indices": [torch.arange(start, end, device=ids.device) for start, end in pairwise(ends)],
+        }
+
+    def _first_blank(self, input_ids: torch.Tensor, mask_token_ids: list[int]) -> torch.Tensor:
+        """`[batch]`: where the first of the tokens stands."""
+        found = torch.isin(input_ids, input_ids.new_tensor(mask_token_ids))
+        if not found.any(dim=1).all():
+            names = ", ".join(self.convert_ids_to_tokens(mask_token_ids))
+            row = int((~found.any(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"Cannot find mask token in the input: text {row} has none of {names}. It may have been truncated away."
+            )
+        return found.int().argmax(dim=1)
+
+
+def _tensor(model_input: Mapping[str, Any], name: str) -> torch.Tensor:
+    value = model_input[name]
+    try:
+        value = torch.as_tensor(value)
+    except ValueError as error:
+        raise ValueError(f"{name} has rows of different lengths: tokenize with padding=True.") from error
+    if value.dim() != 2:
+        raise ValueError(f"{name} must be of shape [batch, length]: tokenize with return_tensors='pt'.")
+    return value
+
+
+class SurroundedTextMixin:
+    """`[CLS]` text `<|endoftext|>`, and no form for two texts."""
+
+    NO_PAIRS = "GLM has no form for two texts: join them, or pass add_special_tokens=False."
+
+    def update_post_processor(self) -> None:
+        ends = [(str(token), self.convert_tokens_to_ids(token)) for token in (self.cls_token, self.eos_token)]
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=[ends[0][0], "$A", ends[1][0]], pair=[ends[0][0], "$A", "$B", ends[1][0]], special_tokens=ends
+        )
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        if token_ids_1 is not None:
+            raise ValueError(self.NO_PAIRS)
+        return [self.cls_token_id, *token_ids_0, self.eos_token_id]
+
+    def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
+        if text_pair is not None and add_special_tokens:
+            raise ValueError(self.NO_PAIRS)
+        return super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
+
+
+class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabularyTokenizer):
+    """SentencePiece BPE after NFKC, with white space collapsed: `[CLS]` text `<|endoftext|>`.
+
+    Decoding puts a space between special tokens and the texts around them, as the original does.
+
+    Args:
+        vocab_file: the original `cog-pretrain.model`.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another family; or two texts at once, for which GLM has no form.
+    """
+
+    vocab_files_names = {"vocab_file": "cog-pretrain.model", "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    padding_side = "right"
+
+    # Behind the pieces of the file, in this order.
+    ADDED_TOKENS = (
+        *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
+        *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
+    )
+
+    def __init__(
+        self,
+        vocab_file=None,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        unk_token="[UNK]",
+        clean_up_tokenization_spaces: bool = True,
+        **kwargs: Any,
+    ):
+        if "additional_special_tokens" not in kwargs and "extra_special_tokens" not in kwargs:
+            kwargs["extra_special_tokens"] = list(self.ADDED_TOKENS[4:])
+        super().__init__(
+            vocab_file=vocab_file,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            cls_token=cls_token,
+            sep_token=sep_token,
+            mask_token=mask_token,
+            unk_token=unk_token,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+
+    def build_backend(self, vocab_file: str) -> Tokenizer:
+        model = SentencePieceModel.from_file(vocab_file)
+        if model.model_type is not ModelType.BPE or model.symbols != ["<n>"] or model.byte_fallback:
+            raise ValueError(
+                f"{vocab_file} is not the vocabulary of GLM's Chinese models: it has other pieces or rules."
+            )
+        # The original knows the unknown piece as [UNK]; "<unk>" is text like any other.
+        model = replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
+        backend = build_tokenizer(model)
+        backend.decoder = build_decoder(model, any_of(model.of_type(PieceType.CONTROL)), {model.unknown: " ⁇ "})
+        backend.add_special_tokens(
+            [
+                AddedToken(token, lstrip=True, rstrip=True, normalized=False)
+                for token in (model.unknown, *self.ADDED_TOKENS)
+            ]
+        )
+        return backend
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        # The backend's own names for special tokens include the white space around them.
+        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Raises IndexError for ids that are not in the vocabulary."""
+        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
+        foreign = next((index for index in ids if not 0 <= index < len(self)), None)
+        if foreign is not None:
+            raise IndexError(f"token id {foreign} is outside the vocabulary of {len(self)}")
+        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        text = self.convert_tokens_to_string(tokens)
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The texts of the tokens, and added tokens as they are, with spaces between."""
+        added = self.added_tokens_encoder.keys() - {self.unk_token}
+        parts: list[str] = []
+        for is_added, group in groupby(tokens, key=added.__contains__):
+            run = list(group)
+            parts += run if is_added else [self._tokenizer.decoder.decode(run)]
+        return " ".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the English models
+
+
+class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
+    """GPT-2's vocabulary (glm-2b, glm-10b): `[CLS]` text `<|endoftext|>`.
+
+    The checkpoint gives the special tokens (`tokenizer_config.json`, `added_tokens.json`). As in the original, those that
+    GLM adds take the white space around them with them, and GPT-2's own do not.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, *args: Any, cls_token="[CLS]", mask_token="[MASK]", **kwargs: Any):
+        super().__init__(*args, cls_token=cls_token, mask_token=mask_token, **kwargs)
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        gpt2 = {str(token) for token in (self.bos_token, self.eos_token, self.unk_token, self.pad_token)}
+        ours = set(self.all_special_tokens) - gpt2
+        new_tokens = [
+            AddedToken(str(token), lstrip=True, rstrip=True, normalized=False, special=True)
+            if str(token) in ours
+            else token
+            for token in new_tokens
+        ]
+        return super()._add_tokens(new_tokens, special_tokens)
+
+
+class _OneKindOfBlank:
+    """The smaller English models know `[MASK]` alone."""
+
+    @property
+    def gmask_token_id(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__}: the model doesn't support gMASK")
+
+    @property
+    def smask_token_id(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__}: the model doesn't support sMASK")
+
+    @property
+    def mask_token_ids(self) -> list[int]:
+        return [self.mask_token_id]
+
+
+class GLMBertTokenizer(_OneKindOfBlank, GLMTokenizerMixin, BertTokenizer):
+    """BERT's vocabulary (glm-large, glm-515m): `[CLS]` text `[SEP]`."""
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+
+class GLMRobertaTokenizer(_OneKindOfBlank, GLMTokenizerMixin, RobertaTokenizer):
+    """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`."""
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+
+__all__ = [
+    "GLMBatchEncoding",
+    "GLMBertTokenizer",
+    "GLMChineseTokenizer",
+    "GLMGPT2Tokenizer",
+    "GLMRobertaTokenizer",
+    "GLMTokenizerMixin",
+]
