@@ -65,7 +65,7 @@ class QWenTokenizer(ChatTokenizer):
         **kwargs,
     ):
         self.errors = errors
-        self.extra_vocab_file = extra_vocab_file
+        self._extra_vocab_file = extra_vocab_file
         self.first_revision = "remove_space" in kwargs if first_revision is None else first_revision
         self.special_tokens: dict[str, int] = {}
         if self.first_revision:
@@ -76,6 +76,7 @@ class QWenTokenizer(ChatTokenizer):
             vocab_file=vocab_file,
             tokenizer_file=None if extra_vocab_file else tokenizer_file,
             errors=errors,
+            extra_vocab_file=None,  # its tokens are saved with the others
             first_revision=self.first_revision,
             eos_token=eos_token,
             pad_token=pad_token,
@@ -105,11 +106,11 @@ class QWenTokenizer(ChatTokenizer):
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         ranks = read_tiktoken(vocab_file)
-        if self.extra_vocab_file is not None:
-            extra = {token: i for token, i in read_tiktoken(self.extra_vocab_file).items() if token not in ranks}
+        if self._extra_vocab_file is not None:
+            extra = {token: i for token, i in read_tiktoken(self._extra_vocab_file).items() if token not in ranks}
             if clash := set(extra.values()).intersection(ranks.values()):
                 raise ValueError(
-                    f"{self.extra_vocab_file}: the id {min(clash)} belongs to a token of {vocab_file}. Give the extra "
+                    f"{self._extra_vocab_file}: the id {min(clash)} belongs to a token of {vocab_file}. Give the extra "
                     "tokens ids after the special tokens'."
                 )
             ranks |= extra
