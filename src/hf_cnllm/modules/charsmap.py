@@ -6,17 +6,16 @@ of two kinds: for single characters, and for every spelling of a composed charac
 The Rust `Precompiled` normaliser looks rules up for whole grapheme clusters and takes the shortest one that fits, which
 is right only where a cluster is one character. So the clusters are taken apart for it, and NFC does the composing:
 
-1. `border`, which no rule knows, goes wherever the rules do not compose two neighbours though NFC might;
-2. `erased`, a character that some rule deletes, goes between the characters of every cluster;
-3. `Precompiled` applies the rules for single characters (and removes `erased`);
-4. NFC composes what is left adjacent: the result of the longest rule, since all of them are compositions;
-5. `border` goes.
+1. `BORDER`, which no rule knows, goes wherever the rules do not compose two neighbours though NFC might;
+2. `APART`, another such character, goes between the characters of every cluster;
+3. `Precompiled` applies the rules for single characters;
+4. `APART` goes, and NFC composes what is left adjacent: the result of the longest rule, since all are compositions;
+5. `BORDER` goes.
 """
 
 import struct
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import cached_property
 
 import numpy as np
 from tokenizers import Regex, normalizers
@@ -26,10 +25,12 @@ from .patterns import any_of
 # Characters that continue a grapheme cluster, or may in a later version of Unicode than the Rust side's. Every rule that
 # composes has one of them in second place, or a jamo.
 EXTENDS = r"\p{M}\p{Cn}\x{200C}\x{200D}\x{FF9E}\x{FF9F}\x{0E33}\x{0EB3}"
-# Unassigned, and a cluster of its own (Grapheme_Cluster_Break=Control).
-BORDER = "\U000e0fff"
+# Unassigned, and clusters of their own (Grapheme_Cluster_Break=Control). Both are lost from a text that has them.
+APART, BORDER = "\U000e0ffe", "\U000e0fff"
 LEADING_JAMO = range(0x1100, 0x1113)
 FOLLOWING_JAMO = range(0x1161, 0x11C3)
+
+DAMAGED = "its normalisation rules are not a character map"
 
 
 class CharsMap:
@@ -39,7 +40,7 @@ class CharsMap:
     whether a rule ends there (bit 8), and the offset to its children (bits 10-30, times 256 if bit 9 is set).
 
     Raises:
-        ValueError: the bytes are not such a map, or its rules are not of the two kinds above.
+        ValueError: the bytes are not such a map.
     """
 
     ENDS_RULE = 1 << 8
@@ -47,19 +48,33 @@ class CharsMap:
     def __init__(self, data: bytes):
         size = struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0
         if size % 4 or not 4 <= size <= len(data) - 4:
-            raise ValueError("the SentencePiece model's precompiled_charsmap is damaged")
+            raise ValueError(DAMAGED)
         self.units = np.frombuffer(data, dtype="<u4", count=size // 4, offset=4)
         self.replacements = data[4 + size :]
+        if not self._is_sound():
+            raise ValueError(DAMAGED)
+        self.characters, self.compositions = self._rules()
+
+    def _is_sound(self) -> bool:
+        """Whether every look-up stays inside the map: the Rust side does not check."""
+        nodes = np.flatnonzero(self.units >> 31 == 0).astype(np.uint32)
+        children = nodes ^ self._offsets(nodes)
+        if not (children | 0xFF < len(self.units)).all():
+            return False
+        values = self.units[children[(self.units[nodes] & self.ENDS_RULE) != 0]] & 0x7FFFFFFF
+        text = np.frombuffer(self.replacements, dtype=np.uint8)
+        if not (values < len(text)).all() or not self.replacements.endswith(b"\0"):
+            return False
+        starts_inside_character = text[values] & 0xC0 == 0x80
+        return not starts_inside_character.any() and _text(self.replacements) is not None
 
     def normalizers(self, symbols: list[str]) -> list[normalizers.Normalizer]:
         """Normalisers that apply the rules to everything but the user-defined `symbols`, which stay as they are."""
-        erased = min((text for text, replacement in self.characters.items() if not replacement), default=None)
-        if erased is None:
-            raise ValueError("the SentencePiece model's normalisation rules delete no character: not nmt_nfkc")
         return [
             normalizers.Replace(Regex(self._borders(symbols)), BORDER),
-            normalizers.Replace(Regex(rf"(?<=\r)(?=\n)|(?<=[\s\S])(?=[{EXTENDS}])"), erased),
+            normalizers.Replace(Regex(rf"(?<=\r)(?=\n)|(?<=[\s\S])(?=[{EXTENDS}])"), APART),
             normalizers.Precompiled(self._without([symbol for symbol in symbols if len(symbol) == 1])),
+            normalizers.Replace(APART, ""),
             normalizers.NFC(),
             normalizers.Replace(BORDER, ""),
         ]
@@ -67,28 +82,19 @@ class CharsMap:
     # ----------------------------------------------------------------------------------------------------------------
     # the rules
 
-    @cached_property
-    def characters(self) -> dict[str, str]:
-        """The rules for single characters."""
-        return self._rules[0]
-
-    @cached_property
-    def compositions(self) -> dict[str, str]:
-        """The rules for spellings of composed characters, but not those that begin with a Hangul jamo."""
-        return self._rules[1]
-
-    @cached_property
     def _rules(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The rules for single characters, and those for spellings of composed ones that do not begin with a jamo."""
         characters: dict[str, str] = {}
         compositions: dict[str, str] = {}
         labels = np.arange(1, 256, dtype=np.uint32)
-        keys, nodes = [b""], np.zeros(1, dtype=np.uint32)
+        keys, nodes, visited = [b""], np.zeros(1, dtype=np.uint32), 1
         while keys:
             children = (nodes ^ self._offsets(nodes))[:, None] ^ labels
-            inside = children < len(self.units)
-            reached = inside & ((self.units[np.where(inside, children, 0)] & 0x800000FF) == labels)
-            rows, columns = np.nonzero(reached)
+            rows, columns = np.nonzero((self.units[children] & 0x800000FF) == labels)
             nodes = children[rows, columns]
+            visited += len(nodes)
+            if visited > len(self.units):  # a loop
+                raise ValueError(DAMAGED)
             keys = [
                 keys[row] + bytes([column + 1]) for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
             ]
@@ -118,7 +124,7 @@ class CharsMap:
             node = np.uint32(0)
             for byte in text.encode():
                 node = node ^ self._offsets(node) ^ np.uint32(byte)
-                if node >= len(units) or units[node] & 0x800000FF != byte:
+                if units[node] & 0x800000FF != byte:
                     break
             else:
                 units[node] &= ~np.uint32(self.ENDS_RULE)

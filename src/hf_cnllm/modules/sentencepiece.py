@@ -61,7 +61,7 @@ class SentencePieceModel:
     types: list[int]
     model_type: ModelType
     byte_fallback: bool
-    charsmap: bytes
+    charsmap: CharsMap | None
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
 
@@ -98,13 +98,17 @@ class SentencePieceModel:
         ):
             if unsupported:
                 raise ValueError(f"{path}: SentencePiece models with {fault} are not supported.")
+        try:
+            charsmap = CharsMap(normalizer.precompiled_charsmap) if normalizer.precompiled_charsmap else None
+        except ValueError as error:
+            raise ValueError(broken.format(error)) from error
         model = cls(
             texts=[piece.piece for piece in proto.pieces],
             scores=[piece.score for piece in proto.pieces],
             types=[piece.type for piece in proto.pieces],
             model_type=ModelType(trainer.model_type),
             byte_fallback=trainer.byte_fallback,
-            charsmap=normalizer.precompiled_charsmap,
+            charsmap=charsmap,
             add_dummy_prefix=normalizer.add_dummy_prefix,
             remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
         )
@@ -112,6 +116,8 @@ class SentencePieceModel:
             raise ValueError(broken.format("no unknown piece or no normal pieces"))
         if len(model.ids) != len(model.texts):
             raise ValueError(broken.format("a piece occurs twice"))
+        if model.byte_fallback and len(model.of_type(PieceType.BYTE)) != 256:
+            raise ValueError(broken.format("byte fallback without 256 byte pieces"))
         return model
 
     @cached_property
@@ -161,7 +167,7 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
 def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     """Compiled rules (user-defined symbols are exempt), white space, the `▁` in front, and spaces shown as `▁`."""
     steps: list[normalizers.Normalizer] = []
-    rules = CharsMap(model.charsmap).normalizers(model.symbols) if model.charsmap else []
+    rules = model.charsmap.normalizers(model.symbols) if model.charsmap else []
     if model.remove_extra_whitespaces:
         # The original trims what ends up as `▁` at the end, so a literal ▁ there goes as well.
         steps += [

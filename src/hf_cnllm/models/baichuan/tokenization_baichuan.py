@@ -11,6 +11,7 @@ from ...modules.sentencepiece import SentencePieceModel, build_tokenizer, mend_b
 # Where both generations keep the pieces that open a turn: <reserved_102>, <reserved_103> in v1 and <reserved_106>,
 # <reserved_107> in v2 (generation_config.json: user_token_id, assistant_token_id).
 USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
+RESERVED = "<reserved_"
 
 
 class BaichuanTokenizer(ChatTokenizer):
@@ -55,8 +56,8 @@ class BaichuanTokenizer(ChatTokenizer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
-        if self.chat_template is None:
-            turns = [self.convert_ids_to_tokens(index) for index in (USER_TOKEN_ID, ASSISTANT_TOKEN_ID)]
+        turns = [self._tokenizer.id_to_token(index) or "" for index in (USER_TOKEN_ID, ASSISTANT_TOKEN_ID)]
+        if self.chat_template is None and all(piece.startswith(RESERVED) for piece in turns):
             header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
             self.chat_template = header + read_template("baichuan")
 
@@ -103,7 +104,7 @@ class BaichuanTokenizer(ChatTokenizer):
     def _reserved_pieces(self) -> list[str]:
         """Pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        return [piece for piece in vocab if piece.startswith("<reserved_")] + [
+        return [piece for piece in vocab if piece.startswith(RESERVED)] + [
             piece for piece in ("<SEP>", "<CLS>") if piece in vocab
         ]
 
