@@ -21,9 +21,7 @@ def same_document(documents: torch.Tensor) -> Callable:
     return mask_function
 
 
-def packed_documents(
-    config: PreTrainedConfig, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
-) -> Callable | None:
+def packed_documents(config: PreTrainedConfig, attention_mask: torch.Tensor | None) -> Callable | None:
     """The `and_mask_function` of transformers' mask makers for a 2-D mask that holds document numbers, else None.
 
     Raises:
@@ -31,7 +29,7 @@ def packed_documents(
     """
     if attention_mask is None or attention_mask.ndim != 2 or attention_mask.dtype == torch.bool:
         return None
-    if inputs_embeds.shape[1] == 1 or torch.compiler.is_compiling() or attention_mask.max() <= 1:
+    if torch.compiler.is_compiling() or attention_mask.max() <= 1:
         return None
     if is_flash_attention_requested(config):
         raise ValueError(

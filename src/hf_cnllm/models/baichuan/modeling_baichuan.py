@@ -30,6 +30,7 @@ from ...attention.documents import packed_documents
 from ...chat.baichuan import BaichuanChatMixin
 from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
+from ...modules.checkpoint import CheckpointLoadingMixin
 from ...modules.norm_head import NormHead
 from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from .configuration_baichuan import BaichuanConfig
@@ -139,7 +140,7 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
         return residual + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class BaichuanPreTrainedModel(PreTrainedModel):
+class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: BaichuanConfig
     config_class = BaichuanConfig
     base_model_prefix = "model"
@@ -169,7 +170,10 @@ class BaichuanPreTrainedModel(PreTrainedModel):
         if config._attn_implementation == "flex_attention":
             return attention_mask  # `generate` cannot handle a BlockMask; the forward pass makes it
         if config.position_embedding != "alibi":
-            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+            documents = packed_documents(config, attention_mask)
+            return create_masks_for_generate(
+                config, inputs_embeds, attention_mask, past_key_values, and_mask_function=documents, **kwargs
+            )
         return create_alibi_mask(config, inputs_embeds, attention_mask, past_key_values)._asdict()
 
 
@@ -236,7 +240,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
-                and_mask_function=packed_documents(self.config, attention_mask, inputs_embeds),
+                and_mask_function=packed_documents(self.config, attention_mask),
             )
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         blind_rows = self._find_blind_rows(attention_mask, inputs_embeds.shape[1])
@@ -261,7 +265,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (attention_mask.shape[0], queries):
             return None
         tokens = attention_mask != 0
-        if queries == 1 or not torch.compiler.is_compiling() and tokens.all():
+        if queries == 1 or (not torch.compiler.is_compiling() and tokens.all()):
             return None
         if self.config.position_embedding == "alibi":
             return BlindRows(~tokens)
