@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
 # The smallest norm divided by, as in `torch.nn.functional.normalize`.
 NORM_EPSILON = 1e-12
 
@@ -69,16 +68,39 @@ class NormHead(nn.Linear):
     @property
     def raw_weight(self) -> nn.Parameter:
         """The stored parameter [vocab_size, hidden_size]."""
-        try:
+        if "weight" in self._parameters:
             return self._parameters["weight"]
-        except KeyError:
-            raise AttributeError("NormHead has no parameter `weight`") from None
+        if "weight" in self.__dict__:  # by the setter below
+            if (
+                torch.is_grad_enabled()
+            ):  # in forward; FSDP1 has made the view a parameter by then, if it does so at all
+                raise RuntimeError("NormHead works under FSDP2, and under FSDP1 only with use_orig_params=True")
+            return self.__dict__["weight"]
+        raise AttributeError("NormHead has no parameter `weight`")
 
     @property
     def weight(self) -> torch.Tensor:
-        """The effective matrix [vocab_size, hidden_size], differentiable with respect to [`raw_weight`]."""
-        effective = normalize_rows(self.raw_weight)
+        """The effective matrix [vocab_size, hidden_size], differentiable with respect to [`raw_weight`].
+
+        While FSDP keeps only a shard in memory, that is, outside of forward, it is that raw shard: FSDP looks up the
+        parameters that it manages by attribute, and would train and write back whatever it found.
+        """
+        raw = self.raw_weight
+        is_shard = hasattr(raw, "full_tensor") or getattr(raw, "_fsdp_flattened", False)  # FSDP2, FSDP1
+        if is_shard or "weight" not in self._parameters or raw.untyped_storage().size() == 0:
+            return raw
+        effective = normalize_rows(raw)
         return effective.as_subclass(EffectiveWeight) if type(effective) is torch.Tensor else effective
+
+    # FSDP1 exchanges the parameter for a view of the gathered one by `delattr` and `setattr`: nn.Module looks after
+    # parameters, plain tensors come here.
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
 
     def get_parameter(self, target: str) -> nn.Parameter:
         return self.raw_weight if target == "weight" else super().get_parameter(target)
@@ -95,7 +117,7 @@ class NormHead(nn.Linear):
     def _inverse_row_norms(self) -> torch.Tensor:
         weight = self.raw_weight
         needs_grad = torch.is_grad_enabled() and weight.requires_grad
-        if self.training or needs_grad or weight.is_meta or weight.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.training or needs_grad or weight.is_meta or weight.is_inference():
             return inverse_row_norms(weight)
         # Memoised for one version of the weight: an in-place change, a move or a replacement makes a new key. Writes
         # through `raw_weight.data` have no version; `train()` and `eval()` forget the memo for their sake.
