@@ -16,6 +16,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...modules.inputs import check_cache, check_token_ids
 from ...modules.prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
 from ..chatglm import modeling_chatglm_auto as auto
 from ..chatglm.configuration_chatglm import ChatGLMConfig
@@ -263,14 +264,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embedding(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
+        if length == 0:
+            raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
         if length > self.config.seq_length:
             logger.warning_once(
                 f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        check_cache(
+            past_key_values, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
+        )
 
         prefix, past = None, past_key_values
         if self.prefix_encoder is not None:
@@ -341,15 +348,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """The mask of a compiled step, made outside of it. Before the prefix is in the cache, the (uncompiled) forward
-        pass that puts it there makes its own."""
-        if config.pre_seq_len is None:
-            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
-        if is_empty(past_key_values):
+        """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
+        is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
+        if config._attn_implementation not in ("eager", "sdpa"):
             return attention_mask
-        all_columns = with_prefix_columns(attention_mask, config.pre_seq_len)
-        mask = create_masks_for_generate(config, inputs_embeds, all_columns, past_key_values, **kwargs)
-        return mask if mask is not None and len(mask.shape) == 4 else attention_mask
+        if config.pre_seq_len is not None and is_empty(past_key_values):
+            return attention_mask
+        attention_mask = with_prefix_columns(attention_mask, config.pre_seq_len)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
