@@ -307,7 +307,9 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = list(source)
         elif not is_batched and return_tensors is None:
-            return BatchEncoding({name: values[0] for name, values in data.items()})
+            return BatchEncoding(
+                {name: values[0] if isinstance(values[0], list) else values for name, values in data.items()}
+            )
         return BatchEncoding(data, tensor_type=return_tensors)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 
@@ -116,6 +116,23 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
 
     # ----------------------------------------------------------------------------------------------------------------
     # input
+
+    def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+        """Added tokens are found in the text as it is, as the originals do; what a normaliser makes of a token alone
+        (a `▁` in front, for one) is not what it makes of it in a text."""
+        tokens = [token if isinstance(token, AddedToken) else AddedToken(str(token)) for token in new_tokens]
+        plain = [
+            AddedToken(
+                token.content,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                special=special_tokens or token.special,
+                normalized=False,
+            )
+            for token in tokens
+        ]
+        return super()._add_tokens(plain, special_tokens)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
         try:
