@@ -92,29 +92,26 @@ def read_answer(
 ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
     """What ChatGLM3 generated after `<|assistant|>`, as (response, history with the turns in it added).
 
-    The response is the answer's text; for a tool call `{"name": …, "parameters": {…}}` if `history` begins with a system
-    message that has tools, else `{"name": …, "content": …}`.
+    The response is the last turn: its text or, for a tool call, `{"name": …, "parameters": {…}}` if `history` begins with
+    a system message that has tools, else `{"name": …, "content": …}`.
 
     Raises:
-        ToolCallError: the history has tools, and a turn is a malformed call of one.
+        ToolCallError: the history has tools, and the last turn is a malformed call of one.
     """
     turns: list[dict[str, Any]] = deepcopy(list(history))
-    response: str | dict[str, Any] = ""
-    for turn in output.split("<|assistant|>"):
-        metadata, newline, content = turn.partition("\n")
+    for text in output.split("<|assistant|>"):
+        metadata, newline, content = text.partition("\n")
         if not newline:
-            metadata, content = "", turn
-        is_call = bool(metadata.strip())
-        content = content if is_call else content.strip()
-        turns.append({"role": "assistant", "metadata": metadata, "content": content})
-        if not is_call:
-            response = content.replace("[[训练时间]]", "2023年")
-        elif turns[0]["role"] == "system" and "tools" in turns[0]:
-            code = "\n".join(content.split("\n")[1:-1])  # between the fences
-            response = {"name": metadata.strip(), "parameters": parse_tool_call(code)}
-        else:
-            response = {"name": metadata.strip(), "content": content}
-    return response, turns
+            metadata, content = "", text
+        turn = {"role": "assistant", "metadata": metadata, "content": content if metadata.strip() else content.strip()}
+        turns.append(turn)
+    name, content = turn["metadata"].strip(), turn["content"]
+    if not name:
+        return content.replace("[[训练时间]]", "2023年"), turns
+    if turns[0]["role"] == "system" and "tools" in turns[0]:
+        code = "\n".join(content.split("\n")[1:-1])  # between the fences
+        return {"name": name, "parameters": parse_tool_call(code)}, turns
+    return {"name": name, "content": content}, turns
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -195,6 +195,9 @@ def build_decoder(
         silent: pattern of the pieces that have no text.
         texts: pieces that have another text than their own. White space there is text: it stays in front.
     """
+    texts = dict(texts or {})
+    if model.byte_fallback:
+        texts["<0x20>"] = " "
     steps: list[decoders.Decoder] = []
     if silent:
         steps.append(decoders.Replace(Regex(rf"\A(?:{silent})\z"), ""))
@@ -208,7 +211,7 @@ def build_decoder(
         steps.append(decoders.Strip(" ", len(max(model.ids, key=len)), 0))
     elif model.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
-    steps += [decoders.Replace(_MARK + piece, text) for piece, text in (texts or {}).items()]
+    steps += [decoders.Replace(_MARK + piece, text) for piece, text in texts.items()]
     return decoders.Sequence(steps)
 
 

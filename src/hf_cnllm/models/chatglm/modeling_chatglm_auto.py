@@ -34,6 +34,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from ...chat.chatglm import ChatGLMChatMixin
 from ...hub.quantization import QUANT_METHOD, quantize
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.prefix_encoder import PrefixEncoder
@@ -158,7 +159,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         raise NotImplementedError
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMChatMixin, GenerationMixin):
     """Door to the language models, and what they share: logits and the shifted cross entropy."""
 
     @can_return_tuple
