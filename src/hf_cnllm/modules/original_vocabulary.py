@@ -118,8 +118,8 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     # input
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        """Added tokens are found in the text as it is, as the originals do; what a normaliser makes of a token alone
-        (a `▁` in front, for one) is not what it makes of it in a text."""
+        if not self.finds_added_tokens_in_raw_text:
+            return super()._add_tokens(new_tokens, special_tokens)
         tokens = [token if isinstance(token, AddedToken) else AddedToken(str(token)) for token in new_tokens]
         plain = [
             AddedToken(

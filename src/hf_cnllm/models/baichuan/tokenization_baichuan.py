@@ -30,6 +30,7 @@ class BaichuanTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
+    finds_added_tokens_in_raw_text = True
 
     def __init__(
         self,
