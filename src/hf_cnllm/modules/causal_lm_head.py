@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.modeling_utils import PreTrainedModel
 
 from ..losses import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
@@ -18,6 +18,10 @@ except ImportError:  # transformers before 5.20 or so knows the last positions a
         return hidden_states[:, positions, :]
 
 
+_SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: False}
+"""The loss functions that the chunked form stands in for, and whether they shift the labels."""
+
+
 def loss_and_logits(
     model: PreTrainedModel,
     head: nn.Module,
@@ -28,8 +32,8 @@ def loss_and_logits(
 ) -> tuple[Tensor | None, Tensor]:
     """`(loss, logits)` of `head(hidden_states)` under `model.loss_function`; the loss is None without labels.
 
-    In training with labels, where the loss is the causal-LM loss and the head a plain `nn.Linear` or `NormHead`, the
-    loss is computed in chunks of `config.loss_chunk_size` tokens without the logits, and the returned logits are
+    In training with labels, where the loss is this package's or transformers' own for causal or masked (unshifted)
+    language models and the head a plain `nn.Linear` or `NormHead`, the loss is computed in chunks of `config.loss_chunk_size` tokens without the logits, and the returned logits are
     deferred: who reads `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who
     does not never pays for them. Everything else computes the logits and the loss from them: evaluation,
     `loss_chunk_size=None`, `logits_to_keep`, a `loss_function` of the user's own, a head that is quantised, sharded,
@@ -48,9 +52,11 @@ def loss_and_logits(
         and isinstance(logits_to_keep, int)
         and logits_to_keep == 0
         and _is_training_step(model)
-        and model.loss_function in (causal_lm_loss, ForCausalLMLoss)
+        and model.loss_function in _SHIFTS_LABELS
         and _is_plain(head, hidden_states)
     ):
+        if not _SHIFTS_LABELS[model.loss_function]:
+            loss_kwargs["shift_labels"] = labels
         normalize = type(head) is NormHead
         loss = chunked_causal_lm_loss(
             hidden_states,
