@@ -15,9 +15,14 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     `build_backend`. Saving with `legacy_format=True` writes the original layout alone (vocabulary file and, for tokens
     added later, `added_tokens.json`), `legacy_format=False` writes `tokenizer.json` alone.
 
+    `finds_added_tokens_in_raw_text` says that tokens which are added later are looked for in the text as it is, not in what
+    the normaliser makes of it: needed where that depends on the place in the text (a `▁` in front, for one).
+
     Raises:
         ValueError: there is neither file, or `tokenizer.json` is damaged; `build_backend` reports its own file.
     """
+
+    finds_added_tokens_in_raw_text: bool = False
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         """The Rust tokenizer for the original `vocab_file`, without special tokens."""

@@ -58,6 +58,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": TOKENIZER_MODEL, "ice_text_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
+    finds_added_tokens_in_raw_text = True
     encodes_messages_alone = False  # the templates say where a text ends
 
     def __init__(
@@ -96,9 +97,10 @@ class ChatGLMTokenizer(ChatTokenizer):
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         self.vocab_files_names = {"vocab_file": self._row.vocab_file, "tokenizer_file": "tokenizer.json"}
         # Names of tokens that are no special tokens: making them so would change what may stand in text.
-        for holder in (kwargs, kwargs.get("model_specific_special_tokens") or {}):
-            for name in ("gmask_token", "end_token", "eop_token"):
-                holder.pop(name, None)
+        others = kwargs.pop("model_specific_special_tokens", None) or {}
+        kwargs |= {name: token for name, token in others.items() if name not in kwargs}
+        for name in ("gmask_token", "end_token", "eop_token"):
+            kwargs.pop(name, None)
         self._named = {name: kwargs.pop(name, token) for name, token in self._row.special_tokens.items()}
         super().__init__(
             vocab_file=vocab_file,

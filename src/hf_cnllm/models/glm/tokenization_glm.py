@@ -258,6 +258,7 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
     vocab_files_names = {"vocab_file": "cog-pretrain.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     padding_side = "right"
+    finds_added_tokens_in_raw_text = True
 
     # Behind the pieces of the file, in this order.
     ADDED_TOKENS = (
