@@ -15,19 +15,14 @@ from torch import Tensor
 
 
 def logn_scale(position_ids: Tensor, seq_length: int) -> Tensor:
-    """The factor for queries at 0-based `position_ids`: same shape, fp32.
+    """What to multiply rotated queries (batch, heads, length, head_dim) by: (batch or 1, 1, length, 1), fp32.
 
     Args:
-        position_ids: (batch or 1, length).
+        position_ids: (batch or 1, length), 0-based.
         seq_length: trained length S in tokens, at least 2.
     """
-    lengths = position_ids + 1
+    lengths = position_ids[:, None, :, None] + 1
     return torch.where(lengths > seq_length, lengths.float().log() / math.log(seq_length), 1.0)
-
-
-def apply_logn(query: Tensor, scale: Tensor) -> Tensor:
-    """(batch, heads, length, head_dim) rotated queries times the (batch or 1, length) of `logn_scale`."""
-    return query * scale[:, None, :, None].to(query.dtype)
 
 
 def reference_logn_scores(query: Tensor, key: Tensor, seq_length: int, offset: int = 0) -> Tensor:

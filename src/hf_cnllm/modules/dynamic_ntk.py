@@ -71,7 +71,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:  # model.half() must not round the angles
+        if not self.inv_freq.is_meta:  # model.half() must not round the angles, nor to_empty() leave them undefined
             self.inv_freq = self.compute_inv_freq().to(self.inv_freq.device)
         return self
 

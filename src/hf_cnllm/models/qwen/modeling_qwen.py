@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...attention.logn import apply_logn, logn_scale
+from ...attention.logn import logn_scale
 from ...attention.window import create_window_masks, mask_name
 from ...chat.qwen import QWenChatMixin
 from ...losses import causal_lm_loss
@@ -91,7 +91,7 @@ class QWenAttention(nn.Module):
 
         query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
         if query_scale is not None:
-            query_states = apply_logn(query_states, query_scale)
+            query_states = query_states * query_scale
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
@@ -124,6 +124,7 @@ class QWenAttention(nn.Module):
 class QWenBlock(GradientCheckpointingLayer):
     def __init__(self, config: QWenConfig, layer_idx: int):
         super().__init__()
+        self.mask_name = mask_name(config, layer_idx)
         self.ln_1 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = QWenAttention(config, layer_idx)
         self.ln_2 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -256,7 +257,7 @@ class QWenModel(QWenPreTrainedModel):
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         query_scale = None
         if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
-            query_scale = logn_scale(position_ids, self.config.seq_length)
+            query_scale = logn_scale(position_ids, self.config.seq_length).to(inputs_embeds.dtype)
         self._warn_beyond_positions(reach)
 
         masks = attention_mask
@@ -270,10 +271,10 @@ class QWenModel(QWenPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         hidden_states = self.drop(inputs_embeds)
-        for layer_idx, block in enumerate(self.h[: self.config.num_hidden_layers]):
+        for block in self.h[: self.config.num_hidden_layers]:
             hidden_states = block(
                 hidden_states,
-                attention_mask=masks[mask_name(self.config, layer_idx)],
+                attention_mask=masks[block.mask_name],
                 position_embeddings=position_embeddings,
                 query_scale=query_scale,
                 position_ids=position_ids,
