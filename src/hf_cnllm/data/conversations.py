@@ -114,6 +114,28 @@ def _text(row: dict[str, Any], key: str, field: str, where: str) -> str:
     return value
 
 
+def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """The ids that end a reply: what the chat template writes behind one, then those of the generation config.
+
+    Chat templates and `generation_config.json` do not always agree: Qwen's chats end a reply with `<|im_end|>`, its
+    published configurations stop at `<|endoftext|>` only. A model fine-tuned on chats should stop at both.
+
+    Raises:
+        ValueError: neither of the two names such a token.
+    """
+    configured = generation_config.eos_token_id
+    ends = list(configured) if isinstance(configured, list | tuple) else [configured]
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids, spoken = _ids_and_mask(tokenizer, probe)
+    last = [token for token, mine in zip(ids, spoken, strict=True) if mine][-1]
+    if last in tokenizer.all_special_ids:
+        ends.insert(0, last)
+    ends = [end for end in dict.fromkeys(ends) if end is not None]
+    if not ends:
+        raise ValueError("nothing says what ends a reply: set eos_token_id in generation_config.json")
+    return ends
+
+
 def encode_conversation(
     tokenizer: Any, messages: Sequence[Message], end_token_ids: Sequence[int], max_length: int | None = None
 ) -> dict[str, list[int]]:
@@ -126,20 +148,13 @@ def encode_conversation(
     Args:
         tokenizer: a fast tokenizer whose chat template marks replies with `{% generation %}`.
         messages: a conversation, ending with the assistant.
-        end_token_ids: the ids that stop generation (`model.generation_config.eos_token_id` as a list).
+        end_token_ids: see `reply_end_ids`.
         max_length: tokens to keep, cut off at the end.
 
     Returns:
         `input_ids`, `attention_mask` and `labels` of equal length; labels are -100 outside the replies.
     """
-    if not end_token_ids:
-        raise ValueError("end_token_ids is empty: set generation_config.eos_token_id so that replies can end")
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, spoken = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    if not any(spoken):
-        raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
+    ids, spoken = _ids_and_mask(tokenizer, messages)
     labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, spoken, strict=True)]
     reply_ends = [i for i, mine in enumerate(spoken) if mine and not (i + 1 < len(spoken) and spoken[i + 1])]
     for last in reply_ends:
@@ -151,3 +166,12 @@ def encode_conversation(
         labels[last + 1] = end_token_ids[0]
     ids, labels = ids[:max_length], labels[:max_length]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _ids_and_mask(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    encoded = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    if not any(encoded["assistant_masks"]):
+        raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
+    return list(encoded["input_ids"]), list(encoded["assistant_masks"])

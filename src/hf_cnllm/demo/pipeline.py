@@ -36,7 +36,7 @@ class Training(NamedTuple):
 
 
 # What suits two million random weights would wreck a checkpoint that knows something.
-TINY_TRAINING = Training(epochs=24, learning_rate=3e-3, adapter_learning_rate=1e-2)
+TINY_TRAINING = Training(epochs=24, learning_rate=1.5e-3, adapter_learning_rate=1e-2)
 OWN_TRAINING = Training(epochs=3, learning_rate=1e-5, adapter_learning_rate=1e-4)
 
 
@@ -232,6 +232,7 @@ class _Run:
         self.model = self.task_class.auto_class.from_pretrained(path, dtype=torch.float32, **kwargs)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.task = self.task_class(self.tokenizer, self.model, self.options.max_length)
+        self.model.generation_config.eos_token_id = self.task.end_token_ids
 
     def _ask(self, stage: str) -> None:
         """Let the model answer training questions; count the exact answers, sign-offs aside, and keep some as samples."""

@@ -56,7 +56,7 @@ class Summary:
         """What was measured, name and value, ready to be shown."""
         rows = {}
         for stage, by_use in self.losses.items():
-            rows[f"loss {stage}"] = ", ".join(f"{use} {value:.3f}" for use, value in by_use.items())
+            rows[f"loss {stage}"] = ", ".join(f"{use.replace('_', ' ')} {value:.3f}" for use, value in by_use.items())
         for stage, share in self.word_for_word.items():
             rows[f"training questions answered word for word {stage}"] = f"{share:.0%}"
         for stage, share in self.signed_off.items():

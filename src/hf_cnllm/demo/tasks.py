@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data.conversations import Conversation, encode_conversation
+from ..data.conversations import Conversation, encode_conversation, reply_end_ids
 
 
 class ChatTask:
@@ -23,8 +23,7 @@ class ChatTask:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
-        ends = model.generation_config.eos_token_id
-        self.end_token_ids = ends if isinstance(ends, list) else [ends]
+        self.end_token_ids = reply_end_ids(tokenizer, model.generation_config)
         self.collator = DataCollatorForSeq2Seq(tokenizer, padding="longest")
 
     def example(self, conversation: Conversation) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the demo does with a model, each in one call of Trainer or generate: fit, measure a loss, reply."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,8 +67,9 @@ def fit(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
-    trainer = _trainer(model, arguments, task, train_dataset=[task.example(c) for c in conversations])
-    trainer.train()
+    with _use_cache_kept(model):
+        trainer = _trainer(model, arguments, task, train_dataset=[task.example(c) for c in conversations])
+        trainer.train()
     return [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
 
@@ -76,8 +78,9 @@ def mean_loss(
 ) -> float:
     """The model's loss on the conversations, without training."""
     examples = [task.example(c) for c in conversations]
-    trainer = _trainer(model, _arguments(scratch, batch_size), task, eval_dataset=examples)
-    return trainer.evaluate()["eval_loss"]
+    with _use_cache_kept(model):
+        trainer = _trainer(model, _arguments(scratch, batch_size), task, eval_dataset=examples)
+        return trainer.evaluate()["eval_loss"]
 
 
 def _arguments(scratch: Path, batch_size: int, **options: Any) -> TrainingArguments:
@@ -99,6 +102,16 @@ def _trainer(model: nn.Module, arguments: TrainingArguments, task: Task, **datas
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgressCallback)
     return trainer
+
+
+@contextmanager
+def _use_cache_kept(model: nn.Module) -> Iterator[None]:
+    """Trainer switches `config.use_cache` off for good; a model that is saved afterwards should still generate fast."""
+    before = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
 
 
 def reply(
