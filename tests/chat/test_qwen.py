@@ -269,15 +269,15 @@ def test_chat_stream_ends_in_what_chat_gives(model, tokenizer):
     assert steps[-1].strip() == response.replace("\ufffd", "").strip()
 
 
-def test_stop_words_end_the_answer_and_are_not_part_of_it(model, tokenizer):
+def test_stop_words_end_the_answer_and_stay_part_of_it(model, tokenizer):
     _, ids = make_context(tokenizer, "你好", system="s")
     answer = greedy(model, tokenizer, ids, 12)
     for stop in ([answer[4]], answer[3:6]):
         response, _ = model.chat(tokenizer, "你好", system="s", stop_words_ids=[stop])
         at = next(i for i in range(12) if answer[i : i + len(stop)] == stop)
-        assert response == tokenizer.decode(answer[:at]).strip()
+        assert response == tokenizer.decode(answer[: at + len(stop)]).strip()
         *_, last = model.chat_stream(tokenizer, "你好", system="s", stop_words_ids=[stop])
-        assert last == tokenizer.decode(answer[:at], errors="ignore", skip_special_tokens=True)
+        assert last == tokenizer.decode(answer[: at + len(stop)], errors="ignore", skip_special_tokens=True)
 
 
 def test_answer_ends_where_another_turn_would_start(model, tokenizer):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def make_context(
         return text, [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
 
     system_text, system_ids = turn("system", system)
-    text, ids = "", []
+    text = ""
+    ids: list[int] = []
     for past_query, past_response in reversed(history):
         query_text, query_ids = turn("user", past_query)
         response_text, response_ids = turn("assistant", past_response)
@@ -87,7 +89,7 @@ class StopWordsCriteria(StoppingCriteria):
         self.stop_words_ids = stop_words_ids
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
         generated = input_ids[:, self.prompt_length :]
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for word in self.stop_words_ids:
@@ -103,6 +105,7 @@ class QWenChatMixin:
     original.
     """
 
+    device: torch.device
     generation_config: GenerationConfig
 
     def chat(
@@ -120,16 +123,17 @@ class QWenChatMixin:
         Args:
             history: earlier turns, (query, response) each; the oldest are left out beyond `max_window_size` tokens.
             system: the system message.
-            stop_words_ids: token sequences that end the answer, besides the end of the turn. They are not part of it.
+            stop_words_ids: token sequences that end the answer besides the end of the turn. They stay part of it.
             kwargs: `max_window_size`, or arguments of `generate`.
         """
-        config = self.generation_config if generation_config is None else generation_config
-        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, config, kwargs)
+        inputs, ends = self._chat_inputs(
+            tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
+        )
         output = self.generate(generation_config=generation_config, **inputs)
         sequences = getattr(output, "sequences", output)
-        answer = _without_end(sequences[0, inputs["input_ids"].shape[1] :].tolist(), inputs, config)
-        response = tokenizer.decode(answer, errors="replace").strip()
-        return response, [*map(tuple, history or []), (query, response)]
+        answer = takewhile(lambda token: token not in ends, sequences[0, inputs["input_ids"].shape[1] :].tolist())
+        response = tokenizer.decode(list(answer), errors="replace").strip()
+        return response, [*((q, r) for q, r in history or []), (query, response)]
 
     def chat_stream(
         self,
@@ -142,38 +146,49 @@ class QWenChatMixin:
         **kwargs,
     ) -> Iterator[str]:
         """Answer `query` step by step: yields the response so far. Arguments as in `chat`."""
-        config = self.generation_config if generation_config is None else generation_config
-        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, config, kwargs)
-        return self._stream_text(
-            tokenizer, config, iterate_tokens(self, generation_config=generation_config, **inputs), inputs
+        inputs, ends = self._chat_inputs(
+            tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
         )
+        return self._growing_text(tokenizer, iterate_tokens(self, generation_config=generation_config, **inputs), ends)
 
     @staticmethod
-    def _stream_text(
-        tokenizer, config: GenerationConfig, tokens: Generator[int], inputs: dict[str, Any]
-    ) -> Iterator[str]:
-        ids: list[int] = []
+    def _growing_text(tokenizer, tokens: Generator[int], ends: set[int]) -> Iterator[str]:
+        answer: list[int] = []
         with closing(tokens):
             for token in tokens:
-                ids.append(token)
+                answer += [] if token in ends else [token]
                 # A character may take several tokens: one that is not complete yet is left out.
-                yield tokenizer.decode(_without_end(ids, inputs, config), skip_special_tokens=True, errors="ignore")
+                yield tokenizer.decode(answer, skip_special_tokens=True, errors="ignore")
 
-    def _chat_inputs(self, tokenizer, query, history, system, stop_words_ids, config, kwargs) -> dict[str, Any]:
-        """The arguments of `generate`."""
+    def _chat_inputs(
+        self,
+        tokenizer,
+        query: str,
+        history: History | None,
+        system: str,
+        stop_words_ids: Sequence[Sequence[int]] | None,
+        generation_config: GenerationConfig | None,
+        max_window_size: int | None = None,
+        **kwargs,
+    ) -> tuple[dict[str, Any], set[int]]:
+        """The arguments of `generate`, and the ids that end an answer without being part of it."""
+        config = self.generation_config if generation_config is None else generation_config
         chat_format = getattr(config, "chat_format", None) or "chatml"
-        window = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", None) or DEFAULT_WINDOW
+        if max_window_size is None:
+            max_window_size = getattr(config, "max_window_size", None) or DEFAULT_WINDOW
         if chat_format == "raw" and system == DEFAULT_SYSTEM:
             system = ""
-        _, ids = make_context(tokenizer, query, history, system, window, chat_format)
-        words = [*_checked_stop_words(stop_words_ids), *get_stop_words_ids(chat_format, tokenizer)]
+        _, ids = make_context(tokenizer, query, history, system, max_window_size, chat_format)
         input_ids = torch.tensor([ids], device=self.device)
-        return {
+        words = get_stop_words_ids(chat_format, tokenizer)
+        inputs = {
             "attention_mask": torch.ones_like(input_ids),
             **kwargs,
             "input_ids": input_ids,
-            "stop_words_ids": words,
+            "stop_words_ids": [*_checked_stop_words(stop_words_ids), *words],
         }
+        ends = _as_list(kwargs.get("eos_token_id", config.eos_token_id))
+        return inputs, {*ends, *(word[0] for word in words if len(word) == 1)}
 
     def generate(
         self,
@@ -205,7 +220,8 @@ class QWenChatMixin:
             prompt = kwargs.get("input_ids") if inputs is None else inputs
             criterion = StopWordsCriteria(longer, 0 if prompt is None else prompt.shape[1])
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
-        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
+        arguments = (inputs, generation_config, logits_processor, stopping_criteria, *args)
+        return super().generate(*arguments, **kwargs)  # type: ignore[misc]
 
 
 def _checked_stop_words(stop_words_ids: Any) -> list[list[int]]:
@@ -220,13 +236,3 @@ def _as_list(ids: Any) -> list[int]:
         return []
     ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
-
-
-def _without_end(ids: list[int], inputs: dict[str, Any], config: GenerationConfig) -> list[int]:
-    """The ids up to the first stop word or end of text."""
-    ends = [[end] for end in _as_list(inputs.get("eos_token_id", config.eos_token_id))]
-    words = inputs["stop_words_ids"] + ends
-    for at in range(len(ids)):
-        if any(ids[at : at + len(word)] == word for word in words):
-            return ids[:at]
-    return ids

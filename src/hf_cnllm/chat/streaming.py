@@ -6,7 +6,7 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -28,13 +28,11 @@ class _StoppedByReader(StoppingCriteria):
     def __init__(self, stopped: Event):
         self.stopped = stopped
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
         return torch.full(input_ids.shape[:1], self.stopped.is_set(), device=input_ids.device)
 
 
-def iterate_tokens(
-    model: GenerationMixin, stopping_criteria: StoppingCriteriaList | None = None, **kwargs: Any
-) -> Generator[int]:
+def iterate_tokens(model: Any, stopping_criteria: StoppingCriteriaList | None = None, **kwargs: Any) -> Generator[int]:
     """Yield the ids that `model.generate(**kwargs)` adds to one prompt, `[1, length]`, as soon as each is there.
 
     `generate` runs in a thread of its own: contexts that belong to a thread (`torch.autocast`) do not reach it. Its errors

@@ -11,6 +11,7 @@ would not be formed. So the last merge of X's own encoding, (a, b), is the only 
 finds it for every token; pairs sorted by the rank of what they form then give tiktoken's ids for every text.
 """
 
+import os
 import re
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
@@ -51,7 +52,7 @@ def gap_name(index: int) -> str:
     return f"<|unused_{index}|>"
 
 
-def read_tiktoken(path: str | Path) -> dict[bytes, int]:
+def read_tiktoken(path: str | os.PathLike) -> dict[bytes, int]:
     """Read a `.tiktoken` file: token bytes -> rank.
 
     Raises:
@@ -79,11 +80,14 @@ def _first_fault(data: bytes) -> str:
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
+        parsed = _LINE.fullmatch(line)
         try:
-            token, rank = _LINE.fullmatch(line).groups()
-            token, rank = a2b_base64(token), int(rank)
-        except (AttributeError, Base64Error):
+            token = a2b_base64(parsed[1]) if parsed else None
+        except Base64Error:
+            token = None
+        if parsed is None or token is None:
             return f"line {number} is damaged: expected '<token in base64> <rank>', found {line[:80]!r}"
+        rank = int(parsed[2])
         if rank > MAX_ID:
             return f"line {number}: rank {rank} is out of range, the largest id is {MAX_ID}"
         if token in line_of_token:
@@ -94,7 +98,7 @@ def _first_fault(data: bytes) -> str:
     return "the file holds no tokens"
 
 
-def write_tiktoken(ranks: dict[bytes, int], path: str | Path) -> None:
+def write_tiktoken(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
     """Write `ranks` as `read_tiktoken` reads it, in the order of the ranks."""
     lines = (b"%s %d\n" % (b2a_base64(token, newline=False), rank) for token, rank in by_rank(ranks))
     Path(path).write_bytes(b"".join(lines))
@@ -200,8 +204,8 @@ def build_backend(ranks: dict[bytes, int], special_tokens: Sequence[str]) -> Tok
             "vocabulary file, or the ids of an extra vocabulary must come after the special tokens."
         )
     names = {token: to_name(token) for token in ranks}
-    if clash := set(names.values()).intersection(specials):
-        raise ValueError(f"{min(clash)} is a special token and cannot be an ordinary token too.")
+    if taken := set(names.values()).intersection(specials):
+        raise ValueError(f"{min(taken)} is a special token and cannot be an ordinary token too.")
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
     if len(vocabulary) > start:
         # Extra tokens come after the special tokens. The backend numbers what is added by the size of the model's

@@ -52,6 +52,7 @@ class QWenTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
+    _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -83,12 +84,13 @@ class QWenTokenizer(ChatTokenizer):
             **kwargs,
         )
         for name in self._special_names:
-            if self._tokenizer.token_to_id(name) is None:
+            index = self._tokenizer.token_to_id(name)
+            if index is None:
                 raise ValueError(
                     f"The vocabulary has no special token {name}. It is not Qwen v1's, or not of the revision that "
                     f"`first_revision={self.first_revision}` says."
                 )
-            self.special_tokens[name] = self._tokenizer.token_to_id(name)
+            self.special_tokens[name] = index
         self.eod_id, self.im_start_id, self.im_end_id = (self.special_tokens[n] for n in (ENDOFTEXT, IMSTART, IMEND))
         if self.chat_template is None:
             self.chat_template = read_template("qwen")
@@ -142,10 +144,11 @@ class QWenTokenizer(ChatTokenizer):
         return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # What is a special token already stays the one that it is: matched in the normal form of the text.
-        return super()._add_tokens([t for t in new_tokens if str(t) not in self.special_tokens], special_tokens)
+        # Qwen's own are there, and stay as they are: matched in the normal form of the text.
+        own = set(self._special_names)
+        return super()._add_tokens([token for token in new_tokens if str(token) not in own], special_tokens)
 
-    def convert_tokens_to_ids(self, tokens: str | bytes | Sequence[str | bytes]) -> int | list[int] | None:
+    def convert_tokens_to_ids(self, tokens: str | bytes | Sequence[str | bytes]) -> Any:
         """Id(s) of token(s): the backend's names (`"Ġhello"`), special tokens, or bytes as the original's; else None."""
         if isinstance(tokens, bytes):
             tokens = to_name(tokens)
@@ -156,9 +159,10 @@ class QWenTokenizer(ChatTokenizer):
     # ---- text to ids ----
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
-        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
+        return list(self.convert_ids_to_tokens(ids))
 
-    def _encode_plus(
+    def _encode_plus(  # type: ignore[override]
         self,
         text: TextOrTexts,
         text_pair: TextOrTexts = None,
@@ -239,35 +243,31 @@ class QWenTokenizer(ChatTokenizer):
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         return self._in_normal_form(super().read_messages(conversation))
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation,
         tools=None,
         documents=None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        *args,
-        tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
         """ChatML, with every message encoded apart, as text. A batch of prompts to be continued is padded on the left."""
         if add_generation_prompt:
-            tokenizer_kwargs = {"padding_side": "left"} | (tokenizer_kwargs or {})
+            kwargs["tokenizer_kwargs"] = {"padding_side": "left"} | (kwargs.get("tokenizer_kwargs") or {})
         return super().apply_chat_template(
-            conversation,
-            tools,
-            documents,
-            chat_template,
-            add_generation_prompt,
-            *args,
-            tokenizer_kwargs=tokenizer_kwargs,
-            **kwargs,
+            conversation, tools, documents, chat_template, add_generation_prompt, **kwargs
         )
 
     # ---- ids to text ----
 
     def _decode(
-        self, token_ids: int | list[int], skip_special_tokens: bool = False, errors: str | None = None, **kwargs
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+        **kwargs,
     ) -> str:
         """Text of the ids; `errors` as in `bytes.decode`, by default `self.errors`.
 
@@ -281,7 +281,7 @@ class QWenTokenizer(ChatTokenizer):
         if max(ids, default=0) >= len(self) and (self.first_revision or not skip_special_tokens):
             raise KeyError(f"Invalid token for decoding: {max(ids)} (the vocabulary has {len(self)} ids)")
         if (errors or self.errors) == "replace":  # what the backend does
-            return super()._decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+            return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
         tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
         return self.convert_tokens_to_string([token for token in tokens if token is not None], errors)
 
