@@ -77,15 +77,18 @@ class ChatGLMQuantizer(HfQuantizer):
             if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
                 continue
             for name in ("weight", "weight_scale"):
-                expected, key = getattr(module, name), f"{module_name}.{name}".removeprefix(prefix)
+                full_name, expected = f"{module_name}.{name}", getattr(module, name)
+                key = full_name.removeprefix(prefix)
                 if key not in stored:
                     if key in tied:
                         continue
-                    raise ValueError(f"the checkpoint has no `{key}`, which `quantization_bit` {module.bits} needs")
+                    raise ValueError(
+                        f"the checkpoint has no `{full_name}`, which `quantization_bit` {module.bits} needs"
+                    )
                 shape, integers = stored[key]
                 if (shape, integers) != (tuple(expected.shape), not expected.is_floating_point()):
                     raise ValueError(
-                        f"`{key}` holds {'integers' if integers else 'floats'} of shape {shape} in the checkpoint, but "
+                        f"`{full_name}` holds {'integers' if integers else 'floats'} of shape {shape} in the checkpoint, but "
                         f"`quantization_bit` {module.bits} needs {'integers' if name == 'weight' else 'floats'} of shape "
                         f"{tuple(expected.shape)}"
                     )

@@ -4,6 +4,7 @@ The prefix is not rotated, every token attends to it, and it does not count in t
 key/value cache like any other past; a forward pass without a cache hands it to the layers.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -67,9 +68,10 @@ class PrefixEncoder(nn.Module):
         if past_key_values is None:
             prefix = self(batch_size, dtype)
             return prefix, write_prefix(DynamicCache(), prefix[:1])
-        if is_empty(past_key_values):
-            write_prefix(past_key_values, self(batch_size, dtype))
-        return None, past_key_values
+        if not is_empty(past_key_values):
+            return None, past_key_values
+        write_prefix(past_key_values, self(batch_size, dtype))
+        return None, with_fixed_length(past_key_values)
 
 
 def is_empty(past_key_values: Cache) -> bool:
@@ -83,6 +85,16 @@ def write_prefix(past_key_values: Cache, prefix: list[tuple[Tensor, Tensor]]) ->
     for layer_idx, (keys, values) in enumerate(prefix):
         past_key_values.update(keys, values, layer_idx)
     return past_key_values
+
+
+def with_fixed_length(past_key_values: Cache) -> Cache:
+    """A view that keeps its present length: flex attention asks for it when the layers have already moved it on."""
+    view = copy.copy(past_key_values)
+    view.layers = [copy.copy(layer) for layer in past_key_values.layers]
+    for layer in view.layers:
+        if isinstance(length := getattr(layer, "cumulative_length", None), Tensor):
+            layer.cumulative_length = length.clone()
+    return view
 
 
 def with_prefix_columns(attention_mask: Tensor | None, pre_seq_len: int | None) -> Tensor | None:

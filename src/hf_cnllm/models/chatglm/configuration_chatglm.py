@@ -282,7 +282,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         overrides = {field.name: kwargs[field.name] for field in fields(cls) if field.name in kwargs}
         overrides.pop("dtype", None)
         config_dict = config_dict | overrides
-        if config_dict.get("architecture") is None and not decisive_keys_of(config_dict):
+        ours = config_dict.get("model_type") in (None, cls.model_type)
+        if ours and config_dict.get("architecture") is None and not decisive_keys_of(config_dict):
             raise ValueError(
                 f"this config.json has none of the keys that tell ChatGLM-6B from ChatGLM2/3 "
                 f"({', '.join(key for keys in DECISIVE_KEYS.values() for key in keys)}). {HOW_TO_CHOOSE}"

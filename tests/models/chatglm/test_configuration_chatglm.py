@@ -1,0 +1,108 @@
+"""One configuration for all ChatGLM: what it decides from a checkpoint's keys, and that it keeps its answers."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from goldens import GOLDENS
+from hf_cnllm import ChatGLMConfig
+
+HEAD = {"model_type": "chatglm", "architectures": ["ChatGLMModel"]}
+V1 = {**HEAD, "position_encoding_2d": True, "inner_hidden_size": 16384, "vocab_size": 130528, "pad_token_id": 3}
+V2 = {**HEAD, "ffn_hidden_size": 13696, "multi_query_attention": True, "multi_query_group_num": 2, "kv_channels": 128}
+
+
+def read(tmp_path, values: dict, **overrides) -> ChatGLMConfig:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return AutoConfig.from_pretrained(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize("path", sorted(GOLDENS.glob("chatglm*")), ids=lambda path: path.name)
+def test_the_goldens_are_recognised_and_survive_a_save(path, tmp_path):
+    config = AutoConfig.from_pretrained(path)
+    assert config.architecture == ("chatglm" if path.name.startswith("chatglm_6b") else "chatglm2")
+    assert config.early_positions == (path.name == "chatglm_6b_150k" if config.architecture == "chatglm" else None)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    ignored = {"_name_or_path": None}
+    assert {**again.to_dict(), **ignored} == {**config.to_dict(), **ignored}
+    # What the originals' own code reads is still there under their names.
+    saved = json.loads((tmp_path / "config.json").read_text())
+    original = json.loads((path / "config.json").read_text())
+    renamed = {"auto_map", "torch_dtype", "transformers_version", "_name_or_path"}
+    assert {key: saved.get(key) for key in original if key not in renamed} == {
+        key: value for key, value in original.items() if key not in renamed
+    }
+    assert "auto_map" not in saved
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (V1, {"early_positions": False, "mask_token_id": 130000, "bos_token_id": 130004}),
+        ({**V1, "vocab_size": 150528}, {"early_positions": True, "gmask_token_id": 150001, "eos_token_id": 150005}),
+        ({**V1, "vocab_size": 140000}, {"early_positions": False, "mask_token_id": None}),
+        ({**V1, "vocab_size": 150528, "early_positions": False}, {"early_positions": False}),
+        (V1, {"head_dim": 128, "num_key_value_heads": 32, "intermediate_size": 16384, "max_position_embeddings": 2048}),
+        (V2, {"head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 13696, "num_hidden_layers": 28}),
+        ({**V2, "multi_query_attention": False}, {"num_key_value_heads": 32}),
+        ({**V2, "padded_vocab_size": 65024, "vocab_size": 64794}, {"vocab_size": 65024, "padded_vocab_size": 65024}),
+        ({**V2, "rope_ratio": 50}, {"rope_ratio_type": "base"}),
+        ({**V2, "rope_ratio": 50, "_name_or_path": "THUDM/chatglm2-6b-32k"}, {"rope_ratio_type": "linear"}),
+        ({**V2, "_name_or_path": "THUDM/chatglm3-6b-32k"}, {"rope_ratio_type": "base"}),
+        ({**V2, "_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio_type": "base"}, {"rope_ratio_type": "base"}),
+        ({**V2, "quantization_bit": 4}, {"quantization_config": {"quant_method": "chatglm", "bits": 4, "quantize_embeddings": False}}),
+        # A key of the other architecture's tokens does not confuse it.
+        ({**V2, "gmask_token_id": 64790}, {"architecture": "chatglm2", "gmask_token_id": 64790}),
+    ],
+)  # fmt: skip
+def test_decisions(values, expected, tmp_path):
+    config = read(tmp_path, values)
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_the_checkpoints_own_name_counts_before_the_folder_it_is_in(tmp_path):
+    folder = tmp_path / "chatglm2-6b-32k"
+    folder.mkdir()
+    assert read(folder, V2).rope_ratio_type == "linear"
+    assert read(folder, {**V2, "_name_or_path": "THUDM/chatglm3-6b-32k"}).rope_ratio_type == "base"
+
+
+def test_overrides_take_part_in_the_decisions(tmp_path):
+    config = read(tmp_path, {**V2, "quantization_bit": 0}, rope_ratio=8, rope_ratio_type="linear", pre_seq_len=16)
+    assert (config.rope_ratio, config.rope_ratio_type, config.pre_seq_len) == (8, "linear", 16)
+    assert read(tmp_path, HEAD, architecture="chatglm").inner_hidden_size == 16384
+
+
+def test_resizing_moves_both_names_of_the_vocabulary_size():
+    config = ChatGLMConfig(padded_vocab_size=100, ffn_hidden_size=8)
+    config.vocab_size = 120
+    assert config.padded_vocab_size == config.to_dict()["padded_vocab_size"] == 120
+
+
+def test_the_derived_sizes_are_in_the_dictionary_that_peft_reads():
+    config = ChatGLMConfig(**V2)
+    assert config.to_dict()["num_key_value_heads"] == 2 and config.to_dict()["head_dim"] == 128
+    assert ChatGLMConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        (HEAD, "Set `architecture` to \"chatglm\""),
+        ({**V1, **V2}, "mixes keys of ChatGLM-6B .* Set `architecture`"),
+        ({**V2, "architecture": "chatglm4"}, "architecture"),
+        ({**V2, "num_attention_heads": 7}, "`num_attention_heads` .7. is not a multiple of `multi_query_group_num` .2."),
+        ({**V1, "num_attention_heads": 7}, "`hidden_size` .4096. is not a multiple of `num_attention_heads` .7."),
+        ({**V2, "quantization_bit": 3}, "`quantization_bit` must be 0, 4 or 8"),
+        ({**V2, "num_key_value_heads": 4}, "set `multi_query_attention` and `multi_query_group_num`"),
+        ({**V2, "ffn_hidden_size": "wide"}, "ffn_hidden_size"),
+        ({"model_type": "baichuan"}, "`model_type`"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(values, complaint, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises((ValueError, StrictDataclassError), match=complaint):
+        ChatGLMConfig.from_pretrained(tmp_path)
