@@ -33,7 +33,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..modules.original_vocabulary import OriginalVocabularyTokenizer
+from ..modules.original_vocabulary import OriginalVocabularyTokenizer, naming_surrogates
 from ..modules.patterns import any_of
 
 
@@ -228,7 +228,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
     def encode_message(self, content: str) -> list[int]:
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
         template = self.chat_template if isinstance(self.chat_template, str) else ""
-        return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+        with naming_surrogates(content):
+            return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
 
     def _chat_backends(self, template: str) -> ChatBackends:
         """The backends for the control tokens of now; built again when tokens are added or the template changes."""
@@ -383,7 +384,8 @@ def encode_chat(
     """
     parts = list(sections(rendered, marks, backends.control))
     texts = [part.text.replace(marks.glue, "") for part in parts if not part.is_control]
-    plain = iter(backends.plain.encode_batch(texts, add_special_tokens=False))
+    with naming_surrogates(texts):
+        plain = iter(backends.plain.encode_batch(texts, add_special_tokens=False))
     encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in parts]
 
     columns: dict[str, list] = {}

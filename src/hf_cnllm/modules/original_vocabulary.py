@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -140,20 +142,23 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         return super()._add_tokens(plain, special_tokens)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
-        try:
+        with naming_surrogates(text, text_pair):
             return super()._encode_plus(text, text_pair, **kwargs)
-        except (TypeError, UnicodeEncodeError) as error:
-            lone = next((f"U+{ord(char):04X}" for char in _characters((text, text_pair)) if _is_surrogate(char)), None)
-            if lone is None:
-                raise
-            raise ValueError(
-                f"the text contains the lone surrogate {lone}, which is no character. Decode the text it came from "
-                "with errors='replace', or call text.encode('utf-16', 'surrogatepass').decode('utf-16')."
-            ) from error
 
 
-def _is_surrogate(char: str) -> bool:
-    return "\ud800" <= char <= "\udfff"
+@contextmanager
+def naming_surrogates(*texts: Any) -> Iterator[None]:
+    """Says what is wrong with `texts`, strings or lists of them, where the Rust side only says that they are no text."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError) as error:
+        lone = next((char for char in _characters(texts) if "\ud800" <= char <= "\udfff"), None)
+        if lone is None:
+            raise
+        raise ValueError(
+            f"the text contains the lone surrogate U+{ord(lone):04X}, which is no character. Decode the text it came "
+            "from with errors='replace', or call text.encode('utf-16', 'surrogatepass').decode('utf-16')."
+        ) from error
 
 
 def _characters(texts: Any):

@@ -1,5 +1,6 @@
 """Tokenizer of Baichuan 1 and 2: one class, told apart by what is in `tokenizer.model`."""
 
+import os
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +46,9 @@ class BaichuanTokenizer(ChatTokenizer):
         clean_up_tokenization_spaces: bool = False,
         **kwargs,
     ):
+        is_converted = kwargs.get("tokenizer_object") is None and not os.path.isfile(
+            kwargs.get("tokenizer_file") or ""
+        )
         named = {"unk_token": unk_token, "bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
         super().__init__(
@@ -52,11 +56,14 @@ class BaichuanTokenizer(ChatTokenizer):
             # The checkpoints' flags (single_word, normalized) never had an effect on the original's matching.
             **{name: None if token is None else str(token) for name, token in named.items()},
             sp_model_kwargs=self.sp_model_kwargs,
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
+        # tokenizer.json says what it adds to a text; for tokenizer.model these are the original's defaults.
+        ends = [self.bos_token_id] if is_converted else self._tokenizer.encode("").ids
+        self._add_bos_token = self.bos_token_id in ends[:1] if add_bos_token is None else add_bos_token
+        self._add_eos_token = self.eos_token_id in ends[-1:] if add_eos_token is None else add_eos_token
+        self.update_post_processor()
         turns = [self._tokenizer.id_to_token(index) or "" for index in (USER_TOKEN_ID, ASSISTANT_TOKEN_ID)]
         if self.chat_template is None and all(piece.startswith(RESERVED) for piece in turns):
             header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
@@ -89,25 +96,19 @@ class BaichuanTokenizer(ChatTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs,
     ) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        foreign = next((index for index in ids if not 0 <= index < len(self)), None)
+        ids, size = [token_ids] if isinstance(token_ids, int) else list(token_ids), len(self)
+        foreign = next((index for index in ids if not 0 <= index < size), None)
         if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {len(self)}")
+            raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
         text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def chat_control_pieces(self) -> list[str]:
-        return self._reserved_pieces
-
-    @cached_property
-    def _reserved_pieces(self) -> list[str]:
-        """Pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
+        """The pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        return [piece for piece in vocab if piece.startswith(RESERVED)] + [
-            piece for piece in ("<SEP>", "<CLS>") if piece in vocab
-        ]
+        return [piece for piece in vocab if piece.startswith(RESERVED) or piece in ("<SEP>", "<CLS>")]
 
     @cached_property
     def sp_model(self):
@@ -119,3 +120,6 @@ class BaichuanTokenizer(ChatTokenizer):
         processor = SentencePieceProcessor(**self.sp_model_kwargs)
         processor.Load(self.vocab_file)
         return processor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "sp_model"}
