@@ -107,11 +107,8 @@ class ChatGLMTokenizer(ChatTokenizer):
             tokenizer_file=tokenizer_file,
             tokenizer_object=tokenizer_object,
             generation=generation,
-            num_image_tokens=num_image_tokens,
-            encode_special_tokens=encode_special_tokens,
-            do_lower_case=do_lower_case,
-            remove_space=remove_space,
             **self._named,
+            **self._settings(encode_special_tokens),
             **{
                 "clean_up_tokenization_spaces": self._row.cleans_up,
                 "model_input_names": list(self._row.input_names),
@@ -122,6 +119,13 @@ class ChatGLMTokenizer(ChatTokenizer):
             self.encode_special_tokens = True
         if self.chat_template is None:
             self.chat_template = read_template(self._row.template)
+
+    def _settings(self, encode_special_tokens: bool) -> dict[str, Any]:
+        """The arguments that this generation knows, for saving."""
+        if self._row.vocab_file == ICE_TEXT:
+            names = ("num_image_tokens", "do_lower_case", "remove_space")
+            return {name: getattr(self, name) for name in names}
+        return {"encode_special_tokens": encode_special_tokens} if self.generation == "chatglm3" else {}
 
     @property
     def _row(self) -> Generation:
@@ -369,8 +373,10 @@ class ChatGLMTokenizer(ChatTokenizer):
         ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
         if max(ids, default=0) >= len(self) and not self._row.ignores_unknown_ids:
             raise IndexError(f"{max(ids)} is not a token id: the vocabulary has {len(self)}.")
-        skip_special_tokens &= self._row.skips_special
-        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        if self._row.keeps_unknown:
+            skipped.discard(self.unk_token_id)
+            skip_special_tokens = False
         ids = [index for index in ids if index >= 0 and index not in skipped]
         text = super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs)
         if "\ufffd" in text:

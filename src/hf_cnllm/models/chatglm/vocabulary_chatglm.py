@@ -44,7 +44,7 @@ class Generation(NamedTuple):
         input_names: what the model takes.
         shows_control: whether decoding shows the control tokens; else they have no text.
         ignores_unknown_ids: whether decoding passes over ids without a token; else they are an error.
-        skips_special: whether decoding heeds `skip_special_tokens` for the named special tokens.
+        keeps_unknown: whether decoding shows the unknown token in spite of `skip_special_tokens`.
         cleans_up: default of `clean_up_tokenization_spaces`.
     """
 
@@ -57,7 +57,7 @@ class Generation(NamedTuple):
     input_names: tuple[str, ...]
     shows_control: bool = False
     ignores_unknown_ids: bool = False
-    skips_special: bool = True
+    keeps_unknown: bool = False
     cleans_up: bool = False
 
     @property
@@ -81,7 +81,7 @@ GENERATIONS = {
         single="$A [gMASK] <sop>",
         pair="$A $B [gMASK] <sop>",
         input_names=_INPUTS[:2],  # the original gave no mask, so that padding was read as text
-        skips_special=False,
+        keeps_unknown=True,
     ),
     "chatglm": Generation(
         vocab_file=ICE_TEXT,
@@ -123,10 +123,11 @@ GENERATIONS = {
 def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None, settings: Mapping[str, Any]) -> str:
     """The generation of a vocabulary file.
 
-    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file, what the original tokenizers had
-    beside it decides: the role tokens (or `encode_special_tokens`) anywhere in `settings` or in the configuration files
-    in its folder are ChatGLM3's; otherwise the first name that says `chatglm2` or `chatglm3`: `name_or_path` in
-    `tokenizer_config.json`, `_name_or_path` in `config.json`, the name it was loaded by.
+    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides, in
+    this order: ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or in the configuration files; the
+    same in the original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; a name with
+    `chatglm2` or `chatglm3` in it: `name_or_path` in `tokenizer_config.json`, `_name_or_path` in `config.json`, the name
+    that it is loaded by.
 
     Args:
         generation: what the caller or a saved configuration says; must agree with the file.
@@ -157,6 +158,9 @@ def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None
     known = json.dumps([recorded, settings], default=str, ensure_ascii=False)
     if "encode_special_tokens" in known or any(role in known for role in ROLES):
         return "chatglm3"
+    code = here.parent / "tokenization_chatglm.py"
+    if code.is_file():
+        return "chatglm3" if ROLES[1] in code.read_text(encoding="utf-8", errors="replace") else "chatglm2"
     names = (
         recorded.get("tokenizer_config.json", {}).get("name_or_path"),
         recorded.get("config.json", {}).get("_name_or_path"),
@@ -185,7 +189,10 @@ def _recorded(folder: Path) -> dict[str, dict]:
     found = {}
     for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / name} is damaged ({error}). Download it again.") from error
             found[name] = content if isinstance(content, dict) else {}
     return found
 
