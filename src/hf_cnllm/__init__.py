@@ -4,6 +4,7 @@ Importing this package registers its models and tokenizers, nothing else: origin
 `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`.
 """
 
+from .attention.bloom import accelerate
 from .auto import FAMILIES, register
 from .models.baichuan import *  # noqa: F403
 from .models.baichuan import __all__ as _baichuan
@@ -13,6 +14,6 @@ from .models.qwen import *  # noqa: F403
 from .models.qwen import __all__ as _qwen
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "register", *_baichuan, *_chatglm, *_qwen]
+__all__ = ["FAMILIES", "accelerate", "register", *_baichuan, *_chatglm, *_qwen]
 
 register()

@@ -1,7 +1,9 @@
 """Every way ALiBi is computed against the dense reference: outputs and gradients, dtypes, masks, lengths, heads."""
 
 import math
+import sys
 
+import flash_stand_in
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,9 +16,14 @@ from hf_cnllm.attention.alibi import alibi_attention, alibi_slopes, create_alibi
 from hf_cnllm.attention.reference import alibi_bias_reference, attention_reference
 
 
-BACKENDS = ("eager", "sdpa", "flex_attention")
+BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 # The dense reference in the same precision is about this far from fp64.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def flash_attn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_stand_in.module())
 
 
 class Layer(nn.Module):
@@ -86,7 +93,7 @@ def test_folded_error_does_not_grow_with_length(dtype):
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_gradients_match_reference(backend, padding):
     inputs = [tensor.double().requires_grad_() for tensor in random_qkv(2, 5, 37, 12)]
@@ -97,8 +104,8 @@ def test_gradients_match_reference(backend, padding):
     expected = torch.autograd.grad((reference(*inputs, allowed) * weights).sum(), inputs)
     actual = torch.autograd.grad((attend(*inputs, backend, mask if padding else None) * weights).sum(), inputs)
     for got, want in zip(actual, expected, strict=True):
-        # Slopes are fp32, and so is eager's softmax.
-        torch.testing.assert_close(got, want, atol=5e-6 if backend == "eager" else 1e-6, rtol=0)
+        # Slopes are fp32, and so is the softmax of eager and of the stand-in.
+        torch.testing.assert_close(got, want, atol=1e-6 if backend == "sdpa" else 5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,6 +115,8 @@ def test_any_padding_and_packing_matches_reference(backend, data):
     length = data.draw(st.integers(2, 24), label="length")
     rows = st.lists(st.integers(0, 3), min_size=length, max_size=length)
     mask = torch.tensor([data.draw(rows, label="documents") for _ in range(2)])
+    if backend == "flash_attention_2":
+        mask = mask.sort(dim=1, descending=data.draw(st.booleans(), label="padding on the right")).values
     query, key, value = random_qkv(2, 3, length, 8)
     output = attend(query, key, value, backend, mask)
     assert output.isfinite().all()
@@ -147,7 +156,7 @@ def test_continuing_a_cache_matches_reference(backend, kind, chunk):
     torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_bool_and_additive_4d_masks_are_taken_as_they_are(backend):
     query, key, value = random_qkv(1, 5, 6, 12)
     allowed = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.4
@@ -159,7 +168,40 @@ def test_bool_and_additive_4d_masks_are_taken_as_they_are(backend):
         torch.testing.assert_close(attend(query, key, value, backend, mask), expected, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "paged|sdpa", "sdpaa"])
+def test_flash_continues_a_padded_batch_and_refuses_padding_inside():
+    query, key, value = random_qkv(2, 5, 10, 12)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    cache = DynamicCache()
+    cache.update(key[:, :, :7], value[:, :, :7], 0)
+    config = config_of(5, 12, "flash_attention_2")
+    plan = create_alibi_mask(config, query.new_empty(2, 3, 0), mask, cache)
+    output, _ = alibi_attention("flash_attention_2")(Layer(), query[:, :, 7:], key, value, plan, scaling=12**-0.5)
+    expected = reference(query, key, value, (mask != 0)[:, None, None, :])[:, :, 7:]
+    torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=3e-6, rtol=0)
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="padding inside a sequence"):
+        create_alibi_mask(config, query.new_empty(2, 3, 0), mask, cache)
+    with pytest.raises(ValueError, match="2-D `attention_mask`"):
+        create_alibi_mask(config, query.new_empty(2, 10, 0), torch.ones(2, 10, 10), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_on_a_gpu_match_reference(backend, dtype, monkeypatch):
+    if backend == "flash_attention_2":
+        monkeypatch.delitem(sys.modules, "flash_attn")
+        pytest.importorskip("flash_attn")
+    for length in (257, 4096):
+        tensors = random_qkv(1, 5, length, 64, dtype)
+        output = attend(*(tensor.cuda() for tensor in tensors), backend).cpu()
+        torch.testing.assert_close(
+            output.double(), reference(*tensors), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
+
+
+@pytest.mark.parametrize("backend", ["flash_attention_3", "flash_attention_4", "paged|sdpa", "sdpaa"])
 def test_a_backend_without_the_bias_is_refused(backend):
     with pytest.raises(ValueError, match="has no ALiBi bias"):
         alibi_attention(backend)

@@ -34,6 +34,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
+from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
 from .documents import same_document
 
 
@@ -49,6 +50,8 @@ class AlibiMask(NamedTuple):
         key_columns: [batch or 1, 1, keys, columns] to put in front of k: folded form.
         visible: [batch, 1, queries, keys] additive mask beside the folded bias, None for plain causal attention; with
             flex attention its `BlockMask`.
+        sequences: flash attention's sequences, None for whole rows.
+        keys: with flash attention, how many keys there are (a static cache has room for more).
     """
 
     slopes: torch.Tensor
@@ -56,6 +59,8 @@ class AlibiMask(NamedTuple):
     query_columns: torch.Tensor | None = None
     key_columns: torch.Tensor | None = None
     visible: torch.Tensor | None = None
+    sequences: FlashSequences | None = None
+    keys: int | None = None
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -94,7 +99,8 @@ def fold_alibi(
     Args:
         slopes: [heads].
         query_positions: [queries], integers; only a reference point, see the module's docstring.
-        key_positions: [keys], integers below 65,536 (half precision splits them into two digits of 8 bits).
+        key_positions: [keys] or [batch, keys], integers below 65,536 (half precision splits them into two digits of
+            8 bits).
         hidden_keys: [batch, keys], True for padding, or None.
         scaling: the factor that the kernel will put on q'·k'.
         dtype: of the queries and keys.
@@ -114,7 +120,8 @@ def fold_alibi(
         query_columns = _pieces(row_term / 256, dtype) + [256 * piece for piece in slope_pieces] + slope_pieces
         key_columns = [256 * ones] * 3 + [key_positions // 256] * 3 + [key_positions % 256] * 3
     query_columns = torch.stack([column.to(dtype) for column in query_columns], dim=-1)[None]
-    key_columns = torch.stack([column.to(dtype) for column in key_columns], dim=-1)[None, None]
+    key_columns = torch.stack([column.to(dtype) for column in key_columns], dim=-1)
+    key_columns = key_columns.view(-1, 1, *key_columns.shape[-2:])
     if hidden_keys is not None:
         hide = torch.where(hidden_keys, HIDDEN, 0.0).to(dtype)[:, None, :, None]
         key_columns = torch.cat([key_columns.expand(hide.shape[0], -1, -1, -1), hide], dim=-1)
@@ -182,6 +189,9 @@ def create_alibi_mask(
     if attention_mask is None and past_key_values is None and position_ids is not None:
         attention_mask = _documents(position_ids, inputs_embeds.shape[0])
     slopes = alibi_slopes(config.num_attention_heads).to(device)
+    if backend == "flash_attention_2":
+        keys = int(offset) + queries
+        return AlibiMask(slopes, sequences=_sequences(attention_mask, queries, keys), keys=keys)
     key_positions = torch.arange(keys, device=device)
     query_positions = torch.arange(queries, device=device) + offset
     if backend == "flex_attention":
@@ -245,6 +255,17 @@ def _is_padding_only(attention_mask: torch.Tensor | None, offset: int | torch.Te
     if attention_mask.ndim != 2:
         return False
     return attention_mask.dtype == torch.bool or not (torch.compiler.is_compiling() or attention_mask.max() > 1)
+
+
+def _sequences(attention_mask: torch.Tensor | None, queries: int, keys: int) -> FlashSequences | None:
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            "flash attention takes no mask for single queries and keys: give a 2-D `attention_mask`, or use "
+            'attn_implementation="sdpa".'
+        )
+    return find_sequences(attention_mask[:, :keys], queries)
 
 
 def _visible(
@@ -369,10 +390,29 @@ def alibi_flex_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def alibi_flash_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: AlibiMask,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """flash-attn 2 with its own ALiBi."""
+    key, value = key[:, :, : attention_mask.keys], value[:, :, : attention_mask.keys]
+    output = flash_attention_with_slopes(
+        query, key, value, attention_mask.slopes, attention_mask.sequences, scaling, dropout
+    )
+    return output, None
+
+
 ALIBI_ATTENTION: dict[str, Callable] = {
     "eager": alibi_eager_attention,
     "sdpa": alibi_sdpa_attention,
     "flex_attention": alibi_flex_attention,
+    "flash_attention_2": alibi_flash_attention,
 }
 
 
