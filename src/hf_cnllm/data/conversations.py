@@ -115,21 +115,21 @@ def _text(row: dict[str, Any], key: str, field: str, where: str) -> str:
 
 
 def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """The ids that end a reply: what the chat template writes behind one, then those of the generation config.
+    """The ids that end a reply: those that the chat template writes behind one, then those of the generation config.
 
-    Chat templates and `generation_config.json` do not always agree: Qwen's chats end a reply with `<|im_end|>`, its
-    published configurations stop at `<|endoftext|>` only. A model fine-tuned on chats should stop at both.
+    The two do not always agree: Qwen's chats end a reply with `<|im_end|>`, but its published configurations stop at
+    `<|endoftext|>` only; ChatGLM3's replies end with the role of whoever is next. A model fine-tuned on chats should
+    stop at all of them.
 
     Raises:
         ValueError: neither of the two names such a token.
     """
-    configured = generation_config.eos_token_id
-    ends = list(configured) if isinstance(configured, list | tuple) else [configured]
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2
     ids, spoken = _ids_and_mask(tokenizer, probe)
-    last = [token for token, mine in zip(ids, spoken, strict=True) if mine][-1]
-    if last in tokenizer.all_special_ids:
-        ends.insert(0, last)
+    special = _special_ids(tokenizer)
+    ends = [ids[last] for last in reversed(_reply_ends(spoken)) if ids[last] in special]
+    configured = generation_config.eos_token_id
+    ends += configured if isinstance(configured, list | tuple) else [configured]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
     if not ends:
         raise ValueError("nothing says what ends a reply: set eos_token_id in generation_config.json")
@@ -141,9 +141,9 @@ def encode_conversation(
 ) -> dict[str, list[int]]:
     """Tokenise a conversation with the chat template and label the assistant's replies only.
 
-    A reply has to end in a token that stops generation. Templates that write one inside the reply (ChatML's `<|im_end|>`)
-    need nothing; for the others the position after the reply, which the next turn's marker takes or which is
-    appended at the end, gets the label `end_token_ids[0]`, as in Baichuan 2's own fine-tuning script.
+    A reply has to end in a token that stops generation. Templates that write one inside the reply (ChatML's
+    `<|im_end|>`) need nothing. For the others the position after the reply, which the next turn's marker takes or
+    which is appended at the end, gets the label `end_token_ids[0]`, as in Baichuan 2's own fine-tuning script.
 
     Args:
         tokenizer: a fast tokenizer whose chat template marks replies with `{% generation %}`.
@@ -155,10 +155,10 @@ def encode_conversation(
         `input_ids`, `attention_mask` and `labels` of equal length; labels are -100 outside the replies.
     """
     ids, spoken = _ids_and_mask(tokenizer, messages)
+    special = _special_ids(tokenizer)
     labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, spoken, strict=True)]
-    reply_ends = [i for i, mine in enumerate(spoken) if mine and not (i + 1 < len(spoken) and spoken[i + 1])]
-    for last in reply_ends:
-        if ids[last] in end_token_ids:
+    for last in _reply_ends(spoken):
+        if ids[last] in special:
             continue
         if last + 1 == len(ids):
             ids.append(end_token_ids[0])
@@ -168,6 +168,14 @@ def encode_conversation(
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
+def with_system_in_question(conversation: Conversation) -> Conversation:
+    """The conversation with its system message in front of the first question, for chats that have no such role."""
+    if conversation[0]["role"] != "system":
+        return conversation
+    system, question, *others = conversation
+    return [{**question, "content": f"{system['content']}\n{question['content']}"}, *others]
+
+
 def _ids_and_mask(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     encoded = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -175,3 +183,14 @@ def _ids_and_mask(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int
     if not any(encoded["assistant_masks"]):
         raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def _reply_ends(spoken: Sequence[int]) -> list[int]:
+    """Where the runs of ones end."""
+    return [i for i, mine in enumerate(spoken) if mine and not (i + 1 < len(spoken) and spoken[i + 1])]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids that no reply's own text has."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
