@@ -99,7 +99,7 @@ def with_fixed_length(past_key_values: Cache) -> Cache:
 
 def with_prefix_columns(attention_mask: Tensor | None, pre_seq_len: int | None) -> Tensor | None:
     """The user's 2-D mask (batch, tokens) knows nothing of the prefix: (batch, pre_seq_len + tokens)."""
-    if pre_seq_len is None or attention_mask is None or attention_mask.ndim != 2:
+    if pre_seq_len is None or attention_mask is None or len(attention_mask.shape) != 2:
         return attention_mask
     return nn.functional.pad(attention_mask, (pre_seq_len, 0), value=1)
 

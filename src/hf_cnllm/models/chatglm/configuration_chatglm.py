@@ -67,6 +67,21 @@ ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "ffn_hidden_size",
+    "kv_channels",
+    "multi_query_group_num",
+    "max_sequence_length",
+    "seq_length",
+    "rope_ratio",
+    "pre_seq_len",
+)
+
 # Sizes by the names that other libraries read in a configuration's dictionary (PEFT's prefix tuning), and what decides.
 DERIVED_SIZES = {
     "num_key_value_heads": "`multi_query_attention` and `multi_query_group_num`",
@@ -244,7 +259,10 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
                     setattr(self, field, first_special + offset)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the sizes that must fit together."""
+        """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
+        for field in POSITIVE_FIELDS:
+            if (value := getattr(self, field)) is not None and value <= 0:
+                raise ValueError(f"`{field}` must be a positive number, got {value}")
         if self.architecture == "chatglm" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "

@@ -58,7 +58,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

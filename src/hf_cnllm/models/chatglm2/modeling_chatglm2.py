@@ -322,7 +322,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     ) -> torch.LongTensor:
         """Positions of the last `length` tokens, (1 or batch, length), as the original's tokenizer gives them: padding
         and a P-tuning prefix do not count. (Next to a prefix, which is not rotated, a shift of the row would matter.)"""
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if attention_mask is not None and len(attention_mask.shape) == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         past_length = past.get_seq_length() - (self.config.pre_seq_len or 0) if past is not None else 0
         return (torch.arange(length, device=device) + past_length).unsqueeze(0)
