@@ -85,13 +85,14 @@ class QWenTokenizer(ChatTokenizer):
         )
         for name in self._special_names:
             index = self._tokenizer.token_to_id(name)
-            if index is None:
+            if index is not None:
+                self.special_tokens[name] = index
+            elif kwargs.get("tokenizer_object") is None:  # trained anew, it may have been given other special tokens
                 raise ValueError(
                     f"The vocabulary has no special token {name}. It is not Qwen v1's, or not of the revision that "
                     f"`first_revision={self.first_revision}` says."
                 )
-            self.special_tokens[name] = index
-        self.eod_id, self.im_start_id, self.im_end_id = (self.special_tokens[n] for n in (ENDOFTEXT, IMSTART, IMEND))
+        self.eod_id, self.im_start_id, self.im_end_id = map(self.special_tokens.get, (ENDOFTEXT, IMSTART, IMEND))
         if self.chat_template is None:
             self.chat_template = read_template("qwen")
 
