@@ -50,12 +50,11 @@ class ConversationCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
-        self.learned_keys = getattr(config, "pre_seq_len", None) or 0  # of P-tuning, in front
         self.token_ids: list[int] = []
 
     def keep(self, token_ids: list[int]) -> None:
         """Says which tokens were fed, the last of them perhaps not yet; drops what was fed after them."""
-        fed = self.get_seq_length() - self.learned_keys
+        fed = self.get_seq_length()
         if fed > len(token_ids):
             self.crop(len(token_ids) - fed)
         self.token_ids = token_ids[:fed]
@@ -133,7 +132,8 @@ class ChatGLMChatMixin:
         malformed in the end raises `ToolCallError`.
 
         Args:
-            past_key_values: ChatGLM2 and 3: the third value of the turn before, so that only this turn is computed.
+            past_key_values: ChatGLM2 and 3: the third value of the turn before, so that only this turn is computed. (With
+                P-tuning everything is computed anew.)
             return_past_key_values: also yield that value, for use once the iteration has ended.
         """
         messages = _messages(tokenizer, query, history, role)
@@ -152,7 +152,7 @@ class ChatGLMChatMixin:
         arguments = self._chat_arguments(
             tokenizer, prompt, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
-        if cache is not None:
+        if cache is not None and not self.config.pre_seq_len:  # P-tuning's keys are in no prompt: nothing is kept
             arguments["past_key_values"] = cache
 
         def steps() -> Iterator[tuple]:

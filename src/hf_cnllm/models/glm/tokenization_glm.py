@@ -291,6 +291,9 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
+        for index, token in kwargs.get("added_tokens_decoder", {}).items():
+            if (ours := self.convert_tokens_to_ids(str(token))) != index:
+                raise ValueError(f"the checkpoint gives {token} the id {index}, but with {vocab_file} it has {ours}.")
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = SentencePieceModel.from_file(vocab_file)
