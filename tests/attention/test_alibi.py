@@ -108,6 +108,37 @@ def test_gradients_match_reference(backend, padding):
         torch.testing.assert_close(got, want, atol=1e-6 if backend == "sdpa" else 5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("heads", [5, 12])
+def test_folded_gradients_are_as_exact_as_a_dense_bias(heads):
+    """In fp32 too, where a backward kernel that scales k' would lose the far end of the position column."""
+    inputs = [tensor.requires_grad_() for tensor in random_qkv(1, heads, 1500, 32)]
+    weights = torch.randn(1, heads, 1500, 32)
+    folded = torch.autograd.grad((attend(*inputs, "sdpa") * weights).sum(), inputs)
+    exact = torch.autograd.grad((reference(*inputs) * weights).sum(), inputs)
+    for got, want in zip(folded, exact, strict=True):
+        torch.testing.assert_close(got, want, atol=3e-6 * want.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_autocast_folds_for_the_dtype_of_the_queries(backend):
+    inputs = torch.empty(1, 700, 0)
+    query, key, value = random_qkv(1, 5, 700, 32, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mask = create_alibi_mask(config_of(5, 32, backend), inputs, None, None)
+        output, _ = alibi_attention(backend)(Layer(), query, key, value, mask, scaling=32**-0.5)
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(
+        output.transpose(1, 2).double(), reference(query, key, value), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_queries_of_another_dtype_than_the_cache_are_refused():
+    query, key, value = random_qkv(1, 5, 9, 16)
+    mask = create_alibi_mask(config_of(5, 16, "sdpa"), torch.empty(1, 9, 0), None, None)
+    with pytest.raises(ValueError, match="one dtype"):
+        alibi_attention("sdpa")(Layer(), query, key.bfloat16(), value.bfloat16(), mask, scaling=0.25)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())

@@ -6,12 +6,14 @@ Kernels know causal attention but no such bias, and a dense bias costs heads × 
 folded into a few more columns of q and k, after which plain causal attention computes ALiBi exactly, forward and
 backward (the low-rank view of FlashBias, arXiv 2505.12044):
 
-    q' = [ −s·i | s | q ],  k' = [ 1 | j | k ]   ⇒   q'·k' = s·(j − i) + q·k,   s = slope / scaling
+    q' = [ −s·i | s | q ],  k' = [ 1 | j | k ]   ⇒   q'·k' = s·(j − i) + q·k,   s = slope / the kernel's scaling
 
 The columns stand in front: kernels sum along the head dimension in order, so the two large terms cancel before q·k is
-added and the error is that of a dense bias of slope·(j − i), not that of slope·j. In half precision each entry is split
-into pieces that are exact there (`_pieces`); the row term −s·i is free to be inexact, being constant along the row. A
-padded key gets a large negative entry in one more column. v is padded to the same width, as flash kernels want it.
+added and the error is that of a dense bias of slope·(j − i), not that of slope·j. The row term −s·i is free to be
+inexact, being constant along the row; s·j has to be exact. In full precision that takes a kernel that scales by 1 (q is
+scaled before), since a backward kernel may scale k' first and round it. In half precision scaling q before would round
+it; there each entry is split into pieces that are exact (`_pieces`). A padded key gets a large negative entry in one
+more column. v is padded to the same width, as flash kernels want it. Measured: scripts/alibi_precision.py.
 
 **Dense for a few queries** (decoding, one query): slope·(j − i) as a [batch, heads, 1, keys] mask, made once a step.
 
@@ -84,6 +86,7 @@ def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_position
 
 # Hides a padded key: far below any visible score, and exact in every dtype.
 HIDDEN = -(2.0**14)
+FULL_PRECISION = (torch.float32, torch.float64)
 
 
 def fold_alibi(
@@ -102,16 +105,17 @@ def fold_alibi(
         key_positions: [keys] or [batch, keys], integers below 65,536 (half precision splits them into two digits of
             8 bits).
         hidden_keys: [batch, keys], True for padding, or None.
-        scaling: the factor that the kernel will put on q'·k'.
+        scaling: the model's factor on q·k.
         dtype: of the queries and keys.
 
     Returns:
         query columns [1, heads, queries, columns] and key columns [batch or 1, 1, keys, columns].
     """
+    scaling = _kernel_scaling(scaling, dtype)
     slope = slopes / scaling
     row_term = -slope[:, None] * query_positions
     ones = torch.ones_like(key_positions, dtype=dtype)
-    if dtype in (torch.float32, torch.float64):
+    if dtype in FULL_PRECISION:
         query_columns = [row_term, slope[:, None].expand_as(row_term)]
         key_columns = [ones, key_positions]
     else:
@@ -130,6 +134,11 @@ def fold_alibi(
     return query_columns, key_columns
 
 
+def _kernel_scaling(scaling: float, dtype: torch.dtype) -> float:
+    """What the kernel is to scale q'·k' by: nothing in full precision, where q is scaled before."""
+    return 1.0 if dtype in FULL_PRECISION else scaling
+
+
 def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """fp32 `value` as three tensors of `dtype` that add up to it, to the rounding of the last."""
     pieces = []
@@ -140,9 +149,17 @@ def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _with_columns(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AlibiMask
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q', k' and v of the same width, a multiple of 8 as CUDA kernels ask of the head dimension."""
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AlibiMask, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """q', k' and v of the same width, a multiple of 8 as CUDA kernels ask of the head dimension; the kernel's scaling."""
+    if not query.dtype == key.dtype == mask.query_columns.dtype:
+        raise ValueError(
+            f"ALiBi was folded for {mask.query_columns.dtype}, but the queries are {query.dtype} and the cached keys "
+            f"{key.dtype}: run the model and its cache in one dtype, or use attn_implementation='eager'."
+        )
+    kernel_scaling = _kernel_scaling(scaling, query.dtype)
+    if kernel_scaling != scaling:
+        query = query * (scaling / kernel_scaling)
     head_dim, columns = query.shape[-1], mask.query_columns.shape[-1]
     fill = -(head_dim + columns) % 8
     keys = mask.key_columns.shape[2]  # fewer than a static cache holds
@@ -150,7 +167,7 @@ def _with_columns(
     key_columns = mask.key_columns.expand(key.shape[0], key.shape[1], -1, -1)
     query = torch.cat([query_columns, F.pad(query, (0, fill))], dim=-1)
     key = torch.cat([key_columns, F.pad(key[:, :, :keys], (0, fill))], dim=-1)
-    return query, key, F.pad(value[:, :, :keys], (0, columns + fill))
+    return query, key, F.pad(value[:, :, :keys], (0, columns + fill)), kernel_scaling
 
 
 # --- one mask per forward pass ---------------------------------------------------------------------------------------
@@ -180,7 +197,9 @@ def create_alibi_mask(
     """
     backend = config._attn_implementation
     alibi_attention(backend)  # an unknown backend is refused before any work
-    dtype, device = inputs_embeds.dtype, inputs_embeds.device
+    device = inputs_embeds.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else inputs_embeds.dtype  # of the queries to come
     queries = inputs_embeds.shape[1]
     offset, keys = 0, queries
     if past_key_values is not None:
@@ -351,7 +370,7 @@ def alibi_sdpa_attention(
     """Folded for several queries, with a dense bias for one."""
     head_dim, visible = value.shape[-1], attention_mask.bias
     if attention_mask.query_columns is not None:
-        query, key, value = _with_columns(query, key, value, attention_mask)
+        query, key, value, scaling = _with_columns(query, key, value, attention_mask, scaling)
         visible = attention_mask.visible
     output, _ = sdpa_attention_forward(
         module, query, key, value, visible, dropout, scaling, is_causal=visible is None, **kwargs
