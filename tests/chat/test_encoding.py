@@ -238,6 +238,21 @@ def test_offsets_point_into_the_rendered_chat(tokenizer):
     assert rendered.startswith("".join(dict.fromkeys(texts[:2])))
 
 
+def test_characters_and_tokens(tokenizer):
+    batch = tokenizer.apply_chat_template(BATCH, padding=True, tokenizer_kwargs={"padding_side": "left"})
+    for row, chat in enumerate(BATCH):
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+        place = rendered.index("Hi")
+        token = batch.char_to_token(row, place)
+        assert batch["input_ids"][row][token] in tokenizer.encode_message("Hi")
+        assert place in range(*batch.token_to_chars(row, token))
+    # where the last characters of a message leave no token, counting on would be wrong
+    gone = tokenizer.apply_chat_template([{"role": "user", "content": "x\x01"}, *TURNS[2:]])
+    if tokenizer.encode_message("x\x01") == tokenizer.encode_message("x"):
+        with pytest.raises(ValueError):
+            gone.char_to_token(0, 0)
+
+
 def test_contents_in_parts(tokenizer):
     parts = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
     for kwargs in ({}, {"tokenize": False}):

@@ -298,6 +298,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                     pad_type_id=self.pad_token_type_id,
                     pad_token=self.pad_token,
                 )
+        # char_to_token and the like are there when they can be right.
+        encodings = [row.encoding for row in rows] if all(row.has_exact_offsets for row in rows) else None
         data: dict[str, list] = {}
         for row in rows:
             backend_columns, _ = self._convert_encoding(row.encoding, verbose=verbose, **flags)
@@ -308,10 +310,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = list(source)
         elif not is_batched and return_tensors is None:
-            return BatchEncoding(
-                {name: values[0] if isinstance(values[0], list) else values for name, values in data.items()}
-            )
-        return BatchEncoding(data, tensor_type=return_tensors)
+            data = {name: values[0] if isinstance(values[0], list) else values for name, values in data.items()}
+        return BatchEncoding(data, encodings, tensor_type=return_tensors)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -346,6 +346,7 @@ class EncodedChat:
 
     encoding: Encoding
     columns: dict[str, list]
+    has_exact_offsets: bool  # whether the offsets in `encoding` are those in the chat
 
     def truncate(self, max_length: int, stride: int, side: str) -> None:
         excess = max(len(self.encoding) - max_length, 0)
@@ -357,7 +358,7 @@ class EncodedChat:
         """What `truncate` cut off."""
         if self.columns and self.encoding.overflowing:
             raise ValueError(f"return_overflowing_tokens is not compatible with {' and '.join(self.columns)}.")
-        return [EncodedChat(encoding, {}) for encoding in self.encoding.overflowing]
+        return [EncodedChat(encoding, {}, self.has_exact_offsets) for encoding in self.encoding.overflowing]
 
     def pad(self, length: int, direction: str, **tokens: Any) -> None:
         missing = max(length - len(self.encoding), 0)
@@ -398,7 +399,10 @@ def encode_chat(
         if with_offsets:
             shown = list(accumulate((char not in marks for char in rendered), initial=0))
             columns["offset_mapping"] = [(shown[start], shown[end]) for start, end in places]
-    return EncodedChat(Encoding.merge(encodings, growing_offsets=True), columns)
+    # Merging counts on from the end of each section's last token, which may stand before the end of the section.
+    lengths = [len(part.text.replace(marks.glue, "")) for part in parts]
+    ends = [encoding.offsets[-1][1] if len(encoding) else 0 for encoding in encodings]
+    return EncodedChat(Encoding.merge(encodings, growing_offsets=True), columns, lengths == ends)
 
 
 def token_places(section: Section, encoding: Encoding, glue: str) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ import os
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from ...chat.encoding import ChatTokenizer, read_template
 from ...modules.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
@@ -53,8 +53,7 @@ class BaichuanTokenizer(ChatTokenizer):
         self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
         super().__init__(
             vocab_file=vocab_file,
-            # The checkpoints' flags (single_word, normalized) never had an effect on the original's matching.
-            **{name: None if token is None else str(token) for name, token in named.items()},
+            **{name: _found_anywhere(token) for name, token in named.items()},
             sp_model_kwargs=self.sp_model_kwargs,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
@@ -64,6 +63,7 @@ class BaichuanTokenizer(ChatTokenizer):
         self._add_bos_token = self.bos_token_id in ends[:1] if add_bos_token is None else add_bos_token
         self._add_eos_token = self.eos_token_id in ends[-1:] if add_eos_token is None else add_eos_token
         self.update_post_processor()
+        self.init_kwargs |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
         turns = [self._tokenizer.id_to_token(index) or "" for index in (USER_TOKEN_ID, ASSISTANT_TOKEN_ID)]
         if self.chat_template is None and all(piece.startswith(RESERVED) for piece in turns):
             header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
@@ -123,3 +123,10 @@ class BaichuanTokenizer(ChatTokenizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "sp_model"}
+
+
+def _found_anywhere(token: str | AddedToken | None) -> str | AddedToken | None:
+    """A special token without `single_word` and `normalized`, which the checkpoints set and the original ignored."""
+    if not isinstance(token, AddedToken):
+        return token
+    return AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
