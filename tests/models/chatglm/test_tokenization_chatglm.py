@@ -291,6 +291,16 @@ def test_training_chats_mark_what_the_assistant_writes(small):
     assert set(lengths.values()) == {len(batch["input_ids"])}
 
 
+def test_a_tool_call_ends_by_asking_for_its_result(chatglm3):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [{"role": "user", "content": "a"}, call]
+    batch = chatglm3.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    ids, mask = batch["input_ids"], batch["assistant_masks"]
+    assert ids[-1] == chatglm3.get_command("<|observation|>") and mask[-1] == 1
+    longer = chatglm3.apply_chat_template([*messages, {"role": "tool", "content": "1"}])["input_ids"]
+    assert longer[: len(ids)] == ids
+
+
 def test_tools_in_the_usual_form_and_in_chatglm3s(chatglm3):
     weather = {
         "name": "get_weather",

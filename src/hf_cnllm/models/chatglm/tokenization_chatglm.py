@@ -147,6 +147,10 @@ class ChatGLMTokenizer(ChatTokenizer):
         new_tokens = [token for token in new_tokens if self._tokenizer.model.token_to_id(str(token)) is None]
         return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""
+        return {token: self._tokenizer.token_to_id(token) for token in self._row.control} | super().get_added_vocab()
+
     @property
     def encode_special_tokens(self) -> bool:
         return any(token.content == ROLES[0] for token in self.added_tokens_decoder.values())
