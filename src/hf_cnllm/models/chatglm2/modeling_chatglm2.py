@@ -281,6 +281,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
         prefix, past = None, past_key_values
         if self.prefix_encoder is not None:
+            if self.config._attn_implementation.startswith("paged|"):
+                raise ValueError(
+                    "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
+                )
             if past_key_values is None and attention_mask is None and is_packed(position_ids):
                 raise ValueError(
                     "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
