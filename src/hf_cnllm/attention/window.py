@@ -8,7 +8,7 @@ transformers reads: `layer_types`, and `sliding_window`, the largest size. Cache
 layer, so all of them have the same geometry; smaller windows are cut out by their masks, or by the kernel's own window.
 """
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -17,6 +17,14 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True)
+class _OneWindow:
+    """All that transformers' mask functions read of a configuration, as if every layer had this window."""
+
+    _attn_implementation: str
+    sliding_window: int
 
 
 def mask_name(config: PreTrainedConfig, layer_idx: int) -> str:
@@ -37,9 +45,8 @@ def create_window_masks(config: PreTrainedConfig, **mask_arguments: Any) -> dict
         if window is None:
             mask = create_causal_mask(config=config, **mask_arguments)
         else:
-            # All that the mask functions read of a configuration; it stands in for one whose windows are all this size.
-            of_this_size = SimpleNamespace(_attn_implementation=config._attn_implementation, sliding_window=window)
-            mask = create_sliding_window_causal_mask(config=of_this_size, **mask_arguments)
+            one_window = _OneWindow(config._attn_implementation, window)
+            mask = create_sliding_window_causal_mask(config=one_window, **mask_arguments)
         masks[_name(window, config.sliding_window)] = mask
     return masks
 

@@ -27,6 +27,7 @@ from ...attention.window import create_window_masks, mask_name
 from ...chat.qwen import QWenChatMixin
 from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
+from ...modules.checkpoint import CheckpointLoadingMixin
 from ...modules.dynamic_ntk import DynamicNtkRotaryEmbedding
 from ...modules.inputs import check_cache, check_token_ids
 from ...modules.rotary import apply_rotary_pos_emb
@@ -34,6 +35,10 @@ from .configuration_qwen import QWenConfig
 from .generation_qwen import QWenGenerationMixin
 
 logger = logging.get_logger(__name__)
+
+# What transformers' continuous batching and vLLM pass down to attention. They pack requests into one row and do not say
+# how long the prompts were, so dynamic NTK stays off there; the former lets no prompt in that would need it.
+ENGINE_ARGUMENTS = ("cache", "attention_instances")
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -154,7 +159,7 @@ class QWenBlock(GradientCheckpointingLayer):
         return residual + self.mlp(self.ln_2(hidden_states))
 
 
-class QWenPreTrainedModel(PreTrainedModel):
+class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: QWenConfig
     config_class = QWenConfig
     base_model_prefix = "transformer"
@@ -190,8 +195,10 @@ class QWenPreTrainedModel(PreTrainedModel):
     @staticmethod
     def create_masks_for_generate(
         config: QWenConfig, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
-    ) -> dict[str, Any]:
+    ) -> Any:
         """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
+        if config._attn_implementation == "flex_attention":
+            return attention_mask  # `generate` cannot handle a BlockMask; the forward pass makes it
         return create_window_masks(
             config,
             inputs_embeds=inputs_embeds,
@@ -246,8 +253,8 @@ class QWenModel(QWenPreTrainedModel):
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         inv_freq = self.rotary_emb.plain
-        if self.config.use_dynamic_ntk and not self.training and kwargs.get("cache") is None:
-            # Continuous batching brings a `cache` of its own, and no prompt that would need a factor.
+        is_served = any(kwargs.get(argument) is not None for argument in ENGINE_ARGUMENTS)
+        if self.config.use_dynamic_ntk and not self.training and not is_served:
             inv_freq = self.rotary_emb.select(
                 inputs_embeds, attention_mask, position_ids, past_key_values, prompt_lengths
             )

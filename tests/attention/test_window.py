@@ -1,0 +1,72 @@
+"""Masks for windows of several sizes, against the definition, on a full cache, a sliding one and none."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hf_cnllm import QWenConfig
+from hf_cnllm.attention.window import create_window_masks, mask_name
+
+
+WINDOWS = [3, None, 5, 3]
+
+
+def config_with(windows, backend="eager"):
+    config = QWenConfig(
+        num_hidden_layers=4, hidden_size=16, num_attention_heads=2, intermediate_size=16, window_sizes=windows
+    )
+    config._attn_implementation = backend
+    return config
+
+
+def visible_pairs(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("cache_kind", "seen", "length"),
+    [(None, 0, 9)]
+    + [(kind, *lengths) for kind in ("sliding", "full", "static") for lengths in ((0, 9), (4, 1), (6, 3), (2, 7))],
+)
+def test_each_query_sees_its_window(backend, cache_kind, seen, length):
+    config = config_with(WINDOWS, backend)
+    cache = {
+        None: lambda: None,
+        "sliding": lambda: DynamicCache(config=config),
+        "full": lambda: DynamicCache(),
+        "static": lambda: StaticCache(config=config, max_cache_len=12),
+    }[cache_kind]()
+    # Keys say their position, so that what a layer attends to can be read off.
+    positions = torch.arange(1.0, 20.0)[None, None, :, None].expand(2, 2, -1, 8)
+    if seen:
+        for layer in range(4):
+            cache.update(positions[:, :, :seen], positions[:, :, :seen], layer)
+    padding = torch.ones(2, seen + length, dtype=torch.long)
+    padding[1, :2] = 0
+    masks = create_window_masks(
+        config,
+        inputs_embeds=torch.zeros(2, length, 16),
+        attention_mask=padding,
+        past_key_values=cache,
+    )
+    assert set(masks) == {"full_attention", "sliding_attention", "sliding_attention_3"}
+    new = positions[:, :, seen : seen + length]
+    for layer, window in enumerate(WINDOWS):
+        keys = new if cache is None else cache.update(new, new, layer)[0]
+        visible = visible_pairs(masks[mask_name(config, layer)])
+        for row, first in ((0, 0), (1, 2)):
+            for query in range(length):
+                position = seen + query
+                if position < first:
+                    continue
+                oldest = first if window is None else max(first, position - window + 1)
+                attended = keys[row, 0, :, 0][visible[row, 0, query]].tolist()
+                assert attended == [float(key + 1) for key in range(oldest, position + 1)], (layer, row, query)
+
+
+def test_without_windows_there_is_one_causal_mask():
+    config = config_with(None, "sdpa")
+    masks = create_window_masks(config, inputs_embeds=torch.zeros(1, 4, 16), attention_mask=None, past_key_values=None)
+    assert masks == {"full_attention": None}  # the kernel's own causal mode
+    assert {mask_name(config, layer) for layer in range(4)} == {"full_attention"}
