@@ -1,9 +1,12 @@
 import copy
 import json
 import pickle
+import re
 import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer
 
 from hf_cnllm.chat.baichuan import build_chat_input
@@ -55,6 +58,52 @@ def test_chat_goldens(name):
         if len(whole) <= room:
             assert whole == case["generation_utils"]
     assert compared == 18
+
+
+def original_ids(tokenizer, text: str) -> list[int]:
+    """The original in three lines: special tokens are cut out of the raw text, SentencePiece takes each piece between."""
+    parts = re.split("(<s>|</s>|<unk>)", text)
+    special = {"<s>": [1], "</s>": [2], "<unk>": [0]}
+    return [index for part in parts for index in special.get(part) or tokenizer.sp_model.encode(part)]
+
+
+def original_text(tokenizer, ids: list[int], skip: bool) -> str:
+    """The original's `convert_tokens_to_string`."""
+    special = {0: "<unk>", 1: "<s>", 2: "</s>"}
+    text, run = "", []
+    ids = [index for index in ids if not (skip and index in special)]
+    for place, index in enumerate(ids):
+        if index not in special:
+            run.append(index)
+            continue
+        if place and ids[place - 1] not in special:
+            text += " "
+        text, run = text + tokenizer.sp_model.decode(run) + special[index], []
+    return text + tokenizer.sp_model.decode(run)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_any_text_as_in_the_original(name):
+    tokenizer = TokenizerGolden(name).load(BaichuanTokenizer)
+    special = st.sampled_from(["<s>", "</s>", "<unk>", "<unk", "</s", "<reserved_102>", "<SEP>", "＜s＞", "<0x0A>"])
+    plain = st.sampled_from(["你好", "a", " ", "  ", "\n", "\r\n", "▁", "é", "e\u0301", "1", "，", "👋", "\x01"])
+    anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\U000e0ffe\U000e0fff"), max_size=4)
+
+    @settings(max_examples=400, deadline=None)
+    @given(st.lists(special | plain | anything, max_size=8).map("".join))
+    def texts(text):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == original_ids(tokenizer, text)
+        for skip in (False, True):
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == original_text(tokenizer, ids, skip)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.integers(0, len(tokenizer) - 1) | st.integers(0, 500), max_size=12), st.booleans())
+    def ids(ids, skip):
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == original_text(tokenizer, ids, skip)
+
+    texts()
+    ids()
 
 
 # --------------------------------------------------------------------------------------------------------------------
