@@ -7,7 +7,6 @@ from transformers import DynamicCache, StaticCache
 from hf_cnllm import QWenConfig
 from hf_cnllm.attention.window import create_window_masks, mask_name
 
-
 WINDOWS = [3, None, 5, 3]
 
 

@@ -19,7 +19,6 @@ from hf_cnllm.modules.dynamic_ntk import (
     true_lengths,
 )
 
-
 CONFIG = LlamaConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=2)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
 from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
@@ -27,8 +26,8 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import logging
 
+from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
 from hf_cnllm import QWenConfig, QWenLMHeadModel, QWenTokenizer
-
 
 CHECKPOINTS = ("qwen", "qwen_72b", "qwen_bias", "qwen_early")
 BUGS_OF_THE_ORIGINAL = ("chunked_orig_bug",)

@@ -8,7 +8,6 @@ from .modeling_qwen import (
 )
 from .tokenization_qwen import QWenTokenizer
 
-
 __all__ = [
     "QWenConfig",
     "QWenForSequenceClassification",

@@ -10,7 +10,6 @@ from ...attention.window import FULL, SLIDING
 from ...losses import DEFAULT_CHUNK_SIZE
 from ...modules.configuration import CheckpointConfigMixin
 
-
 logger = logging.get_logger(__name__)
 
 DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
