@@ -28,10 +28,16 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    create_causal_mask,
+    or_masks,
+    padding_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 from transformers.utils.generic import is_flash_attention_requested
@@ -43,6 +49,9 @@ MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 BLOCK = 512
 # Up to this length a ragged batch is cheaper with one dense mask than with two calls for every row.
 DENSE_LENGTH = 256
+
+# Number of the keys in front that the queries of every document see.
+EVERYONES = -1
 
 
 class Text(NamedTuple):
@@ -109,15 +118,15 @@ def create_prefix_lm_mask(
         attention_mask = F.pad(attention_mask, (learned_keys, 0), value=1)
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     _check_mask(attention_mask, inputs_embeds.shape[0], queries, past)
-    plain = partial(create_causal_mask, config, inputs_embeds, past_key_values=past_key_values)
+    mask_like = partial(_backend_mask, config, inputs_embeds, attention_mask, past_key_values)
     if queries == 1:
-        return plain(attention_mask=attention_mask)
+        return mask_like()
 
     documents = None if attention_mask is None else attention_mask[:, -queries:]
     tracing = is_tracing(inputs_embeds)
     packed = documents is not None and documents.dtype != torch.bool and (tracing or bool((documents > 1).any()))
     if not packed and (prefix is None or (not tracing and not prefix.any())):
-        return plain(attention_mask=attention_mask)
+        return mask_like()
 
     if prefix is None:
         prefix = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
@@ -131,34 +140,78 @@ def create_prefix_lm_mask(
             "flash attention takes no prefix-LM mask: tokens with padding between them, padding in the cache and "
             'torch.compile need attn_implementation="sdpa", "flex_attention" or "eager".'
         )
-    return plain(
-        attention_mask=attention_mask,
-        or_mask_function=prefix_mask_function(prefix, past),
-        and_mask_function=packed_mask_function(documents, past) if packed else None,
-    )
+    keys = past_key_values.get_mask_sizes(queries, 0)[0] if past_key_values is not None else queries
+    prefix = _at_keys(prefix, past, keys, before=False, after=False)
+    if packed:
+        documents = _at_keys(documents, past, keys, before=EVERYONES, after=0)
+    return mask_like(prefix_mask_function(prefix), packed_mask_function(documents) if packed else None)
 
 
-def prefix_mask_function(prefix: torch.Tensor, past: int | torch.Tensor = 0) -> Callable:
-    """The `or_mask_function` of transformers' mask makers: the key is in `prefix` [batch, queries], which starts after
-    `past` keys."""
+def _backend_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    or_mask_function: Callable | None = None,
+    and_mask_function: Callable | None = None,
+) -> torch.Tensor | BlockMask | None:
+    """transformers' mask of (causal or `or_mask_function`) and `and_mask_function` and padding."""
+    if config._attn_implementation != "flex_attention":
+        return create_causal_mask(
+            config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            or_mask_function=or_mask_function,
+            and_mask_function=and_mask_function,
+        )
+    batch, queries = inputs_embeds.shape[:2]
+    past, keys = 0, queries
+    if past_key_values is not None:
+        past = past_key_values.get_query_offset(0)
+        if isinstance(past, torch.Tensor):  # a static cache's length, which will have moved on when the mask is read
+            past = past.to(inputs_embeds.device, copy=True)
+        keys = past_key_values.get_mask_sizes(queries, 0)[0]
+    mask_function = causal_mask_function
+    if or_mask_function is not None:
+        mask_function = or_masks(mask_function, or_mask_function)
+    if and_mask_function is not None:
+        mask_function = and_masks(mask_function, and_mask_function)
+    if attention_mask is not None:
+        tokens = F.pad(attention_mask != 0, (0, max(0, keys - attention_mask.shape[1])))
+        mask_function = and_masks(mask_function, padding_mask_function(tokens))
+    return _block_mask(lambda b, h, q, k: mask_function(b, h, q + past, k), batch, queries, keys, inputs_embeds.device)
+
+
+def _block_mask(mask_function: Callable, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    # torch's compiler for CPUs stumbles over some of these functions, and there the mask is quickly made without it.
+    return create_block_mask(mask_function, batch, None, queries, keys, device=device, _compile=device.type != "cpu")
+
+
+def prefix_mask_function(prefix: torch.Tensor) -> Callable:
+    """The `or_mask_function` of transformers' mask makers: the key is in `prefix` [batch, keys]."""
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        token = kv_idx - past
-        inside = (token >= 0) & (token < prefix.shape[1])
-        return inside & prefix[batch_idx, token.clamp(0, prefix.shape[1] - 1)]
+        return prefix[batch_idx, kv_idx]
 
     return mask_function
 
 
-def packed_mask_function(documents: torch.Tensor, past: int | torch.Tensor = 0) -> Callable:
-    """The `and_mask_function`: key and query have the same number in `documents` [batch, queries], or the key is one of
-    the `past` keys in front."""
+def packed_mask_function(documents: torch.Tensor) -> Callable:
+    """The `and_mask_function`: key and query have the same number in `documents` [batch, keys], or the key has EVERYONES."""
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        query, token = ((idx - past).clamp(0, documents.shape[1] - 1) for idx in (q_idx, kv_idx))
-        return (kv_idx < past) | (documents[batch_idx, token] == documents[batch_idx, query])
+        document = documents[batch_idx, kv_idx]
+        return (document == documents[batch_idx, q_idx]) | (document == EVERYONES)
 
     return mask_function
+
+
+def _at_keys(tokens: torch.Tensor, past: int | torch.Tensor, keys: int, before: int | bool, after: int | bool):
+    """[batch, queries] -> [batch, keys], with `before` at the keys in front of the queries and `after` behind them."""
+    index = torch.arange(keys, device=tokens.device) - past
+    result = tokens[:, index.clamp(0, tokens.shape[1] - 1)]
+    return result.masked_fill(index < 0, before).masked_fill(index >= tokens.shape[1], after)
 
 
 def _check_mask(attention_mask: torch.Tensor | None, batch: int, queries: int, past: int | torch.Tensor) -> None:
@@ -194,21 +247,27 @@ def _given_mask(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the cache and the input together ask for "
             f"[batch, 1, {queries}, {keys}]."
         )
-    lowest = torch.finfo(inputs_embeds.dtype).min
-    if attention_mask.dtype == torch.bool:
-        hidden = ~attention_mask
-    elif attention_mask.is_floating_point():
-        hidden = None
-    else:
-        hidden = attention_mask == 0
-    if hidden is not None:
-        attention_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype).masked_fill(hidden, lowest)
-    attention_mask = attention_mask.to(inputs_embeds.dtype)
+    additive = attention_mask.is_floating_point()
+    if additive and backend == "flex_attention":
+        raise ValueError("flex_attention takes a 4-D `attention_mask` only as bool, True where a query sees a key")
+    if not additive:
+        attention_mask = attention_mask != 0
+    lowest = torch.finfo(inputs_embeds.dtype).min if additive else False
     if attention_mask.shape[-1] < keys:
-        attention_mask = F.pad(attention_mask, (learned_keys, 0))
+        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=not additive)
         # A static cache has room for more keys than there are.
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=lowest)
-    return attention_mask.expand(inputs_embeds.shape[0], -1, -1, -1)
+    if backend == "flex_attention":
+        visible = attention_mask.expand(inputs_embeds.shape[0], 1, -1, -1)
+
+        def look_up(batch_idx, head_idx, q_idx, kv_idx):
+            return visible[batch_idx, 0, q_idx, kv_idx]
+
+        return _block_mask(look_up, visible.shape[0], queries, keys, visible.device)
+    if backend == "eager" and not additive:
+        additive_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
+        return additive_mask.masked_fill(~attention_mask, torch.finfo(inputs_embeds.dtype).min)
+    return attention_mask
 
 
 # --- where the texts are ---------------------------------------------------------------------------------------------

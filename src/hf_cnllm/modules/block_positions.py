@@ -10,10 +10,36 @@ A text is a context with a blank (a mask token) in it, a start token, and what g
 Everything here is worked out for whole batches from the token ids, the padding and the packing, without a loop over rows.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
+
+MASK_FIELDS = ("gmask_token_id", "mask_token_id", "smask_token_id")
+
+
+class BlankTokens(NamedTuple):
+    """The control tokens by their names in the configuration: the start token, and the kinds of mask tokens that it
+    knows, [gMASK] first."""
+
+    start: str
+    start_id: int
+    masks: dict[str, int]
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, start: str) -> "BlankTokens":
+        """
+        Raises:
+            ValueError: the configuration does not know the start token, named `start` there, or any mask token.
+        """
+        masks = {name: getattr(config, name) for name in MASK_FIELDS if getattr(config, name) is not None}
+        if not masks or getattr(config, start) is None:
+            raise ValueError(
+                f"to find context and blanks in `input_ids` the configuration needs `{start}` and at least one of "
+                f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: set them (the tokenizer knows the ids), or pass "
+                "2-row `position_ids`"
+            )
+        return cls(start, getattr(config, start), masks)
 
 
 class Blanks(NamedTuple):
@@ -23,7 +49,7 @@ class Blanks(NamedTuple):
         index: number of tokens of its text before it.
         start: index of its text's first start token; `missing` if there is none.
         blank: index of its text's blank in the context; `missing` if there is none.
-        kind: which of `mask_token_ids` the blank is.
+        kind: number of the blank's kind among the mask tokens, if they are ranked.
         token: True for tokens, False for padding.
         missing: larger than any index.
     """
@@ -48,10 +74,7 @@ class Blanks(NamedTuple):
 
 
 def find_blanks(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    start_token_id: int,
-    mask_token_ids: Sequence[tuple[int, ...]],
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, tokens: BlankTokens, ranked: bool
 ) -> Blanks:
     """Finds the start token and the blank of every text.
 
@@ -59,10 +82,11 @@ def find_blanks(
         input_ids: [batch, length].
         attention_mask: [batch, length], 0 for padding and 1 for tokens, or equal numbers from 1 for the tokens of one
             packed text; None: all are tokens of one text.
-        start_token_id: begins what is generated; only the first of a text counts.
-        mask_token_ids: kinds of blanks, the preferred one first; of several blanks of the preferred kind that is in the
-            context, the first counts.
+        tokens: the control tokens. Of several start tokens in a text the first counts.
+        ranked: of several blanks in a context, the first of the first kind counts; else the first of any kind.
     """
+    mask_ids = list(tokens.masks.values())
+    kinds = [[mask_id] for mask_id in mask_ids] if ranked else [mask_ids]
     batch, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -82,33 +106,28 @@ def find_blanks(
 
     count = token.cumsum(1)
     index = count - first(token, count)
-    start = first(input_ids == start_token_id, index)
+    start = first(input_ids == tokens.start_id, index)
     blank = torch.full_like(index, missing)
-    kind = torch.full_like(index, len(mask_token_ids))
-    for number, kind_ids in enumerate(mask_token_ids):
-        found = first(_is_any(input_ids, kind_ids) & (index < start), index)
+    kind = torch.full_like(index, len(kinds))
+    for number, mask_ids in enumerate(kinds):
+        found = first(_is_any(input_ids, mask_ids) & (index < start), index)
         better = (blank == missing) & (found != missing)
         blank, kind = torch.where(better, found, blank), torch.where(better, number, kind)
     return Blanks(index, start, blank, kind, token, missing)
 
 
-def check_blanks(
-    blanks: Blanks,
-    input_ids: torch.Tensor,
-    start: tuple[str, int],
-    masks: dict[str, int],
-) -> None:
+def check_blanks(blanks: Blanks, input_ids: torch.Tensor, tokens: BlankTokens) -> None:
     """Refuses a batch in which some text is not context with a blank, one start token, and what fills the blank.
 
     Args:
-        start, masks: the tokens that `find_blanks` looked for, by their names in the configuration.
+        blanks: what `find_blanks` found in `input_ids`.
 
     Raises:
         ValueError: no start token, or several; no mask token before the start token; a mask token after it.
     """
-    name, start_id = start
-    mask_ids = tuple(masks.values())
-    mask_names = ", ".join(f"{mask}={token}" for mask, token in masks.items())
+    name, start_id = tokens.start, tokens.start_id
+    mask_ids = list(tokens.masks.values())
+    mask_names = ", ".join(f"{mask}={mask_id}" for mask, mask_id in tokens.masks.items())
     is_mask = _is_any(input_ids, mask_ids) & blanks.token
     again = (input_ids == start_id) & (blanks.index > blanks.start)
     explicit = " Or pass 2-row `position_ids`, which say where the context ends."
@@ -134,5 +153,5 @@ def check_blanks(
             raise ValueError(f"row {int(rows.nonzero()[0])} of `input_ids` {message}")
 
 
-def _is_any(input_ids: torch.Tensor, token_ids: tuple[int, ...]) -> torch.Tensor:
+def _is_any(input_ids: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
     return torch.stack([input_ids == token for token in token_ids]).any(dim=0)

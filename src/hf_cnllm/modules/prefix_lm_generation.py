@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 
-from .prefix_encoder import with_prefix_columns
+from ..attention.prefix_lm import create_prefix_lm_mask
 
 
 class PrefixLMGenerationMixin:
@@ -94,9 +93,10 @@ class PrefixLMGenerationMixin:
         made in the forward pass, which is not compiled then."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask
-        learned_keys = getattr(config, "pre_seq_len", None)
-        attention_mask = with_prefix_columns(attention_mask, learned_keys)
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+        learned_keys = getattr(config, "pre_seq_len", None) or 0
+        mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, past_key_values, None, learned_keys)
+        # As bool: an additive mask of zeros could be taken for a 0/1 one.
+        return mask == 0 if isinstance(mask, torch.Tensor) and mask.is_floating_point() else mask
 
 
 def continue_positions(position_ids: torch.LongTensor, length: int) -> torch.LongTensor:

@@ -14,13 +14,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...modules.block_positions import Blanks, check_blanks, find_blanks
+from ...modules.block_positions import Blanks, BlankTokens, check_blanks, find_blanks
 from ...modules.prefix_encoder import PrefixEncoder
 from ...modules.prefix_lm_generation import PrefixLMGenerationMixin
 from ...modules.rotary import rotate_half
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
-
 
 ROPE_BASE = 10000.0
 
@@ -286,20 +285,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             ValueError: `check` is set and the texts are not a context with a blank, a start token and an answer; or the
                 configuration does not know these tokens.
         """
-        config = self.config
-        known = {
-            name: getattr(config, name)
-            for name in ("gmask_token_id", "mask_token_id", "smask_token_id")
-            if getattr(config, name) is not None
-        }
-        if not known or config.bos_token_id is None:
-            raise ValueError(
-                "to find the context in `input_ids` the configuration needs `bos_token_id` and at least one of "
-                "`gmask_token_id`, `mask_token_id` and `smask_token_id`: set them, or pass 2-row `position_ids`"
-            )
-        blanks = find_blanks(input_ids, tokens, config.bos_token_id, [(token,) for token in known.values()])
+        control = BlankTokens.of(self.config, "bos_token_id")
+        blanks = find_blanks(input_ids, tokens, control, ranked=True)
         if check and not torch.compiler.is_compiling():
-            check_blanks(blanks, input_ids, ("bos_token_id", config.bos_token_id), known)
+            check_blanks(blanks, input_ids, control)
         return blanks
 
     def positions_of_blanks(self, blanks: Blanks) -> torch.LongTensor:

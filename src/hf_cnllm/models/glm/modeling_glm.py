@@ -1,0 +1,483 @@
+"""The original GLM (arXiv 2103.10360): a prefix language model that fills blanks, with learned 2-D positions."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MultipleChoiceModelOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
+from ...modules.block_positions import BlankTokens, check_blanks, find_blanks
+from ...modules.causal_lm_head import loss_and_logits
+from ...modules.prefix_lm_generation import PrefixLMGenerationMixin
+from .configuration_glm import GLMConfig
+
+
+class SelfAttention(nn.Module):
+    """Attention over one packed projection with rows q | k | v."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, config: GLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.attention_dropout = config.attention_dropout_prob
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output_dropout = nn.Dropout(config.output_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | PrefixLMLayout | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        mixed = self.query_key_value(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in mixed.unbind(-3))
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = prefix_lm_attention(self.config._attn_implementation)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.output_dropout(self.dense(attn_output)), attn_weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN["gelu"]
+        self.dropout = nn.Dropout(config.output_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.dense_4h_to_h(self.act_fn(self.dense_h_to_4h(hidden_states))))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config: GLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | PrefixLMLayout | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GLMStack(nn.Module):
+    """The tables of positions, the layers and the final norm, under the original's name in the state dict."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+        if config.block_position_encoding:
+            self.block_position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout_prob)
+        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+
+    def embed_positions(self, position_ids: torch.LongTensor) -> torch.Tensor:
+        """(batch, rows, length) -> (batch, length, hidden_size)."""
+        hidden_states = self.position_embeddings(position_ids[:, 0])
+        if position_ids.shape[1] == 2:
+            hidden_states = hidden_states + self.block_position_embeddings(position_ids[:, 1])
+        return hidden_states
+
+
+class GLMPreTrainedModel(PreTrainedModel):
+    config: GLMConfig
+    config_class = GLMConfig
+    base_model_prefix = "glm"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    # Attention functions from outside know no prefix and would be causal.
+    _supports_attention_backend = False
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # As in Megatron-LM: what is added to the residual stream 2 · num_layers times starts that much smaller.
+        std = self.config.initializer_range / (2 * self.config.num_layers) ** 0.5
+        if isinstance(module, SelfAttention):
+            init.normal_(module.dense.weight, mean=0.0, std=std)
+        elif isinstance(module, MLP):
+            init.normal_(module.dense_4h_to_h.weight, mean=0.0, std=std)
+
+
+class GLMModel(GLMPreTrainedModel):
+    """The backbone. Unlike the original's it gives no logits; those are [`GLMForConditionalGeneration`]'s."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer = GLMStack(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, length): a text with blanks, and behind it the spans that fill them, each of which begins
+                with `<|startofpiece|>`.
+            attention_mask: what is to be seen, in one of four forms:
+
+                * None: all is causal, as in the original;
+                * (batch,) or a single number: length of the context, which sees all of itself; the rest is causal;
+                * (batch, past + length), 1 for tokens and 0 for padding, or equal numbers from 1 for the tokens of one
+                  packed text: the context is what has block position 0, or, without `position_ids`, what stands in front
+                  of `<|startofpiece|>`;
+                * (batch or 1, 1, length, past + length), 0/1 or bool, 1 where a query sees a key.
+            position_ids: (batch, 2, length), positions and block positions. If not given: with a 2-D `attention_mask`
+                they are worked out from `input_ids`, else they count from the cache's length, with block position 0.
+
+        Returns:
+            `hidden_states`, if asked for, are the embeddings (positions included) and each layer's output, the last one
+            after the final norm.
+
+        Raises:
+            ValueError: a text is longer than the table of positions; `attention_mask` or `position_ids` have the wrong
+                form; positions cannot be worked out.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
+        position_ids, context = self._positions_and_context(
+            input_ids, attention_mask, position_ids, context_length, inputs_embeds, past_key_values
+        )
+        mask = create_prefix_lm_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            prefix=context,
+        )
+
+        hidden_states = inputs_embeds + self.transformer.embed_positions(position_ids)
+        hidden_states = self.transformer.embedding_dropout(hidden_states)
+        for layer in self.transformer.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        hidden_states = self.transformer.final_layernorm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    @property
+    def rows_of_positions(self) -> int:
+        return 2 if self.config.block_position_encoding else 1
+
+    def _split_mask(
+        self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The mask proper, 2-D or 4-D, and the context lengths, (batch or 1, 1); at most one of them."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 2:
+            return attention_mask, None
+        if attention_mask.ndim <= 1 and attention_mask.numel() in (1, inputs_embeds.shape[0]):
+            return None, attention_mask.reshape(-1, 1)
+        if attention_mask.ndim == 4:
+            if attention_mask.is_floating_point() and (attention_mask < 0).any():
+                raise ValueError(
+                    "a 4-D `attention_mask` must be 0/1 or bool here, 1 where a query sees a key; not additive"
+                )
+            return attention_mask != 0, None
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be (batch,) context lengths, (batch, "
+            "length) 1 for tokens and 0 for padding, or (batch, 1, length, length)"
+        )
+
+    def _positions_and_context(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        context_length: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Positions (batch or 1, rows, length), and which tokens are context, (batch, length) or None for none."""
+        batch_size, length = inputs_embeds.shape[:2]
+        rows = self.rows_of_positions
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
+        context = None
+        if position_ids is None and tokens is not None:
+            if input_ids is None or (not torch.compiler.is_compiling() and int(past_length) > 0):
+                raise ValueError(
+                    "positions can only be worked out from all of `input_ids`: with a cache or `inputs_embeds`, pass "
+                    "`position_ids` (batch, 2, length)"
+                )
+            position_ids, context = self._positions_of_texts(input_ids, tokens)
+        elif position_ids is None:
+            position = torch.arange(length, device=inputs_embeds.device) + past_length
+            position_ids = torch.stack([position, torch.zeros_like(position)])[None, :rows]
+        elif position_ids.ndim == 2 and rows == 1:
+            position_ids = position_ids[:, None]
+        if position_ids.shape[1:] != (rows, length) or position_ids.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, rows, length)}: "
+                f"positions{' and block positions' if rows == 2 else ''} of the {length} tokens."
+            )
+        if context_length is not None:
+            context = (torch.arange(length, device=inputs_embeds.device) < context_length).expand(batch_size, -1)
+        elif tokens is not None and context is None and rows == 2:
+            context = (position_ids[:, 1] == 0) & (tokens != 0)
+        self._check_positions(position_ids)
+        return position_ids, context
+
+    def _positions_of_texts(
+        self, input_ids: torch.LongTensor, tokens: torch.Tensor
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Positions and context of texts, each with a span to fill its first blank, or without."""
+        control = BlankTokens.of(self.config, "sop_token_id")
+        blanks = find_blanks(input_ids, tokens, control, ranked=False)
+        if not torch.compiler.is_compiling():
+            check_blanks(blanks._replace(token=blanks.token & (blanks.start != blanks.missing)), input_ids, control)
+        return blanks.position_ids()[:, : self.rows_of_positions], blanks.context
+
+    def _check_positions(self, position_ids: torch.LongTensor) -> None:
+        if torch.compiler.is_compiling() or position_ids.device.type == "meta" or position_ids.numel() == 0:
+            return
+        last = int(position_ids.max())
+        if last > self.config.max_sequence_length:
+            raise ValueError(
+                f"the text is too long: it has position {last}, but the learned positions end at `max_sequence_length` = "
+                f"{self.config.max_sequence_length}. Shorten the text or the generation."
+            )
+
+
+class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: GLMConfig):
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"  # not shifted: `<|startofpiece|>` predicts the span's first token
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids, attention_mask, position_ids: see [`GLMModel`].
+            labels: (batch, length), the token that each position is to predict, -100 for none. They are not shifted: at
+                `<|startofpiece|>` stands the first token of its span, at the span's last token `<|endofpiece|>`.
+        """
+        outputs: BaseModelOutputWithPast = self.glm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        loss, logits = loss_and_logits(self, self.lm_head, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def positions_of_prompt(self, input_ids, attention_mask, check):
+        control = BlankTokens.of(self.config, "sop_token_id")
+        blanks = find_blanks(input_ids, attention_mask, control, ranked=False)
+        if check:
+            check_blanks(blanks, input_ids, control)
+        return blanks.position_ids()[:, : self.glm.rows_of_positions]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Takes the tokenizer's `build_inputs_for_generation` too: positions and a 0/1 mask, `generation_attention_mask`
+        (batch, 1, n, n), of the prompt and what is to be generated."""
+        length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
+        if generation_attention_mask is not None:
+            missing = length - generation_attention_mask.shape[-1]
+            if missing > 0:
+                raise ValueError(
+                    f"`generation_attention_mask` ends {missing} tokens before the text does: build the inputs for at least "
+                    "as many tokens (`max_gen_length`) as are generated"
+                )
+            first = 0 if next_sequence_length is None else length - next_sequence_length
+            attention_mask = generation_attention_mask[:, :, first:length, :length] != 0
+        elif attention_mask is None:
+            # `generate` drops a mask of ones; without any, all would be causal.
+            attention_mask = torch.ones(input_ids.shape[0], length, dtype=torch.long, device=input_ids.device)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+class GLMForMultipleChoice(GLMPreTrainedModel):
+    """Scores each choice by the log-probability of its tokens in the blank."""
+
+    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
+
+    def __init__(self, config: GLMConfig):
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        choice_ids: Sequence[Sequence[torch.Tensor | Sequence[int]]] | None = None,
+        choice_indices: Sequence[Sequence[torch.Tensor | Sequence[int]]] | None = None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """
+        Args:
+            input_ids, attention_mask, position_ids: see [`GLMModel`]; the tokenizer's `build_inputs_for_multiple_choice`
+                makes them and the next two.
+            choice_ids: for every row, for every choice, its tokens. All rows have the same number of choices.
+            choice_indices: for every token of `choice_ids` the place in `input_ids` that predicts it.
+            labels: (batch,) the number of the right choice.
+
+        Returns:
+            `logits` (batch, choices): sums of log-probabilities; `loss`: their cross entropy with `labels`.
+        """
+        if choice_ids is None or choice_indices is None:
+            raise ValueError(
+                "pass `choice_ids` and `choice_indices`, e.g. from the tokenizer's build_inputs_for_multiple_choice"
+            )
+        outputs: BaseModelOutputWithPast = self.glm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        scores = []
+        for states, choices, places in zip(hidden_states, choice_ids, choice_indices, strict=True):
+            for choice, place in zip(choices, places, strict=True):
+                choice, place = (torch.as_tensor(ids, device=states.device).reshape(-1) for ids in (choice, place))
+                log_probs = self.lm_head(states[place]).float().log_softmax(dim=-1)
+                scores.append(log_probs[torch.arange(len(choice), device=states.device), choice].sum())
+        counts = {len(choices) for choices in choice_ids}
+        if len(counts) != 1:
+            raise ValueError(f"all rows must have the same number of choices, not {sorted(counts)}")
+        logits = torch.stack(scores).view(len(choice_ids), -1)
+
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels.to(logits.device))
+
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["GLMForConditionalGeneration", "GLMForMultipleChoice", "GLMModel", "GLMPreTrainedModel"]
