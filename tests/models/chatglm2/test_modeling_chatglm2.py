@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     StaticCache,
     pipeline,
 )
@@ -237,6 +239,19 @@ def test_a_static_cache_that_was_reset_gets_the_prefix_again():
     first = model.generate(ids, past_key_values=cache, **GREEDY)
     cache.reset()
     assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), first)
+
+
+def test_continuous_batching_gives_greedy_ids_and_refuses_a_prefix():
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    batching = {"inputs": prompts, "generation_config": settings, "continuous_batching_config": small}
+    model = load("chatglm3_6b")
+    results = model.generate_batch(**batching)
+    for ids, result in zip(prompts, results.values(), strict=True):
+        assert result.generated_tokens == model.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist()
+    refused = load("chatglm2_6b_ptuning").generate_batch(**batching)
+    assert all("continuous batching has no place for a P-tuning prefix" in result.error for result in refused.values())
 
 
 def test_packing_next_to_a_prefix_is_refused():

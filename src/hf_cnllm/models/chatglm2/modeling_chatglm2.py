@@ -281,7 +281,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
         prefix, past = None, past_key_values
         if self.prefix_encoder is not None:
-            if self.config._attn_implementation.startswith("paged|"):
+            if kwargs.get("cache") is not None:  # transformers' paged cache
                 raise ValueError(
                     "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
                 )
