@@ -10,10 +10,12 @@ from .models.baichuan import *  # noqa: F403
 from .models.baichuan import __all__ as _baichuan
 from .models.chatglm import *  # noqa: F403
 from .models.chatglm import __all__ as _chatglm
+from .models.glm import *  # noqa: F403
+from .models.glm import __all__ as _glm
 from .models.qwen import *  # noqa: F403
 from .models.qwen import __all__ as _qwen
 
 __version__ = "0.1.0"
-__all__ = ["FAMILIES", "accelerate", "register", *_baichuan, *_chatglm, *_qwen]
+__all__ = ["FAMILIES", "accelerate", "register", *_baichuan, *_chatglm, *_glm, *_qwen]
 
 register()

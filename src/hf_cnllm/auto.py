@@ -11,7 +11,7 @@ import transformers
 from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .models import baichuan, chatglm, qwen
+from .models import baichuan, chatglm, glm, qwen
 
 
 class Family(NamedTuple):
@@ -54,6 +54,22 @@ FAMILIES: tuple[Family, ...] = (
         },
         tokenizers=(chatglm.ChatGLMTokenizer,),
         lora_targets=("query_key_value",),
+    ),
+    # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are LoRA targets too.
+    Family(
+        config=glm.GLMConfig,
+        models={
+            "AutoModel": glm.GLMModel,
+            "AutoModelForSeq2SeqLM": glm.GLMForConditionalGeneration,
+            "AutoModelForMultipleChoice": glm.GLMForMultipleChoice,
+        },
+        tokenizers=(
+            glm.GLMChineseTokenizer,
+            glm.GLMGPT2Tokenizer,
+            glm.GLMBertTokenizer,
+            glm.GLMRobertaTokenizer,
+        ),
+        lora_targets=("query_key_value", "q_proj", "v_proj"),
     ),
     Family(
         config=qwen.QWenConfig,
