@@ -1,6 +1,5 @@
 import os
 
-
 # Before anything imports huggingface_hub: no test may reach out.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
 TOLERANCE = 2e-5
 BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -76,7 +75,9 @@ def golden_cases(*goldens: str, skip: tuple[str, ...] = ()) -> list:
     ]
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, real: torch.Tensor | None = None, atol: float = TOLERANCE):
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, real: torch.Tensor | None = None, atol: float = TOLERANCE
+):
     """`actual` equals `expected` within `atol`, at the positions where `real` [batch, length] is not 0."""
     actual = actual.detach().float()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -111,7 +112,9 @@ def check_forward(model, case: Case, atol: float = TOLERANCE, train: bool = Fals
     real = mask if mask is not None and mask.ndim == 2 else None
     model.train(train)
     with torch.set_grad_enabled(bool(case.grad_norms) and train and has_backward(model)):
-        result = model(**kwargs, labels=inputs.get("labels"), output_hidden_states="hidden_0" in outputs, use_cache=False)
+        result = model(
+            **kwargs, labels=inputs.get("labels"), output_hidden_states="hidden_0" in outputs, use_cache=False
+        )
     if "logits" in outputs:
         assert_close(result.logits, outputs["logits"], real, atol)
     if "loss" in outputs:
@@ -147,7 +150,9 @@ def _check_grad_norms(model, loss: torch.Tensor, case: Case, atol: float):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     gradients = {name: parameters[name].grad for name in case.grad_norms}
     norms = {name: gradient.norm().item() for name, gradient in gradients.items() if gradient is not None}
-    expected = {name: norm for name, norm in case.grad_norms.items() if norm is not None}  # None: frozen in the original
+    expected = {
+        name: norm for name, norm in case.grad_norms.items() if norm is not None
+    }  # None: frozen in the original
     assert norms == pytest.approx(expected, rel=1e-4, abs=atol)
     model.zero_grad()
 

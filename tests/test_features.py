@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from goldens import GOLDENS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 import hf_cnllm  # noqa: F401
+from goldens import GOLDENS
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,10 @@ def test_saving_after_use_gives_back_the_checkpoint_bit_for_bit(row, tmp_path):
     model.train()
     model(ids)
     model.eval().save_pretrained(tmp_path)
-    original, saved = load_file(GOLDENS / row.checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    original, saved = (
+        load_file(GOLDENS / row.checkpoint / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     ignored = [name for name in original if name not in saved]
     assert all("inv_freq" in name or "masked_bias" in name or "logn" in name for name in ignored), ignored
     assert all(torch.equal(saved[name], original[name]) for name in saved)

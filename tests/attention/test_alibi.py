@@ -3,7 +3,6 @@
 import math
 import sys
 
-import flash_stand_in
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
+import flash_stand_in
 from hf_cnllm import BaichuanConfig
 from hf_cnllm.attention.alibi import alibi_attention, alibi_slopes, create_alibi_mask
 from hf_cnllm.attention.reference import alibi_bias_reference, attention_reference
-
 
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 # The dense reference in the same precision is about this far from fp64.
@@ -227,9 +226,7 @@ def test_kernels_on_a_gpu_match_reference(backend, dtype, monkeypatch):
     for length in (257, 4096):
         tensors = random_qkv(1, 5, length, 64, dtype)
         output = attend(*(tensor.cuda() for tensor in tensors), backend).cpu()
-        torch.testing.assert_close(
-            output.double(), reference(*tensors), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
-        )
+        torch.testing.assert_close(output.double(), reference(*tensors), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", ["flash_attention_3", "flash_attention_4", "paged|sdpa", "sdpaa"])

@@ -67,6 +67,8 @@ def test_it_may_be_called_twice_and_saves_as_before(pair, tmp_path):
 
 
 def test_other_models_are_refused():
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     with pytest.raises(TypeError, match="BLOOM"):
         accelerate(llama)

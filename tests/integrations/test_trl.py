@@ -4,12 +4,11 @@ model's log-probabilities."""
 import pytest
 import torch
 from datasets import Dataset
-from goldens import GOLDENS
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import hf_cnllm  # noqa: F401
-
+import hf_cnllm
+from goldens import GOLDENS
 
 trl = pytest.importorskip("trl")
 
@@ -57,7 +56,9 @@ CHATS = [
 def test_sft_loss_is_the_models_own_on_the_answers(model, tokenizer, tmp_path, packing):
     dataset = Dataset.from_list([{"messages": chat} for chat in CHATS])
     # Packed rows rely on position_ids alone, which TRL allows with flash attention only: there one document a row.
-    args = arguments(trl.SFTConfig, tmp_path, assistant_only_loss=True, learning_rate=0.0, max_length=64, packing=packing)
+    args = arguments(
+        trl.SFTConfig, tmp_path, assistant_only_loss=True, learning_rate=0.0, max_length=64, packing=packing
+    )
     expected = expected_answer_loss(model, tokenizer)
     trainer = trl.SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
@@ -76,11 +77,12 @@ def expected_answer_loss(model, tokenizer) -> float:
 
 
 def test_dpo_log_probs_are_the_models_own(model, tokenizer, tmp_path):
-    rows = [{"prompt": "你好", "chosen": "世界和平", "rejected": "one two"}, {"prompt": "one", "chosen": "two", "rejected": "七"}]
+    rows = [
+        {"prompt": "你好", "chosen": "世界和平", "rejected": "one two"},
+        {"prompt": "one", "chosen": "two", "rejected": "七"},
+    ]
     args = arguments(trl.DPOConfig, tmp_path, learning_rate=0.0, precompute_ref_log_probs=True, max_length=64)
-    trainer = trl.DPOTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    trainer = trl.DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "logps/chosen" in entry)
     for side in ("chosen", "rejected"):
@@ -110,6 +112,8 @@ def test_reward_model_trains(model, tokenizer, tmp_path):
     reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     rows = [{"prompt": "你好", "chosen": "世界", "rejected": "one"}] * 2
     args = arguments(trl.RewardConfig, tmp_path, max_length=64)
-    trainer = trl.RewardTrainer(model=reward, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = trl.RewardTrainer(
+        model=reward, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     assert trainer.train().training_loss > 0
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), hf_cnllm.BaichuanForCausalLM)

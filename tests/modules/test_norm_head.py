@@ -83,7 +83,9 @@ def test_norms_follow_every_change_of_the_weight(head, change):
 def test_norms_are_computed_once_per_weight(head, monkeypatch):
     calls = []
     original = torch.linalg.vector_norm
-    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(
+        torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
     head.eval()
     with torch.no_grad():
         for _ in range(5):

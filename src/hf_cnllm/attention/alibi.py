@@ -35,7 +35,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-
 from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
 from .documents import same_document
 
@@ -60,7 +59,7 @@ class AlibiMask(NamedTuple):
     bias: torch.Tensor | None = None
     query_columns: torch.Tensor | None = None
     key_columns: torch.Tensor | None = None
-    visible: torch.Tensor | None = None
+    visible: torch.Tensor | BlockMask | None = None
     sequences: FlashSequences | None = None
     keys: int | None = None
 
@@ -116,15 +115,15 @@ def fold_alibi(
     row_term = -slope[:, None] * query_positions
     ones = torch.ones_like(key_positions, dtype=dtype)
     if dtype in FULL_PRECISION:
-        query_columns = [row_term, slope[:, None].expand_as(row_term)]
-        key_columns = [ones, key_positions]
+        for_queries = [row_term, slope[:, None].expand_as(row_term)]
+        for_keys = [ones, key_positions]
     else:
         # A factor 256 only moves the exponent; it stands where it keeps fp16 within its range.
         slope_pieces = [piece[:, None].expand_as(row_term) for piece in _pieces(slope, dtype)]
-        query_columns = _pieces(row_term / 256, dtype) + [256 * piece for piece in slope_pieces] + slope_pieces
-        key_columns = [256 * ones] * 3 + [key_positions // 256] * 3 + [key_positions % 256] * 3
-    query_columns = torch.stack([column.to(dtype) for column in query_columns], dim=-1)[None]
-    key_columns = torch.stack([column.to(dtype) for column in key_columns], dim=-1)
+        for_queries = _pieces(row_term / 256, dtype) + [256 * piece for piece in slope_pieces] + slope_pieces
+        for_keys = [256 * ones] * 3 + [key_positions // 256] * 3 + [key_positions % 256] * 3
+    query_columns = torch.stack([column.to(dtype) for column in for_queries], dim=-1)[None]
+    key_columns = torch.stack([column.to(dtype) for column in for_keys], dim=-1)
     key_columns = key_columns.view(-1, 1, *key_columns.shape[-2:])
     if hidden_keys is not None:
         hide = torch.where(hidden_keys, HIDDEN, 0.0).to(dtype)[:, None, :, None]

@@ -51,24 +51,28 @@ class FoldedBloomAttention(BloomAttention):
             key, value = layer_past.update(key, value, self.layer_idx)
         dropout = self.attention_dropout.p if self.training else 0.0
         mask = self._mask(query, key, alibi, attention_mask)
-        attend = alibi_sdpa_attention if isinstance(mask, AlibiMask) else sdpa_attention_forward
-        is_causal = {} if isinstance(mask, AlibiMask) else {"is_causal": False}
-        context, _ = attend(self, query, key, value, mask, scaling=self.inv_norm_factor, dropout=dropout, **is_causal)
+        context, _ = alibi_sdpa_attention(self, query, key, value, mask, self.inv_norm_factor, dropout)
         output = self.dense(context.reshape(batch, queries, self.hidden_size))
         return dropout_add(output, residual, self.hidden_dropout, self.training), None
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, alibi: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> AlibiMask | torch.Tensor:
+    ) -> AlibiMask:
         """For one query BLOOM's bias with padding hidden; for several the folded form, with a dense mask of
         [batch, 1, queries, keys] only where a cache is continued."""
         batch, heads, queries, _ = query.shape
         keys = key.shape[2]
-        hidden = None if attention_mask is None else F.pad(attention_mask == 0, (0, keys - attention_mask.shape[1]), value=True)
+        hidden = (
+            None
+            if attention_mask is None
+            else F.pad(attention_mask == 0, (0, keys - attention_mask.shape[1]), value=True)
+        )
         lowest = torch.finfo(query.dtype).min
+        slopes = alibi_slopes(heads).to(key.device)
         if queries == 1:
             bias = alibi.view(batch, heads, 1, -1)
-            return bias if hidden is None else bias.masked_fill(hidden[:, None, None, :], lowest)
+            bias = bias if hidden is None else bias.masked_fill(hidden[:, None, None, :], lowest)
+            return AlibiMask(slopes, bias=bias)
         index = torch.arange(keys, device=key.device)
         positions, visible = index[None], None
         if attention_mask is not None:  # BLOOM counts tokens, not places
@@ -78,7 +82,6 @@ class FoldedBloomAttention(BloomAttention):
             allowed = allowed if hidden is None else allowed & ~hidden[:, None, None, :]
             visible = torch.zeros(allowed.shape, dtype=query.dtype, device=key.device).masked_fill_(~allowed, lowest)
             hidden = None
-        slopes = alibi_slopes(heads).to(key.device)
         query_columns, key_columns = fold_alibi(
             slopes, index[keys - queries :], positions, hidden, self.inv_norm_factor, query.dtype
         )

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -19,10 +18,10 @@ from transformers import (
     pipeline,
 )
 
-from hf_cnllm import BaiChuanForCausalLM, BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
+from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
 from hf_cnllm.attention.alibi import alibi_bias, alibi_slopes
 from hf_cnllm.modules.norm_head import NormHead
-
 
 CHECKPOINTS = ("baichuan_7b", "baichuan_13b", "baichuan2_7b", "baichuan2_13b")
 SPECIAL_CASES = ("alibi", "normhead_eval", "normhead_eval_train_eval")
@@ -50,7 +49,9 @@ def test_golden_alibi_slopes(name):
     relative = alibi_bias(alibi_slopes(5), positions, positions)
     difference = (original - relative).masked_fill(~visible, torch.nan)
     constant_along_rows = difference.nan_to_num().sum(-1) / visible.sum(-1)
-    assert_close(torch.where(visible, difference - constant_along_rows[..., None], 0.0), torch.zeros(5, 8, 8), atol=1e-6)
+    assert_close(
+        torch.where(visible, difference - constant_along_rows[..., None], 0.0), torch.zeros(5, 8, 8), atol=1e-6
+    )
     assert (original[:, ~visible] <= -1e29).all()
 
 
@@ -79,7 +80,10 @@ def test_every_head_loads_and_trains(name):
     for auto_class, labels in (
         (AutoModelForSequenceClassification, {"labels": torch.tensor([0, 1])}),
         (AutoModelForTokenClassification, {"labels": torch.zeros_like(ids)}),
-        (AutoModelForQuestionAnswering, {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}),
+        (
+            AutoModelForQuestionAnswering,
+            {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])},
+        ),
     ):
         model = auto_class.from_pretrained(GOLDENS / name)
         loss = model(ids, **labels).loss
@@ -194,7 +198,9 @@ def damaged_checkpoint(folder, change):
     return folder
 
 
-@pytest.mark.parametrize("change", [lambda data: data[: len(data) // 2], lambda data: b"garbage" * 99, lambda data: b""])
+@pytest.mark.parametrize(
+    "change", [lambda data: data[: len(data) // 2], lambda data: b"garbage" * 99, lambda data: b""]
+)
 def test_a_damaged_weight_file_is_named(change, tmp_path):
     with pytest.raises(OSError, match=r"model\.safetensors is damaged or truncated"):
         AutoModelForCausalLM.from_pretrained(damaged_checkpoint(tmp_path, change))

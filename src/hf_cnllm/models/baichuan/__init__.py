@@ -10,7 +10,6 @@ from .modeling_baichuan import (
 )
 from .tokenization_baichuan import BaichuanTokenizer
 
-
 __all__ = [
     "BaiChuanForCausalLM",
     "BaichuanConfig",

@@ -9,7 +9,6 @@ from transformers.modeling_rope_utils import RopeParameters
 from ...losses import DEFAULT_CHUNK_SIZE
 from ...modules.configuration import CheckpointConfigMixin
 
-
 BAICHUAN1_VOCAB_SIZE = 64_000
 BAICHUAN2_VOCAB_SIZE = 125_696
 DEFAULT_CONTEXT_LENGTH = 4096
