@@ -39,7 +39,7 @@ from ..modules.patterns import any_of
 
 def read_template(name: str) -> str:
     """The chat template `templates/<name>.jinja`."""
-    return resources.files(__package__).joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def without_control_tokens(backend: Tokenizer, control: Collection[str]) -> Tokenizer:
@@ -199,7 +199,9 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             for message in chain.from_iterable(chats):
                 if message.get("content"):
                     message["content"] = f"{marks.border}{message['content']}{marks.border}"
-        rendered, spans = render_jinja_template(
+        rendered: list[str]
+        spans: list[list[tuple[int, int]]]
+        rendered, spans = render_jinja_template(  # type: ignore[str-unpack, assignment]
             conversations=chats,
             chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
@@ -208,11 +210,10 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             **{**self.special_tokens_map, **marks.break_up(inputs, occurrence), "border": marks.border},
         )
         encoding_kwargs = dict(tokenizer_kwargs or {})
-        columns = {"assistant_masks": return_assistant_tokens_mask}
-        columns["offset_mapping"] = encoding_kwargs.pop("return_offsets_mapping", False)
+        with_offsets = encoding_kwargs.pop("return_offsets_mapping", False)
         rows = [
-            encode_chat(text, marks, backends, *(spans[index : index + 1] or [[]]), *columns.values())
-            for index, text in enumerate(rendered)
+            encode_chat(text, marks, backends, generated, with_offsets)
+            for text, generated in zip(rendered, spans or [None] * len(rendered), strict=True)
         ]
         batch = self._chat_batch(
             rows,
@@ -280,7 +281,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
             for row in rows:
                 row.truncate(max_length, stride, self.truncation_side)
-        source = range(len(rows))
+        source = list(range(len(rows)))
         if return_overflowing_tokens:
             source = [index for index, row in enumerate(rows) for _ in range(1 + len(row.encoding.overflowing))]
             rows = [part for row in rows for part in (row, *row.overflowing())]
@@ -308,7 +309,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             for name, values in row.columns.items():
                 data.setdefault(name, []).append(values)
         if return_overflowing_tokens:
-            data["overflow_to_sample_mapping"] = list(source)
+            data["overflow_to_sample_mapping"] = source
         elif not is_batched and return_tensors is None:
             data = {name: values[0] if isinstance(values[0], list) else values for name, values in data.items()}
         return BatchEncoding(data, encodings, tensor_type=return_tensors)
@@ -372,15 +373,14 @@ def encode_chat(
     rendered: str,
     marks: Marks,
     backends: ChatBackends,
-    spans: list[tuple[int, int]],
-    with_mask: bool,
+    generated: list[tuple[int, int]] | None,
     with_offsets: bool,
 ) -> EncodedChat:
     """Encodes a rendered chat section by section.
 
     Args:
-        spans: the characters of `rendered` that the assistant generates, as (start, end).
-        with_mask: add the column `assistant_masks`, 1 for the tokens that lie in one of the `spans`.
+        generated: the characters of `rendered` that the assistant generates, as (start, end); adds the column
+            `assistant_masks`, 1 for the tokens that lie in one of them.
         with_offsets: add the column `offset_mapping`, in characters of the chat without the marks.
     """
     parts = list(sections(rendered, marks, backends.control))
@@ -390,11 +390,12 @@ def encode_chat(
     encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in parts]
 
     columns: dict[str, list] = {}
-    if with_mask or with_offsets:
+    if generated is not None or with_offsets:
         places = [place for pair in zip(parts, encodings, strict=True) for place in token_places(*pair, marks.glue)]
-        if with_mask:
+        if generated is not None:
             columns["assistant_masks"] = [
-                int(any(low < max(end, start + 1) and start < high for low, high in spans)) for start, end in places
+                int(any(low < max(end, start + 1) and start < high for low, high in generated))
+                for start, end in places
             ]
         if with_offsets:
             shown = list(accumulate((char not in marks for char in rendered), initial=0))

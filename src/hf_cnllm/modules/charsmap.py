@@ -113,7 +113,7 @@ class CharsMap:
         units = self.units[nodes]
         return (units >> 10) << ((units & (1 << 9)) >> 6)
 
-    def _replacement(self, node: int) -> str:
+    def _replacement(self, node: np.ndarray) -> str:
         value = int(self.units[node ^ self._offsets(node)] & 0x7FFFFFFF)
         return self.replacements[value : self.replacements.index(b"\0", value)].decode()
 

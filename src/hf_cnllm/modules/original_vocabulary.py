@@ -25,6 +25,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     """
 
     finds_added_tokens_in_raw_text: bool = False
+    _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         """The Rust tokenizer for the original `vocab_file`, without special tokens."""
@@ -128,7 +129,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if not self.finds_added_tokens_in_raw_text:
             return super()._add_tokens(new_tokens, special_tokens)
         tokens = [token if isinstance(token, AddedToken) else AddedToken(str(token)) for token in new_tokens]
-        plain = [
+        plain: list[str | AddedToken] = [
             AddedToken(
                 token.content,
                 single_word=token.single_word,

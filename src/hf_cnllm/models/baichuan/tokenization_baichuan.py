@@ -49,11 +49,13 @@ class BaichuanTokenizer(ChatTokenizer):
         is_converted = kwargs.get("tokenizer_object") is None and not os.path.isfile(
             kwargs.get("tokenizer_file") or ""
         )
-        named = {"unk_token": unk_token, "bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
         super().__init__(
             vocab_file=vocab_file,
-            **{name: _found_anywhere(token) for name, token in named.items()},
+            unk_token=_found_anywhere(unk_token),
+            bos_token=_found_anywhere(bos_token),
+            eos_token=_found_anywhere(eos_token),
+            pad_token=_found_anywhere(pad_token),
             sp_model_kwargs=self.sp_model_kwargs,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
@@ -100,7 +102,8 @@ class BaichuanTokenizer(ChatTokenizer):
         foreign = next((index for index in ids if not 0 <= index < size), None)
         if foreign is not None:
             raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
-        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        text = self.convert_tokens_to_string([self._tokenizer.id_to_token(i) for i in ids if i not in skipped])
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
