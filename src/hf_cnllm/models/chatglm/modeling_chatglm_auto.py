@@ -37,6 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ...chat.chatglm import ChatGLMChatMixin
 from ...hub.quantization import QUANT_METHOD, quantize
 from ...modules.causal_lm_head import loss_and_logits
+from ...modules.checkpoint import CheckpointLoadingMixin
 from ...modules.prefix_encoder import PrefixEncoder
 from ...modules.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from .configuration_chatglm import ChatGLMConfig
@@ -47,7 +48,7 @@ ARCHITECTURES = {
 }
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
+class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     """What every ChatGLM class shares; its subclasses in this module are the doors to the architectures.
 
     Raises:
@@ -146,9 +147,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -165,12 +166,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMChatMixin, 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -225,9 +226,9 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...modules.block_positions import BlankTokens, check_blanks, find_blanks
 from ...modules.causal_lm_head import loss_and_logits
+from ...modules.checkpoint import CheckpointLoadingMixin
 from ...modules.prefix_lm_generation import PrefixLMGenerationMixin
 from .configuration_glm import GLMConfig
 
@@ -125,7 +126,7 @@ class GLMStack(nn.Module):
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
-    def embed_positions(self, position_ids: torch.LongTensor) -> torch.Tensor:
+    def embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """(batch, rows, length) -> (batch, length, hidden_size)."""
         hidden_states = self.position_embeddings(position_ids[:, 0])
         if position_ids.shape[1] == 2:
@@ -133,7 +134,7 @@ class GLMStack(nn.Module):
         return hidden_states
 
 
-class GLMPreTrainedModel(PreTrainedModel):
+class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: GLMConfig
     config_class = GLMConfig
     base_model_prefix = "glm"
@@ -171,16 +172,16 @@ class GLMModel(GLMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Embedding):
         self.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -267,13 +268,13 @@ class GLMModel(GLMPreTrainedModel):
 
     def _positions_and_context(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         context_length: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         past_key_values: Cache | None,
-    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Positions (batch or 1, rows, length), and which tokens are context, (batch, length) or None for none."""
         batch_size, length = inputs_embeds.shape[:2]
         rows = self.rows_of_positions
@@ -305,8 +306,8 @@ class GLMModel(GLMPreTrainedModel):
         return position_ids, context
 
     def _positions_of_texts(
-        self, input_ids: torch.LongTensor, tokens: torch.Tensor
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        self, input_ids: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and context of texts, each with a span to fill its first blank, or without."""
         control = BlankTokens.of(self.config, "sop_token_id")
         blanks = find_blanks(input_ids, tokens, control, ranked=False)
@@ -314,7 +315,7 @@ class GLMModel(GLMPreTrainedModel):
             check_blanks(blanks._replace(token=blanks.token & (blanks.start != blanks.missing)), input_ids, control)
         return blanks.position_ids()[:, : self.rows_of_positions], blanks.context
 
-    def _check_positions(self, position_ids: torch.LongTensor) -> None:
+    def _check_positions(self, position_ids: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or position_ids.device.type == "meta" or position_ids.numel() == 0:
             return
         last = int(position_ids.max())
@@ -339,12 +340,12 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -382,7 +383,7 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_attention_mask: torch.Tensor | None = None,
@@ -427,12 +428,12 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         choice_ids: Sequence[Sequence[torch.Tensor | Sequence[int]]] | None = None,
         choice_indices: Sequence[Sequence[torch.Tensor | Sequence[int]]] | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
