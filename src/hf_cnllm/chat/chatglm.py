@@ -66,8 +66,9 @@ class ChatGLMChatMixin:
     The tokenizer's `generation` decides about prompts, history and answers:
 
     * ChatGLM-6B and ChatGLM2: `history` is `[(query, response), …]`, and the response is a text.
-    * ChatGLM3: `history` is messages, `{"role", "content"}` and perhaps `metadata` and `tools`; the response is a text, or
-      `{"name", "parameters"}` when the model calls a tool. What the tool gives is the next query, `role="observation"`.
+    * ChatGLM3: `history` is messages, `{"role", "content"}` and perhaps `metadata` and `tools`; the response is a
+      text, or `{"name", "parameters"}` when the model calls a tool. What the tool gives is the next query, with
+      `role="observation"`.
     """
 
     config: PreTrainedConfig
@@ -132,8 +133,8 @@ class ChatGLMChatMixin:
         malformed in the end raises `ToolCallError`.
 
         Args:
-            past_key_values: ChatGLM2 and 3: the third value of the turn before, so that only this turn is computed. (With
-                P-tuning everything is computed anew.)
+            past_key_values: ChatGLM2 and 3: the third value of the turn before, so that only this turn is computed.
+                (With P-tuning everything is computed anew.)
             return_past_key_values: also yield that value, for use once the iteration has ended.
         """
         messages = _messages(tokenizer, query, history, role)
@@ -245,6 +246,6 @@ def _continuation(tokenizer, messages: list[dict[str, Any]]) -> list[int]:
 
 
 def _text(tokenizer, ids: list[int], ends: list[int]) -> str:
-    """The text of generated ids up to the token that ends the answer. Models have more ids than tokenizers have tokens."""
+    """The text of generated ids up to the one that ends the answer. Models have more ids than there are tokens."""
     end = next((at for at, index in enumerate(ids) if index in ends), len(ids))
     return tokenizer.decode([index for index in ids[:end] if index < len(tokenizer)])

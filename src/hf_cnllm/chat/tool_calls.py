@@ -7,7 +7,7 @@ ChatGLM3 calls a tool in an assistant's turn whose metadata is the tool's name a
     tool_call(city='北京')
     ```<|observation|>
 
-The original runs `eval` on it. Here it is parsed, and only literals are values: nothing that a model writes is executed.
+The original runs `eval` on it. Here it is parsed, and only literals are values: nothing that a model writes is run.
 """
 
 import ast
@@ -92,13 +92,13 @@ def read_answer(
 ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
     """What ChatGLM3 generated after `<|assistant|>`, as (response, history with the turns in it added).
 
-    The response is the last turn: its text or, for a tool call, `{"name": …, "parameters": {…}}` if `history` begins with
-    a system message that has tools, else `{"name": …, "content": …}`.
+    The response is the last turn: its text or, for a tool call, `{"name": …, "parameters": {…}}` if `history` begins
+    with a system message that has tools, else `{"name": …, "content": …}`.
 
     Raises:
         ToolCallError: the history has tools, and the last turn is a malformed call of one.
     """
-    turns: list[dict[str, Any]] = deepcopy(list(history))
+    turns = [dict(deepcopy(message)) for message in history]
     for text in output.split("<|assistant|>"):
         metadata, newline, content = text.partition("\n")
         if not newline:

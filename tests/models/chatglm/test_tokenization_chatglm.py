@@ -68,8 +68,8 @@ def test_golden(name, section):
 
 
 def _is_tie(case):
-    """One character over and over in a Unigram vocabulary: segmentations of equal score, of which the original takes what
-    rounding in single precision makes the best (its own versions disagree about it)."""
+    """One character over and over in a Unigram vocabulary: segmentations of equal score, of which the original takes
+    what rounding in single precision makes the best (its own versions disagree about it)."""
     field, _, text = case.partition(" of ")
     return field in ("ids", "ids_special", "tokens") and len(set(text[1:-1])) == 1 and len(text) > 300
 
@@ -441,7 +441,15 @@ def test_early_revision_fills_mask_tokens():
     cut = tokenizer(texts, truncation=True, max_length=3)["input_ids"]
     assert cut == [tokenizer.build_inputs_with_special_tokens(ids[:1]) for ids in plain]
     assert tokenizer("a[MASK]", "b")["input_ids"][-2:] == [end, sop]
+    filled = tokenizer(texts, padding="max_length", max_length=16, truncation=True, pad_to_multiple_of=8)
+    assert [len(row) for row in filled["input_ids"]] == [16] * 3
+    assert tokenizer("你好[MASK]", return_offsets_mapping=True)["offset_mapping"][-2:] == [(2, 8), (0, 0)]
     assert tokenizer("你好")["input_ids"] == alone[0]  # nothing stays behind
+
+
+def test_training_a_new_vocabulary_is_refused(small):
+    with pytest.raises(NotImplementedError, match="SentencePieceTrainer"):
+        small.train_new_from_iterator(["a"], 100)
 
 
 def test_lower_case_and_squeezed_white_space():

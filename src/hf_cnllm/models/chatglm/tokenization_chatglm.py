@@ -1,4 +1,4 @@
-"""Tokenizer of ChatGLM-6B, ChatGLM2 and ChatGLM3: one class, told apart by the vocabulary file and what is beside it."""
+"""Tokenizer of ChatGLM-6B, ChatGLM2 and ChatGLM3: one class, told apart by the vocabulary file and what is with it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 
-from ...chat.encoding import ChatTokenizer, EncodedChat, read_template
+from ...chat.encoding import ChatTokenizer, read_template
 from ...chat.history import as_messages
 from ...chat.tool_calls import as_chatglm3_messages, as_chatglm3_tools
 from ...modules.sentencepiece import SentencePieceModel, mend_bytes
@@ -45,7 +45,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     Args:
         vocab_file: `ice_text.model` or `tokenizer.model`.
         generation: `"chatglm_early"`, `"chatglm"`, `"chatglm2"` or `"chatglm3"`; by default recognised.
-        num_image_tokens: ids in front of ChatGLM-6B's text vocabulary; by default 20,000 in the early revision, else 0.
+        num_image_tokens: ids in front of ChatGLM-6B's text vocabulary; by default 20,000 in the early revision.
         encode_special_tokens: ChatGLM3: whether the four role tokens are read from text. May be set at any time.
         do_lower_case, remove_space: ChatGLM-6B: lower-case the text; squeeze its white space.
         gmask_token, end_token, eop_token: accepted as in the original configurations; they have one value each.
@@ -88,8 +88,8 @@ class ChatGLMTokenizer(ChatTokenizer):
             generation = recognise(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
         if generation not in GENERATIONS:
             raise ValueError(
-                f"generation is {generation!r}, but must be one of {', '.join(GENERATIONS)}: {tokenizer_file} does not "
-                f"say which one it is of. Put {ICE_TEXT} or {TOKENIZER_MODEL} beside it, or pass generation=…"
+                f"generation is {generation!r}, but must be one of {', '.join(GENERATIONS)}: {tokenizer_file} does "
+                f"not say which one it is of. Put {ICE_TEXT} or {TOKENIZER_MODEL} beside it, or pass generation=…"
             )
         if num_image_tokens is None:
             num_image_tokens = IMAGE_TOKENS if generation == "chatglm_early" else 0
@@ -208,6 +208,7 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def update_post_processor(self) -> None:
         """Where the special tokens go is a matter of the generation alone."""
+        self._add_bos_token = self._add_eos_token = False
         self._place_special_tokens(self._row.single, self._row.pair)
 
     def _place_special_tokens(self, single: str, pair: str) -> None:
@@ -228,6 +229,12 @@ class ChatGLMTokenizer(ChatTokenizer):
         for name in layout.split():
             ids += texts[name] if name in texts else [self._tokenizer.token_to_id(name)]
         return ids
+
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any):
+        raise NotImplementedError(
+            "The rules of this tokenizer come from a SentencePiece model, its control tokens too. Train a new one "
+            f"with sentencepiece.SentencePieceTrainer, and load it as {self._row.vocab_file}."
+        )
 
     # ---- text to ids ----
 
@@ -278,7 +285,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         is_batched = isinstance(text[0] if is_split_into_words else text, (list, tuple))
         texts = text if is_batched else [text]
         pairs = text_pair if is_batched else [text_pair]
-        rows: list[EncodedChat] = []
+        encodings: list[Encoding] = []
         try:
             for one, other, ending in zip(texts, pairs or [None] * len(texts), endings, strict=True):
                 single, pair = (
@@ -293,20 +300,26 @@ class ChatGLMTokenizer(ChatTokenizer):
                     is_split_into_words=is_split_into_words,
                     split_special_tokens=split_special_tokens,
                 )
-                rows.append(EncodedChat(alone.encodings[0], {}))
+                encodings.append(alone.encodings[0])
         finally:
             self.update_post_processor()
-        return self._chat_batch(
-            rows,
-            is_batched,
-            padding=padding_strategy,
-            truncation=TruncationStrategy.DO_NOT_TRUNCATE,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            **flags,
-        )
+        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
+            length = max_length if padding_strategy == PaddingStrategy.MAX_LENGTH else max(map(len, encodings))
+            multiple = pad_to_multiple_of or 1
+            for encoding in encodings:
+                encoding.pad(
+                    -(-length // multiple) * multiple,
+                    direction=padding_side or self.padding_side,
+                    pad_id=self.pad_token_id,
+                    pad_token=self.pad_token,
+                )
+        data: dict[str, list] = {}
+        for encoding in encodings:
+            for name, values in self._convert_encoding(encoding, **flags)[0].items():
+                data.setdefault(name, []).extend(values)
+        if is_batched or return_tensors is not None:
+            return BatchEncoding(data, encodings, tensor_type=return_tensors)
+        return BatchEncoding({name: values[0] for name, values in data.items()}, encodings)
 
     def _convert_encoding(self, encoding: Encoding, *args: Any, **kwargs: Any):
         data, encodings = super()._convert_encoding(encoding, *args, **kwargs)
@@ -336,8 +349,8 @@ class ChatGLMTokenizer(ChatTokenizer):
     def _positions(self, ids: list[int], attention_mask: list[int]) -> list:
         """Positions of one row, `[length]` or, in ChatGLM-6B, `[2][length]`; 0 where there is padding.
 
-        ChatGLM-6B: row 0 counts the context and stays, from <sop> on, at the first [MASK] (else [gMASK]); row 1 is 0 in
-        the context and counts from 1 from <sop> on.
+        ChatGLM-6B: row 0 counts the context and stays, from <sop> on, at the first [MASK] (else [gMASK]); row 1 is 0
+        in the context and counts from 1 from <sop> on.
         """
         start = attention_mask.index(1) if 1 in attention_mask else len(ids)
         real = ids[start : start + sum(attention_mask)]
@@ -358,7 +371,8 @@ class ChatGLMTokenizer(ChatTokenizer):
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
         # The backend's own names for special tokens include the white space around them.
-        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
+        return list(self.convert_ids_to_tokens(ids))
 
     # ---- ids to text ----
 
@@ -409,9 +423,9 @@ class ChatGLMTokenizer(ChatTokenizer):
     def apply_chat_template(self, conversation, tools=None, *args: Any, **kwargs: Any):
         """As [`~PreTrainedTokenizerBase.apply_chat_template`]; see the class for the formats.
 
-        ChatGLM3: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages may
-        have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system message,
-        `tools`.
+        ChatGLM3: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages
+        may have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system
+        message, `tools`.
 
         Raises:
             ValueError: a tool is not JSON-serialisable.
@@ -434,7 +448,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     def build_chat_input(
         self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
     ) -> BatchEncoding:
-        """ChatGLM3: the model's input, tensors `[1, length]`, for the answer to `query` after the messages `history`."""
+        """ChatGLM3: the model's input, tensors `[1, length]`, for answering `query` after the messages `history`."""
         self._require("build_chat_input", "chatglm3")
         messages = [*(history or []), {"role": role, "content": query}]
         return self.apply_chat_template([messages], add_generation_prompt=True, return_tensors="pt")

@@ -1,11 +1,11 @@
 """The vocabulary files of ChatGLM: which generation one belongs to, and the Rust tokenizer made of it.
 
-| generation       | file              | ids                                                        | text goes through                   |
-|------------------|-------------------|------------------------------------------------------------|-------------------------------------|
-| `chatglm_early`  | `ice_text.model`  | 20,000 image tokens, 130,000 pieces, controls, bytes       | white space as symbols, Unigram     |
-| `chatglm`        | `ice_text.model`  | 130,344 pieces, controls and bytes among them              | the same                            |
-| `chatglm2`       | `tokenizer.model` | 64,789 pieces, `[MASK] [gMASK] [sMASK] sop eop`            | BPE                                 |
-| `chatglm3`       | `tokenizer.model` | those of ChatGLM2, four roles                              | BPE                                 |
+| generation      | file              | model                     | ids                                             |
+|-----------------|-------------------|---------------------------|-------------------------------------------------|
+| `chatglm_early` | `ice_text.model`  | Unigram, white space kept | 20,000 images, 130,000 pieces, controls, bytes  |
+| `chatglm`       | `ice_text.model`  | the same                  | 130,344 pieces, controls and bytes among them   |
+| `chatglm2`      | `tokenizer.model` | BPE                       | 64,789 pieces, `[MASK] [gMASK] [sMASK] sop eop` |
+| `chatglm3`      | `tokenizer.model` | the same                  | those of ChatGLM2, four roles                   |
 
 `chatglm_early` is ChatGLM-6B as of March 2023, whose model has 150,528 ids. The files of ChatGLM2 and ChatGLM3 are the
 same, byte for byte: what tells them apart stands beside the file (`recognise`).
@@ -28,7 +28,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 IMAGE_TOKENS = 20_000
 MAX_BLANK_LENGTH = 80
 
-# What ChatGLM-6B writes for white space, in the order in which text is searched for it: the longest runs of spaces first.
+# What ChatGLM-6B writes for white space, in the order in which text is searched for it: longer runs of spaces first.
 WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
 
 
@@ -123,11 +123,11 @@ GENERATIONS = {
 def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None, settings: Mapping[str, Any]) -> str:
     """The generation of a vocabulary file.
 
-    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides, in
-    this order: ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or in the configuration files; the
-    same in the original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; a name with
-    `chatglm2` or `chatglm3` in it: `name_or_path` in `tokenizer_config.json`, `_name_or_path` in `config.json`, the name
-    that it is loaded by.
+    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides,
+    in this order: ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or in the configuration files;
+    the same in the original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; a
+    name with `chatglm2` or `chatglm3` in it: `name_or_path` in `tokenizer_config.json`, `_name_or_path` in
+    `config.json`, the name that it is loaded by.
 
     Args:
         generation: what the caller or a saved configuration says; must agree with the file.
@@ -150,8 +150,8 @@ def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None
         raise ValueError(f"{vocab_file} holds the vocabulary of {' and '.join(found)}, whose name is {right_name}.")
     if right_name == TOKENIZER_MODEL and "num_image_tokens" in recorded.get("tokenizer_config.json", {}):
         raise ValueError(
-            f"{vocab_file} is the vocabulary of {' and '.join(found)}, but the tokenizer_config.json beside it is that of "
-            f"ChatGLM-6B (num_image_tokens), whose vocabulary is {ICE_TEXT}."
+            f"{vocab_file} is the vocabulary of {' and '.join(found)}, but tokenizer_config.json beside it is that "
+            f"of ChatGLM-6B (num_image_tokens), whose vocabulary is {ICE_TEXT}."
         )
     if generation is not None or len(found) == 1:
         return generation or found[0]

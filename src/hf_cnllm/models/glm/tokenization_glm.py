@@ -1,4 +1,4 @@
-"""Tokenizers of the original GLM: texts with blanks, `[MASK]`, `[sMASK]` or `[gMASK]`, and what the model fills them from.
+"""Tokenizers of the original GLM: texts with blanks (`[MASK]`, `[sMASK]`, `[gMASK]`) and inputs for filling them.
 
 GLM (arXiv 2103.10360) reads a text with blanks in both directions and writes what belongs into one behind it, from
 `<|startofpiece|>` to `<|endofpiece|>`. Positions have two rows: the place in the text, for a piece that of its blank;
@@ -81,8 +81,8 @@ class GLMTokenizerMixin:
         `[batch, 2, length + max_gen_length]` and `generation_attention_mask` `[batch, 1, total, total]` for everything
         that is going to be generated.
 
-        With `targets`, the texts of the blanks, for training: `input_ids`, `position_ids`, `attention_mask` and `labels`
-        (not shifted; -100 in the context) of `total = length + max_gen_length` tokens; a target ends in
+        With `targets`, the texts of the blanks, for training: `input_ids`, `position_ids`, `attention_mask` and
+        `labels` (not shifted; -100 in the context) of `total = length + max_gen_length` tokens; a target ends in
         `<|endofpiece|>` or is cut at `max_gen_length` tokens.
 
         Args:
@@ -99,10 +99,7 @@ class GLMTokenizerMixin:
             texts = [targets] if isinstance(targets, str) else list(targets)
             if len(texts) != batch:
                 raise ValueError(f"there are {len(texts)} targets for {batch} texts.")
-            pieces = [
-                [*ids, self.eop_token_id][:max_gen_length]
-                for ids in self(texts, add_special_tokens=False)["input_ids"]
-            ]
+            pieces = [[*ids, self.eop_token_id][:max_gen_length] for ids in self._plain_ids(texts)]
             if not padding:
                 max_gen_length = max(map(len, pieces))
             written = input_ids.new_full((batch, max_gen_length), self.pad_token_id)
@@ -136,8 +133,8 @@ class GLMTokenizerMixin:
         """The model's input for weighing what could stand in the first `[MASK]` of each text.
 
         The choices of a text are written behind it one after the other; each sees the text and itself. Returns
-        `input_ids` `[batch, total]`, `position_ids` `[batch, 2, total]`, `attention_mask` `[batch, 1, total, total]`, and,
-        for every choice of every text, its tokens (`choice_ids`) and where they are predicted (`choice_indices`).
+        `input_ids` `[batch, total]`, `position_ids` `[batch, 2, total]`, `attention_mask` `[batch, 1, total, total]`,
+        and, for every choice of every text, its tokens (`choice_ids`) and where they are predicted (`choice_indices`).
 
         Args:
             model_input: `tokenizer(texts, return_tensors="pt", padding=True)`.
@@ -172,7 +169,7 @@ class GLMTokenizerMixin:
         self, ids: torch.Tensor, mask: torch.Tensor, blank: int, choices: Sequence[str]
     ) -> dict[str, Any]:
         length = len(ids)
-        choice_ids = [ids.new_tensor(choice) for choice in self(list(choices), add_special_tokens=False)["input_ids"]]
+        choice_ids = [ids.new_tensor(choice) for choice in self._plain_ids(choices)]
         empty = next((text for text, choice in zip(choices, choice_ids, strict=True) if not len(choice)), None)
         if empty is not None:
             raise ValueError(f"the choice {empty!r} has no tokens.")
@@ -196,6 +193,10 @@ class GLMTokenizerMixin:
             "choice_indices": [torch.arange(start, end, device=ids.device) for start, end in pairwise(ends)],
         }
 
+    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        tokenizer: Any = self
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
     def _first_blank(self, input_ids: torch.Tensor, mask_token_ids: list[int]) -> torch.Tensor:
         """`[batch]`: where the first of the tokens stands."""
         found = torch.isin(input_ids, input_ids.new_tensor(mask_token_ids))
@@ -203,7 +204,7 @@ class GLMTokenizerMixin:
             names = ", ".join(self.convert_ids_to_tokens(mask_token_ids))
             row = int((~found.any(dim=1)).nonzero()[0])
             raise ValueError(
-                f"Cannot find mask token in the input: text {row} has none of {names}. It may have been truncated away."
+                f"Cannot find mask token in the input: text {row} has none of {names}. Was it truncated away?"
             )
         return found.int().argmax(dim=1)
 
@@ -225,6 +226,7 @@ class SurroundedTextMixin:
     NO_PAIRS = "GLM has no form for two texts: join them, or pass add_special_tokens=False."
 
     def update_post_processor(self) -> None:
+        self._add_bos_token = self._add_eos_token = False
         ends = [(str(token), self.convert_tokens_to_ids(token)) for token in (self.cls_token, self.eos_token)]
         self._tokenizer.post_processor = processors.TemplateProcessing(
             single=[ends[0][0], "$A", ends[1][0]], pair=[ends[0][0], "$A", "$B", ends[1][0]], special_tokens=ends
@@ -317,7 +319,8 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
         # The backend's own names for special tokens include the white space around them.
-        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
+        return list(self.convert_ids_to_tokens(ids))
 
     def _decode(
         self,
@@ -331,7 +334,7 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         foreign = next((index for index in ids if not 0 <= index < len(self)), None)
         if foreign is not None:
             raise IndexError(f"token id {foreign} is outside the vocabulary of {len(self)}")
-        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        tokens = list(self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
         text = self.convert_tokens_to_string(tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -354,8 +357,8 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
 class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
     """GPT-2's vocabulary (glm-2b, glm-10b): `[CLS]` text `<|endoftext|>`.
 
-    The checkpoint gives the special tokens (`tokenizer_config.json`, `added_tokens.json`). As in the original, those that
-    GLM adds take the white space around them with them, and GPT-2's own do not.
+    The checkpoint gives the special tokens (`tokenizer_config.json`, `added_tokens.json`). As in the original, those
+    that GLM adds take the white space around them with them, and GPT-2's own do not.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
