@@ -36,7 +36,7 @@ def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads
             f"`past_key_values` has {len(cache.layers)} layers, but the model has {num_layers}. "
             "Was the cache filled by another model?"
         )
-    keys = cache.layers[0].keys
+    keys = getattr(cache.layers[0], "keys", None)
     if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.numel() == 0:
         return
     if (keys.shape[1], keys.shape[3]) != (num_heads, head_dim):

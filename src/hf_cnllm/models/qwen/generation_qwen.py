@@ -18,9 +18,9 @@ class QWenGenerationMixin:
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Besides: how long each prompt is, while there is nothing but the prompt."""
         cache = model_kwargs.get("past_key_values")
         starts = cache is None or int(cache.get_seq_length()) == 0
@@ -37,10 +37,12 @@ class QWenGenerationMixin:
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        """Besides: the cache takes the prompts' NTK factors; without one, `prompt_lengths` goes into every step.
+        """Besides: the cache takes the prompts' NTK factors.
 
-        If all prompts are within the trained length, a cache needs to be told only where the first step holds more than
-        the prompt, as with the candidates of assisted decoding.
+        If all prompts are within the trained length, it needs to be told only where the first step holds more than the
+        prompt, as with the candidates of assisted decoding. `prompt_lengths` goes into every step where there is no
+        cache, or may soon be another (PEFT's prefix tuning); an assistant, which gets copies of all arguments, might
+        not know it.
         """
         prepared = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, *args, **kwargs
@@ -49,9 +51,12 @@ class QWenGenerationMixin:
         if cache is None or (prompt_lengths := model_kwargs.pop("prompt_lengths", None)) is None or self.training:
             return prepared
         is_long = int(prompt_lengths.max()) > self.config.seq_length
-        if is_long or generation_mode == GenerationMode.ASSISTED_GENERATION:
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if is_long or is_assisted:
             rotary_emb = self.transformer.rotary_emb
             carry(cache, rotary_emb.for_lengths(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
+        if is_long and not is_assisted:
+            model_kwargs["prompt_lengths"] = prompt_lengths
         return prepared
 
     def init_continuous_batching(self, *args, workload_hints=None, **kwargs):
