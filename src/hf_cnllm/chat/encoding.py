@@ -9,9 +9,8 @@ ordinary Jinja template, rendered by transformers' own sandbox, but the rendered
 Text sections go through a backend that has no control tokens at all (`without_control_tokens`), so there is no string
 that yields one. Encoding each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
 
-To plug a family in: subclass `ChatTokenizer` (a `TokenizersBackend` that also loads and saves
-the original vocabulary file), set `self.chat_template` unless the checkpoint
-brings one (`read_template` gives the files in `templates/`), and say
+To plug a family in: subclass `ChatTokenizer` (a `TokenizersBackend` that also loads and saves the original vocabulary
+file), set `self.chat_template` unless the checkpoint brings one (`read_template` gives the files in `templates/`), and say
 
 * `encodes_messages_alone`: whether a message is encoded apart from the template's text around it (True), or the text
   between two control tokens is encoded as one (False), unless the template itself writes `border` where a text ends
@@ -22,7 +21,7 @@ brings one (`read_template` gives the files in `templates/`), and say
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
@@ -31,7 +30,7 @@ from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from ..modules.original_vocabulary import OriginalVocabularyTokenizer, naming_surrogates
 from ..modules.patterns import any_of
@@ -64,14 +63,12 @@ def without_control_tokens(backend: Tokenizer, control: Collection[str]) -> Toke
 class ChatBackends(NamedTuple):
     """What encodes the sections of a rendered chat, for one set of control tokens."""
 
-    control: str  # pattern of the control tokens
+    control: str  # pattern of the control tokens that a template may write
     control_ids: Tokenizer  # a whole control token -> its id
     plain: Tokenizer  # any other text
 
     @classmethod
     def build(cls, plain: Tokenizer, control: Mapping[str, int]) -> "ChatBackends":
-        if any(len(token) < 2 for token in control):
-            raise ValueError("a control token of a single character cannot be told from text")
         words = models.WordLevel(dict(control), unk_token="")
         return cls(any_of(control) or "(?!)", Tokenizer(words), plain)
 
@@ -97,6 +94,21 @@ class Marks(NamedTuple):
         if isinstance(value, (list, tuple)):
             return [self.break_up(item, control) for item in value]
         return value
+
+
+def as_data(value: Any) -> Any:
+    """`value` in containers, numbers and strings, as a template prints it: no text is left inside other objects."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {as_data(key): as_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_data(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return as_data(value.model_dump())
+    return str(value)
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -191,7 +203,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
         template = self.get_chat_template(chat_template, tools)
         backends = self._chat_backends(template)
-        inputs = {"tools": tools, "documents": documents, **kwargs}
+        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
+        chats, inputs = as_data(chats), as_data({"tools": schemas, "documents": documents, **kwargs})
         marks = Marks.unused_in(chain([template], strings_in(chats), strings_in(inputs)))
         occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
         chats = marks.break_up(chats, occurrence)
@@ -247,7 +260,13 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 or (token.content in template and not token.content.isspace())
             }
             control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
-            cached = (key, self._tokenizer, ChatBackends.build(self._without_control_tokens(control), control))
+            plain = self._without_control_tokens(control)
+            # One character cannot be broken up to keep it out of messages, so it stays text in templates, too.
+            for token in [token for token in control if len(token) == 1]:
+                if token in template:
+                    raise ValueError(f"the chat template has {token!r}: control tokens need more than one character.")
+                del control[token]
+            cached = (key, self._tokenizer, ChatBackends.build(plain, control))
             self.__dict__["_chat_backends_cache"] = cached
         return cached[2]
 

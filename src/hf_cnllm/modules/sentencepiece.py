@@ -5,15 +5,15 @@
 
 How each part of SentencePiece (https://github.com/google/sentencepiece) is expressed:
 
-| SentencePiece                                   | here                                                              |
-|-------------------------------------------------|-------------------------------------------------------------------|
-| normaliser (compiled rules, spaces, `▁` prefix) | `build_normalizer`, rules in `charsmap`                           |
-| BPE: merge the neighbours whose union has the   | merges = every split of each normal piece, best score first       |
-|   best score, whatever they were made of        |                                                                   |
-| BPE: user-defined symbols leave before any merge | a `Split` isolates them, `ignore_merges` then looks them up        |
-| Unigram: a symbol always wins                   | its score is `length * best - 0.1`, as in the original            |
-| control and byte pieces never match text        | BPE: no merges lead to them; Unigram: a score too low to win      |
-| byte fallback                                   | the models' own `byte_fallback`                                   |
+| SentencePiece                                    | here                                                       |
+|--------------------------------------------------|------------------------------------------------------------|
+| normaliser (compiled rules, spaces, `▁` prefix)  | `build_normalizer`, rules in `charsmap`                    |
+| BPE: merge the neighbours whose union has the    | merges = every split of each normal piece, best score      |
+| best score, whatever they were made of           | first                                                      |
+| BPE: user-defined symbols leave before any merge | a `Split` isolates them, `ignore_merges` looks them up     |
+| Unigram: a symbol always wins                    | its score is `length * best - 0.1`, as in the original     |
+| control and byte pieces never match text         | BPE: no merges lead there; Unigram: scores too low to win  |
+| byte fallback                                    | the models' own `byte_fallback`                            |
 """
 
 import os
@@ -30,6 +30,7 @@ from .charsmap import CharsMap
 from .patterns import any_of
 
 SPACE = "▁"  # SentencePiece's visible space, U+2581
+_MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
 
 
 class PieceType(IntEnum):
@@ -215,9 +216,6 @@ def build_decoder(
     return decoders.Sequence(steps)
 
 
-_MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
-
-
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -282,21 +280,20 @@ def _never_from_text(model: SentencePieceModel, bpe: models.BPE) -> list[tuple[s
     normal ones whose parts the merges spend otherwise. Each comes cut in two at a boundary of its real segmentation,
     so that `ignore_merges`, which takes a whole pre-token from the vocabulary, does not see it."""
     symbol = re.compile(any_of(model.symbols))
-    texts = [text for text in model.texts if not symbol.search(text)]
+    texts = [text for text in model.texts if len(text) > 1 and not symbol.search(text)]
     pairs = []
     for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
         cuts = sorted({start for start, _ in encoding.offsets if start})
-        if not cuts:
-            continue
         halves = [(text[:cut], text[cut:]) for cut in cuts]
-        pairs.append(
-            next(
-                (left, right)
-                for left, right in halves
-                if (left not in model.ids or left == halves[0][0])
-                and (right not in model.ids or right == halves[-1][1])
-            )
-        )
+        # Neither half may be looked up as a whole either, unless it is one token anyway.
+        good = [
+            (left, right)
+            for left, right in halves
+            if (left not in model.ids or left == halves[0][0]) and (right not in model.ids or right == halves[-1][1])
+        ]
+        if halves and not good:
+            raise ValueError(f"the SentencePiece model's piece {text!r} cannot be kept out of texts.")
+        pairs += good[:1]
     return pairs
 
 

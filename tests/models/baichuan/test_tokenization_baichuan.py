@@ -261,6 +261,16 @@ def test_sp_model_gives_the_same_ids(tokenizer):
     assert tokenizer.sp_model.encode("你好 world\n") == tokenizer("你好 world\n")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    "flags", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}], ids=str
+)
+def test_building_inputs_by_hand(name, flags):
+    tokenizer = TokenizerGolden(name).load(BaichuanTokenizer, **flags)
+    first, second = (tokenizer.encode(text, add_special_tokens=False) for text in ("你好", "world"))
+    assert tokenizer.build_inputs_with_special_tokens(first) == tokenizer("你好")["input_ids"]
+    assert tokenizer.build_inputs_with_special_tokens(first, second) == tokenizer("你好", "world")["input_ids"]
+
+
 def test_batches_are_their_texts(tokenizer):
     assert tokenizer(TEXTS)["input_ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
 

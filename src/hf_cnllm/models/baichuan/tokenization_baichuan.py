@@ -75,6 +75,15 @@ class BaichuanTokenizer(ChatTokenizer):
     def build_backend(cls, vocab_file: str) -> Tokenizer:
         return build_tokenizer(SentencePieceModel.from_file(vocab_file))
 
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """One sequence, or two in a row, each with the `<s>` and `</s>` that the settings ask for."""
+        front = [self.bos_token_id] if self.add_bos_token else []
+        back = [self.eos_token_id] if self.add_eos_token else []
+        sequences = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
+        return [index for ids in sequences for index in [*front, *ids, *back]]
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         special = set(self.all_special_tokens)
         text, run = "", []
