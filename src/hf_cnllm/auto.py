@@ -40,7 +40,7 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForTokenClassification": baichuan.BaichuanForTokenClassification,
             "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
         },
-        tokenizers=(baichuan.BaichuanTokenizer,),
+        tokenizers=(baichuan.BaichuanTokenizer, baichuan.BaiChuanTokenizer),
         lora_targets=("W_pack",),
     ),
     # AutoModel gives the generation model, as the checkpoints' own `auto_map` does.

@@ -122,6 +122,17 @@ def test_auto_tokenizer_never_runs_the_checkpoints_code(name, tmp_path, kwargs):
     assert tokenizer("你好")["input_ids"] == TokenizerGolden(name).load(BaichuanTokenizer)("你好")["input_ids"]
 
 
+def test_the_spelling_of_the_7b_checkpoint(tmp_path):
+    folder = shutil.copytree(TokenizerGolden("baichuan1_small").vocabulary, tmp_path / "checkpoint")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "BaiChuanTokenizer", "auto_map": {"AutoTokenizer": ["code.BaiChuanTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert isinstance(tokenizer, BaichuanTokenizer)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert type(AutoTokenizer.from_pretrained(tmp_path / "saved")) is type(tokenizer)
+
+
 def test_from_the_vocabulary_file_alone(name):
     file = TokenizerGolden(name).vocabulary / "tokenizer.model"
     tokenizer = BaichuanTokenizer(str(file))

@@ -8,10 +8,11 @@ from .modeling_baichuan import (
     BaichuanModel,
     BaichuanPreTrainedModel,
 )
-from .tokenization_baichuan import BaichuanTokenizer
+from .tokenization_baichuan import BaiChuanTokenizer, BaichuanTokenizer
 
 __all__ = [
     "BaiChuanForCausalLM",
+    "BaiChuanTokenizer",
     "BaichuanConfig",
     "BaichuanForCausalLM",
     "BaichuanForQuestionAnswering",

@@ -137,6 +137,10 @@ class BaichuanTokenizer(ChatTokenizer):
         return {key: value for key, value in super().__getstate__().items() if key != "sp_model"}
 
 
+class BaiChuanTokenizer(BaichuanTokenizer):
+    """The spelling in Baichuan-7B's files."""
+
+
 def _found_anywhere(token: str | AddedToken | None) -> str | AddedToken | None:
     """A special token without `single_word` and `normalized`, which the checkpoints set and the original ignored."""
     if not isinstance(token, AddedToken):
