@@ -173,7 +173,7 @@ ATOMS = [
         "龘",
         "😀",
     ),
-    *(" ", "  ", "\n", "\t", "\u3000", "\xa0", "▁", "\u200b", "\x00", "\x01", "\ufffd", "\ue000", "\ufdd0"),
+    *(" ", "  ", "\n", "\t", "\u3000", "\xa0", "\x85", "▁", "\u200b", "\x00", "\x01", "\ufffd", "\ue000", "\ufdd0"),
     *("<n>", "＜n＞", "<unk>", "<s>", "</s>", "［MASK］", "[mask]", "<|user|>", "<0x41>", "n>", "[UNK]", *ADDED),
 ]
 # Without the code points, assigned to nothing, that the backend uses for itself.

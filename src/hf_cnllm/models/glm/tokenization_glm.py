@@ -315,6 +315,12 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         )
         return backend
 
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        # How its own special tokens are matched is settled when the backend is built.
+        own = self.added_tokens_encoder
+        new_tokens = [token for token in new_tokens if str(token) not in own]
+        return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
+
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
