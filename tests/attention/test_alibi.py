@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import flash_stand_in
 from hf_cnllm import BaichuanConfig
-from hf_cnllm.attention.alibi import alibi_attention, alibi_slopes, create_alibi_mask
+from hf_cnllm.attention.alibi import alibi_attention, alibi_slopes, create_alibi_mask, fold_alibi
 from hf_cnllm.attention.reference import alibi_bias_reference, attention_reference
 
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
@@ -243,3 +243,11 @@ def test_a_mask_that_does_not_fit_is_refused(shape, complaint):
     config = config_of(4, 8, "sdpa")
     with pytest.raises(ValueError, match=complaint):
         create_alibi_mask(config, torch.empty(2, 6, 0), torch.ones(shape, dtype=torch.long), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_more_keys_than_half_precision_can_count_are_refused(dtype):
+    slopes, keys = alibi_slopes(2), 2**16
+    fold_alibi(slopes, torch.arange(2), torch.arange(keys), None, 0.5, dtype)
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        fold_alibi(slopes, torch.arange(2), torch.arange(keys + 1), None, 0.5, dtype)

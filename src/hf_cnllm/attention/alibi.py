@@ -86,6 +86,8 @@ def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_position
 # Hides a padded key: far below any visible score, and exact in every dtype.
 HIDDEN = -(2.0**14)
 FULL_PRECISION = (torch.float32, torch.float64)
+# Half precision takes a position as two digits of 8 bits, which are all that bf16 has.
+MOST_KEYS_IN_HALF_PRECISION = 2**16
 
 
 def fold_alibi(
@@ -101,15 +103,22 @@ def fold_alibi(
     Args:
         slopes: [heads].
         query_positions: [queries], integers; only a reference point, see the module's docstring.
-        key_positions: [keys] or [batch, keys], integers below 65,536 (half precision splits them into two digits of
-            8 bits).
+        key_positions: [keys] or [batch, keys], integers from 0 to keys − 1.
         hidden_keys: [batch, keys], True for padding, or None.
         scaling: the model's factor on q·k.
         dtype: of the queries and keys.
 
     Returns:
         query columns [1, heads, queries, columns] and key columns [batch or 1, 1, keys, columns].
+
+    Raises:
+        ValueError: more keys than half precision can count.
     """
+    if dtype not in FULL_PRECISION and key_positions.shape[-1] > MOST_KEYS_IN_HALF_PRECISION:
+        raise ValueError(
+            f"attn_implementation='sdpa' computes ALiBi for up to {MOST_KEYS_IN_HALF_PRECISION:,} keys in {dtype}, not "
+            f"for {key_positions.shape[-1]:,}; use 'flex_attention' or 'flash_attention_2', or run the model in fp32."
+        )
     scaling = _kernel_scaling(scaling, dtype)
     slope = slopes / scaling
     row_term = -slope[:, None] * query_positions
@@ -197,8 +206,9 @@ def create_alibi_mask(
     backend = config._attn_implementation
     alibi_attention(backend)  # an unknown backend is refused before any work
     device = inputs_embeds.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else inputs_embeds.dtype  # of the queries to come
+    # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else inputs_embeds.dtype
     queries = inputs_embeds.shape[1]
     offset, keys = 0, queries
     if past_key_values is not None:
@@ -370,7 +380,7 @@ def alibi_sdpa_attention(
     head_dim, visible = value.shape[-1], attention_mask.bias
     if attention_mask.query_columns is not None:
         query, key, value, scaling = _with_columns(query, key, value, attention_mask, scaling)
-        visible = attention_mask.visible
+        visible = attention_mask.visible  # type: ignore[assignment]  # a BlockMask is flex attention's
     output, _ = sdpa_attention_forward(
         module, query, key, value, visible, dropout, scaling, is_causal=visible is None, **kwargs
     )

@@ -1,9 +1,9 @@
-"""Rows that may look nowhere: padding that stands before the first token.
+"""Rows that may look nowhere: padding that stands before the first token, or that a mask hides altogether.
 
-Kernels differ in what they give there: zeros, a mean, NaN. Nothing real ever reads such a row, with one exception: under
-left padding, the last of them predicts the first token, and a label there counts in the loss. The original models added
-their dtype's minimum to masked scores, which levels all scores of such a row: it got the plain mean of values. Every
-backend here gives the same.
+Kernels differ in what they give there: zeros, a mean, NaN, and gradients of any size. Nothing real ever reads such a row,
+but the loss does: under left padding, the last of them predicts the first token, and max-z counts them all. The original
+models added their dtype's minimum to masked scores, which levels all scores of such a row: it got the plain mean of values.
+Every backend here gives the same.
 """
 
 from typing import NamedTuple

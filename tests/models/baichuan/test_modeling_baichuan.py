@@ -226,6 +226,55 @@ def test_fully_masked_rows_stay_finite():
             assert logits.isfinite().all(), (name, backend)
 
 
+def mask_with_blind_rows(kind: str, length: int) -> torch.Tensor:
+    """The first third of row 1 is padding, with documents the end of row 0 too."""
+    if kind == "3-D":
+        mask = torch.ones(2, length, length, dtype=torch.long)
+        mask[1, : length // 3] = mask[1, :, : length // 3] = 0
+        return mask
+    mask = torch.ones(2, length, dtype=torch.long)
+    if kind == "documents":
+        mask[:, length // 2 :] = 2
+        mask[0, -3:] = 0
+    mask[1, : length // 3] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in CHECKPOINTS for kind in ("padding", "documents", "3-D")
+     if kind != "3-D" or "13b" in name],
+)  # fmt: skip
+def test_rows_that_look_nowhere_are_the_same_on_every_backend(name, kind):
+    """They count in the loss: in max-z, and where the first token has a label. A kernel's own gradient there is noise."""
+    ids = torch.randint(10, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = mask_with_blind_rows(kind, ids.shape[1])
+    losses, gradients = {}, {}
+    for backend in BACKENDS:
+        model = load(name, backend, z_loss_weight=0.01)
+        with torch.no_grad():
+            losses[backend] = model(ids, attention_mask=mask, labels=ids).loss.item()
+        if backend != "flex_attention":
+            model.train()(ids, attention_mask=mask, labels=ids).loss.backward()
+            gradients[backend] = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert losses["sdpa"] == pytest.approx(losses["eager"], abs=2e-5)
+    assert losses["flex_attention"] == pytest.approx(losses["eager"], abs=2e-5)
+    for key, gradient in gradients["eager"].items():
+        torch.testing.assert_close(gradients["sdpa"][key], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_mask_that_rope_cannot_follow_is_refused():
+    with pytest.raises(ValueError, match="with RoPE it must have 2 dimensions"):
+        load("baichuan2_7b")(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_model_on_the_meta_device_tells_its_shapes(name):
+    with torch.device("meta"):
+        model = BaichuanForCausalLM(AutoConfig.from_pretrained(GOLDENS / name))
+        assert model(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, model.config.vocab_size)
+
+
 def test_nothing_is_left_uninitialised_by_meta_loading():
     model = load("baichuan2_7b")
     reference = BaichuanForCausalLM(model.config)

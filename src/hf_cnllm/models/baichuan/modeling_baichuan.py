@@ -189,7 +189,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
             [BaichuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = BaichuanRotaryEmbedding(config) if config.position_embedding == "rope" else None
+        self.rotary_emb = None
+        if config.position_embedding == "rope":
+            self.rotary_emb = BaichuanRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what Llama shares
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -231,6 +233,11 @@ class BaichuanModel(BaichuanPreTrainedModel):
             else:
                 mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         else:
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim not in (2, 4):
+                raise ValueError(
+                    f"`attention_mask` has shape {tuple(attention_mask.shape)}; with RoPE it must have 2 dimensions "
+                    "[batch, keys] or 4 [batch, 1, queries, keys]."
+                )
             if position_ids is None:
                 past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
@@ -262,21 +269,24 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _find_blind_rows(self, attention_mask: torch.Tensor | dict | None, queries: int) -> BlindRows | None:
-        """The rows of padding as the originals treated them, when a prompt or a training batch has any."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (attention_mask.shape[0], queries):
+        """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
+        if not isinstance(attention_mask, torch.Tensor) or set(attention_mask.shape[1:]) != {queries} or queries == 1:
             return None
         tokens = attention_mask != 0
-        if queries == 1 or (not torch.compiler.is_compiling() and tokens.all()):
+        if tokens.ndim == 3:
+            tokens = tokens.tril().any(-1)
+        if not torch.compiler.is_compiling() and tokens.all():
             return None
-        if self.config.position_embedding == "alibi":
+        if self.config.position_embedding == "alibi" or packed_documents(self.config, attention_mask) is not None:
             return BlindRows(~tokens)
+        # RoPE knows padding as keys only: rows of padding behind a token see that token.
         return BlindRows(tokens.cumsum(1) == 0, tokens if self.config.norm_head else None)
 
 
 class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
@@ -350,11 +360,12 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
         module = self.get_submodule(module_path)
         return module.get_parameter(name) if isinstance(module, NormHead) else super().get_parameter(target)
 
-    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args, **kwargs) -> nn.Module:
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear | NormHead, *args, **kwargs) -> nn.Linear | NormHead:
         if not isinstance(old_lm_head, NormHead):
             return super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
         head = NormHead.from_linear(super()._get_resized_lm_head(old_lm_head.as_linear(), *args, **kwargs))
-        head._is_hf_initialized = True  # as the plain head that transformers makes: `post_init` leaves it alone
+        # As the plain head that transformers makes: `post_init` leaves it alone.
+        head._is_hf_initialized = True  # type: ignore[assignment]
         return head
 
 
