@@ -108,3 +108,12 @@ def test_half_precision_rounds_once(head):
     error = (head.bfloat16()(hidden).double() - exact).abs().max()
     naive = (F.linear(hidden, normalize_rows(head.raw_weight)).double() - exact).abs().max()
     assert error <= 1.5 * naive
+
+
+def test_a_frozen_head_backpropagates_after_inference_mode():
+    head = NormHead(4, 6).requires_grad_(False).eval()
+    hidden_states = torch.randn(2, 4, requires_grad=True)
+    with torch.inference_mode():
+        head(hidden_states)
+    head(hidden_states).sum().backward()
+    torch.testing.assert_close(hidden_states.grad, head.weight.sum(0).expand(2, 4))

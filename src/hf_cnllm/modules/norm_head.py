@@ -123,7 +123,8 @@ class NormHead(nn.Linear):
         # through `raw_weight.data` have no version; `train()` and `eval()` forget the memo for their sake.
         key = (weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape)
         if self._memo is None or self._memo[0] != key:
-            self._memo = (key, inverse_row_norms(weight.detach()))
+            with torch.inference_mode(False):  # a later forward pass may need to save it for backward
+                self._memo = (key, inverse_row_norms(weight.detach()))
         return self._memo[1]
 
     def train(self, mode: bool = True) -> "NormHead":
@@ -140,5 +141,5 @@ class NormHead(nn.Linear):
     def from_linear(cls, linear: nn.Linear) -> "NormHead":
         """A NormHead whose raw parameter is `linear.weight` itself."""
         head = cls(linear.in_features, linear.out_features, device="meta")
-        head.register_parameter("weight", linear.weight)
+        head.register_parameter("weight", linear.get_parameter("weight"))
         return head
