@@ -49,6 +49,16 @@ def _trained_length(config: Any) -> str:
     return f"{config.max_position_embeddings} tokens"
 
 
+def _vocabulary(config: Any) -> str:
+    return f"{config.vocab_size} tokens"
+
+
+def _control_tokens(config: Any) -> str:
+    fields = ("mask_token_id", "smask_token_id", "gmask_token_id", "sop_token_id", "eop_token_id")
+    unknown = [field for field in fields if getattr(config, field) is None]
+    return f"unknown: set {', '.join(unknown)}" if unknown else "known"
+
+
 def _quantisation(config: Any) -> str:
     return f"{config.quantization_bit}-bit weights" if config.quantization_bit else "none"
 
@@ -76,7 +86,7 @@ _DECISIONS: dict[str, Decisions] = {
         "output head": lambda c: "NormHead" if c.norm_head else "linear",
         "trained length": lambda c: f"{c.max_position_embeddings or c.model_max_length} tokens",
         "max-z loss weight": lambda c: c.z_loss_weight,
-        "vocabulary": lambda c: f"{c.vocab_size} tokens",
+        "vocabulary": _vocabulary,
     },
     "chatglm": {
         "architecture": lambda c: {
@@ -88,6 +98,19 @@ _DECISIONS: dict[str, Decisions] = {
         "key/value heads": lambda c: f"{c.num_key_value_heads} of {c.num_attention_heads}",
         "P-tuning v2 prefix": _prefix,
         "quantisation": _quantisation,
-        "vocabulary": lambda c: f"{c.vocab_size} tokens",
+        "vocabulary": _vocabulary,
+    },
+    "glm": {
+        "positions": lambda c: "learned, with block positions" if c.block_position_encoding else "learned",
+        "trained length": _trained_length,
+        "control tokens": _control_tokens,
+        "vocabulary": _vocabulary,
+    },
+    "qwen": {
+        "trained length": lambda c: f"{c.seq_length or c.max_position_embeddings} tokens",
+        "dynamic NTK": lambda c: "on" if c.use_dynamic_ntk else "off",
+        "LogN": lambda c: "on" if c.use_logn_attn else "off",
+        "windows": lambda c: "by layer" if c.window_sizes else "none",
+        "vocabulary": _vocabulary,
     },
 }

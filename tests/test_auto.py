@@ -1,0 +1,82 @@
+"""Registration: the auto classes give this package's classes, and no code file of a checkpoint is ever imported."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import hf_cnllm
+from goldens import GOLDENS
+
+VOCABULARIES = GOLDENS.parent / "tokenizers" / "vocab"
+CHECKPOINTS = {
+    # golden: (its vocabulary, what the Hub's config.json and tokenizer_config.json point to)
+    "baichuan2_13b": ("baichuan2_small", "baichuan", "Baichuan"),
+    "qwen": ("qwen_small", "qwen", "QWen"),
+    "chatglm3_6b": ("chatglm3_small", "chatglm", "ChatGLM"),
+}
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def booby_trapped(request, tmp_path):
+    """A checkpoint in the Hub's layout whose code files leave a trace and end the process that imports them."""
+    vocabulary, module, prefix = CHECKPOINTS[request.param]
+    if not (VOCABULARIES / vocabulary).is_dir():
+        pytest.skip(f"no vocabulary {vocabulary}")
+    folder, trace = tmp_path / "checkpoint", tmp_path / "trace"
+    shutil.copytree(VOCABULARIES / vocabulary, folder)
+    shutil.copytree(GOLDENS / request.param, folder, dirs_exist_ok=True)
+    for kind in ("configuration", "modeling", "tokenization"):
+        (folder / f"{kind}_{module}.py").write_text(f"open({str(trace)!r}, 'w').close()\nraise SystemExit\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": f"configuration_{module}.{prefix}Config",
+        "AutoModelForCausalLM": f"modeling_{module}.{prefix}ForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "tokenizer_config.json"
+    tokenizer_config = json.loads(path.read_text()) if path.exists() else {}
+    tokenizer_config |= {
+        "tokenizer_class": f"{prefix}Tokenizer",
+        "auto_map": {"AutoTokenizer": [f"tokenization_{module}.{prefix}Tokenizer", None]},
+    }
+    path.write_text(json.dumps(tokenizer_config))
+    yield folder
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("old_habits", [{}, {"trust_remote_code": True}], ids=str)
+def test_no_code_of_a_checkpoint_runs(booby_trapped, old_habits):
+    tokenizer = AutoTokenizer.from_pretrained(booby_trapped, use_fast=False, **old_habits)
+    loaded = (
+        AutoConfig.from_pretrained(booby_trapped, **old_habits),
+        AutoModelForCausalLM.from_pretrained(booby_trapped, **old_habits),
+        tokenizer,
+    )
+    for thing in loaded:
+        assert type(thing).__module__.startswith("hf_cnllm.")
+    assert tokenizer.is_fast
+
+
+def test_registering_again_changes_nothing():
+    before = AutoModelForCausalLM._model_mapping.keys()
+    hf_cnllm.register()
+    assert AutoModelForCausalLM._model_mapping.keys() == before
+
+
+def test_importing_prints_nothing_and_needs_no_flash_attention():
+    code = "import sys, warnings; warnings.simplefilter('error', UserWarning); import hf_cnllm; "
+    code += "assert 'flash_attn' not in sys.modules and 'trl' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("family", hf_cnllm.FAMILIES, ids=lambda family: family.config.model_type)
+def test_every_row_of_the_table_is_what_the_auto_classes_give(family):
+    import transformers
+
+    for auto_class, model_class in family.models.items():
+        assert getattr(transformers, auto_class)._model_mapping[family.config] is model_class
