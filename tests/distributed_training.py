@@ -52,7 +52,7 @@ def train(model, input_ids, scale=1.0, **loss_kwargs):
     for _ in range(STEPS):
         optimizer.zero_grad()
         outputs = model(input_ids, labels=input_ids, **loss_kwargs)
-        unread = isinstance(outputs.logits, DeferredTensor) and outputs.logits._values is None
+        unread = isinstance(outputs.logits, DeferredTensor) and outputs.logits._computed is None
         (outputs.loss * scale).backward()
         optimizer.step()
     return unread

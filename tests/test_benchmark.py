@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from hf_cnllm.benchmark import SUBJECT_NAMES, TASK_NAMES
 from hf_cnllm.benchmark.machine import Machine
@@ -16,6 +15,7 @@ from hf_cnllm.benchmark.subjects import (
     SUBJECTS,
     Shape,
     attention_flops,
+    auto_class_for,
     linear_flops_per_token,
     llama_config,
     weight_bytes,
@@ -29,7 +29,7 @@ SHAPE = Shape(hidden_size=48, layers=2, heads=4, ffn_size=64, vocab_size=300)
 SMALL = [
     *("--hidden-size", "48", "--layers", "1", "--heads", "4", "--ffn-size", "64", "--vocab-size", "300"),
     *("--lengths", "16", "48", "--batch-sizes", "2", "--prompt", "6", "--new-tokens", "3"),
-    *("--train-tokens", "16", "--train-vocab", "400", "--rounds", "1"),
+    *("--train-tokens", "16", "--train-vocab", "400", "--rounds", "1", "--clock", "cpu"),
 ]
 
 
@@ -127,7 +127,7 @@ def test_llama_has_the_same_shape(name):
     """The same linear weights; and the counts agree with torch's."""
     subject = SUBJECTS[name]
     model, llama = (
-        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        auto_class_for(config).from_config(config, attn_implementation="eager").eval()
         for config in (subject.config(SHAPE), llama_config(subject, SHAPE))
     )
     assert linear_flops_per_token(model) == linear_flops_per_token(llama)

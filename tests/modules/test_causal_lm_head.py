@@ -31,7 +31,7 @@ def batch():
 
 
 def is_unread(outputs) -> bool:
-    return isinstance(outputs.logits, DeferredTensor) and outputs.logits._values is None
+    return isinstance(outputs.logits, DeferredTensor) and outputs.logits._computed is None
 
 
 def train_step(model, batch, **kwargs):

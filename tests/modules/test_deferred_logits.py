@@ -31,7 +31,7 @@ def hidden_states():
 
 
 def is_waiting(logits) -> bool:
-    return isinstance(logits, DeferredTensor) and logits._values is None
+    return isinstance(logits, DeferredTensor) and logits._computed is None
 
 
 class Cube(torch.autograd.Function):

@@ -5,6 +5,7 @@ What is measured is a table (`tasks.TASKS`), and so is what it is measured on (`
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 SUBJECT_NAMES = ("baichuan-rope", "baichuan-alibi", "chatglm", "chatglm2", "qwen", "glm")
 TASK_NAMES = ("prefill", "memory", "decode", "train", "tokenizer", "load", "import")
@@ -14,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    many = {"nargs": "+", "metavar": "NAME"}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument(
         "--families", **many, choices=SUBJECT_NAMES, default=SUBJECT_NAMES, help=_choices(SUBJECT_NAMES)
     )

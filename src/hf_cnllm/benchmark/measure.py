@@ -6,7 +6,7 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Times:
 
 
 def take_turns(
-    work: dict[str, Callable[[], float | None]],
+    work: Mapping[str, Callable[[], float | None]],
     rounds: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
@@ -71,9 +71,9 @@ def peak_growth(work: Callable[[], object], device: torch.device) -> float | Non
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         work()
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+        return (torch.cuda.max_memory_allocated(device) - allocated) / MIB
     if not _reset_resident_peak():
         return None
     before = _resident("VmRSS")

@@ -6,12 +6,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .measure import CLOCKS, take_turns
-from .subjects import Shape, Subject, llama_config
+from .subjects import Shape, Subject, auto_class_for, llama_config
 from .tasks import Row, Work
 
 CPU = torch.device("cpu")
@@ -60,11 +61,13 @@ def _python(code: str) -> str:
 
 
 def measure_load(name: str, subject: Subject, shape: Shape, dtype: str, work: Work) -> Iterator[Row]:
-    """`AutoModelForCausalLM.from_pretrained` of a checkpoint on disk that the system has read before."""
+    """`from_pretrained` of a checkpoint on disk that the system has read before."""
+    loads = {}
     with tempfile.TemporaryDirectory() as folder:
         for key, config in {name: subject.config(shape), "llama": llama_config(subject, shape)}.items():
-            AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(Path(folder, key))
-        loads = {key: _load(Path(folder, key), dtype) for key in (name, "llama")}
+            auto_class = auto_class_for(config)
+            auto_class.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(Path(folder, key))
+            loads[key] = _load(auto_class, Path(folder, key), dtype)
         times = take_turns(loads, work.rounds, CPU, CLOCKS[work.clock])
         size = sum(file.stat().st_size for file in Path(folder, name).glob("*.safetensors"))
     yield Row.from_times(
@@ -72,8 +75,11 @@ def measure_load(name: str, subject: Subject, shape: Shape, dtype: str, work: Wo
     )
 
 
-def _load(folder: Path, dtype: str) -> Callable[[], None]:
-    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)) and None
+def _load(auto_class: Any, folder: Path, dtype: str) -> Callable[[], None]:
+    def load() -> None:
+        auto_class.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+    return load
 
 
 def measure_tokenizer(name: str, subject: Subject, vocabularies: Path | None, work: Work) -> Iterator[Row]:
@@ -93,37 +99,48 @@ def measure_tokenizer(name: str, subject: Subject, vocabularies: Path | None, wo
             write_tiny_checkpoint(subject.tiny_vocabulary, folder, [*texts, *SIGN_OFFS.values()])
         texts = texts * TEXT_COPIES
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        runs: dict[str, Callable[[], None]] = {name: lambda: tokenizer(texts) and None}
+
+        def tokenize() -> None:
+            tokenizer(texts)
+
+        runs = {name: tokenize}
         reference = _original_engine(folder, texts)
         if reference is not None:
             runs["original"] = reference
         times = take_turns(runs, work.rounds, CPU, CLOCKS[work.clock])
     characters = sum(map(len, texts))
-    original = "original" if "original" in runs else None
+    comparison: dict[str, Any] = {}
+    if reference is not None:
+        comparison = {
+            "reference": "sentencepiece or tiktoken",
+            "reference_value": characters / times.best("original") / 1e6,
+            "ratio": times.ratio(name, "original"),
+            "spread": times.spread(name, "original"),
+        }
     yield Row(
         task="tokenizer",
         family=name,
         setting=f"{len(texts)} texts, {kind}",
         value=characters / times.best(name) / 1e6,
         unit="M characters/s",
-        reference=original and "sentencepiece or tiktoken",
-        reference_value=original and characters / times.best(original) / 1e6,
-        ratio=original and times.ratio(name, original),
-        spread=original and times.spread(name, original),
         rounds=times.seconds,
+        **comparison,
     )
 
 
 def _original_engine(folder: Path, texts: list[str]) -> Callable[[], None] | None:
     """The library under the original tokenizer, called as it was; what it did besides in Python is left out."""
-    for file in folder.glob("*.model"):
+    model_file = next(folder.glob("*.model"), None)
+    if model_file is not None:
         import sentencepiece
 
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        return lambda: (
-            [[processor.piece_to_id(piece) for piece in processor.encode(text, out_type=str)] for text in texts]
-            and None
-        )
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+
+        def encode_pieces() -> None:
+            for text in texts:
+                [processor.piece_to_id(piece) for piece in processor.encode(text, out_type=str)]
+
+        return encode_pieces
     try:
         import tiktoken
         from tiktoken.load import load_tiktoken_bpe
@@ -132,4 +149,9 @@ def _original_engine(folder: Path, texts: list[str]) -> Callable[[], None] | Non
     pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ranks = load_tiktoken_bpe(str(next(folder.glob("*.tiktoken"))))
     encoding = tiktoken.Encoding("qwen", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return lambda: [encoding.encode_ordinary(text) for text in texts] and None
+
+    def encode_bytes() -> None:
+        for text in texts:
+            encoding.encode_ordinary(text)
+
+    return encode_bytes

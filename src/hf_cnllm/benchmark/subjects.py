@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from ..auto import FAMILIES
+from ..auto import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,16 @@ class Subject:
     gated_ffn_size: Callable[[Shape], int] = lambda shape: shape.ffn_size
 
     def config(self, shape: Shape) -> PreTrainedConfig:
-        configs = {family.config.model_type: family.config for family in FAMILIES}
-        return configs[self.model_type](
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.heads,
-            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | self.fields(shape),
+        return _family(self.model_type).config(
+            **{
+                "vocab_size": shape.vocab_size,
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": shape.heads,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
+            | self.fields(shape),
         )
 
     def input_ids(self, shape: Shape, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -157,6 +162,17 @@ SUBJECTS = {
     "qwen": Subject("qwen", _qwen, "qwen", "qwen"),
     "glm": Subject("glm", _glm, "glm_chinese", "glm", attention="prefix", gated_ffn_size=_as_wide_as_glm),
 }
+
+
+def _family(model_type: str) -> Family | None:
+    return next((family for family in FAMILIES if family.config.model_type == model_type), None)
+
+
+def auto_class_for(config: PreTrainedConfig) -> Any:
+    """The one of transformers' auto classes that gives the model with its output head."""
+    family = _family(config.model_type)
+    is_seq2seq = family is not None and "AutoModelForCausalLM" not in family.models
+    return AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
 
 
 def llama_config(subject: Subject, shape: Shape) -> LlamaConfig:

@@ -1,16 +1,24 @@
 """What is measured on the models: prefill, its memory, decoding, a training step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .machine import Machine, synchronize
 from .measure import CLOCKS, Times, peak_growth, take_turns
-from .subjects import Shape, Subject, attention_flops, linear_flops_per_token, llama_config, weight_bytes
+from .subjects import (
+    Shape,
+    Subject,
+    attention_flops,
+    auto_class_for,
+    linear_flops_per_token,
+    llama_config,
+    weight_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Bench:
 
     def build(self, config) -> PreTrainedModel:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class_for(config).from_config(
             config, attn_implementation=self.backend, dtype=getattr(torch, self.dtype)
         )
         return model.to(self.device)
@@ -89,7 +97,7 @@ class Bench:
         ids = self.subject.input_ids(shape or self.shape, batch, length, torch.Generator().manual_seed(0))
         return ids.to(self.device)
 
-    def take_turns(self, runs: dict[str, Callable[[], float | None]]) -> Times:
+    def take_turns(self, runs: Mapping[str, Callable[[], float | None]]) -> Times:
         return take_turns(runs, self.work.rounds, self.device, CLOCKS[self.work.clock])
 
     def row(self, times: Times, reference: str = "llama", **fields) -> Row:
@@ -136,9 +144,10 @@ class Bench:
                 peak_growth(self._prefill_once(model, self.input_ids(1, length)), self.device)
                 for length in (shortest, longest)
             ]
-            if None in peaks or min(peaks) <= 0:
+            least, most = (peak or 0 for peak in peaks)
+            if min(least, most) < 1:  # MiB: not told by this system, or too little to tell
                 return
-            slopes[name] = math.log(peaks[1] / peaks[0]) / math.log(longest / shortest)
+            slopes[name] = math.log(most / least) / math.log(longest / shortest)
         yield Row(
             task="memory",
             family=self.name,

@@ -24,7 +24,7 @@ _SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: 
 
 def loss_and_logits(
     model: PreTrainedModel,
-    head: nn.Module,
+    head: nn.Linear | NormHead,
     hidden_states: Tensor,
     labels: Tensor | None = None,
     logits_to_keep: int | Tensor = 0,
@@ -57,12 +57,11 @@ def loss_and_logits(
     ):
         if not _SHIFTS_LABELS[model.loss_function]:
             loss_kwargs["shift_labels"] = labels
-        normalize = type(head) is NormHead
         loss = chunked_causal_lm_loss(
             hidden_states,
-            head.raw_weight if normalize else head.weight,
+            head.raw_weight if isinstance(head, NormHead) else head.weight,
             labels,
-            normalize=normalize,
+            normalize=isinstance(head, NormHead),
             bias=head.bias,
             chunk_size=chunk_size,
             **loss_kwargs,

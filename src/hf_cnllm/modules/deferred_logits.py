@@ -81,7 +81,7 @@ class DeferredTensor(Tensor):
     of operations have the right gradients.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -89,21 +89,21 @@ class DeferredTensor(Tensor):
 
     def __init__(self, compute: Callable[[], Tensor], shape, dtype, device):
         self._compute = compute
-        self._values: Tensor | None = None
+        self._computed: Tensor | None = None
 
-    def values_now(self) -> Tensor:
+    def result(self) -> Tensor:
         """The values as an ordinary tensor outside the autograd graph, computed once."""
-        if self._values is None:
-            self._values = self._compute()
+        if self._computed is None:
+            self._computed = self._compute()
             self._compute = None
-        return self._values
+        return self._computed
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operation in _COPIES and kwargs.keys() <= {"dtype"} and args[0]._values is None:
+        if operation in _COPIES and kwargs.keys() <= {"dtype"} and args[0]._computed is None:
             return args[0]._copy_later(operation, **kwargs)
-        args, kwargs = tree_map_only(cls, cls.values_now, (args, kwargs))
+        args, kwargs = tree_map_only(cls, cls.result, (args, kwargs))
         return operation(*args, **kwargs)
 
     def _copy_later(self, operation: Callable[..., Tensor], **kwargs) -> "DeferredTensor":
@@ -114,17 +114,17 @@ class DeferredTensor(Tensor):
                 raise RuntimeError(
                     "outputs.logits were changed in place after a copy of them was made; detach() it first"
                 )
-            return operation(self.values_now(), **kwargs)
+            return operation(self.result(), **kwargs)
 
         return DeferredTensor(compute, self.shape, kwargs.get("dtype", self.dtype), self.device)
 
     # What torch does not send through the dispatcher.
 
     def data_ptr(self) -> int:
-        return self.values_now().data_ptr()
+        return self.result().data_ptr()
 
     def tolist(self) -> list:
-        return self.values_now().tolist()
+        return self.result().tolist()
 
     def __reduce_ex__(self, protocol):
         return self.detach().__reduce_ex__(protocol)
