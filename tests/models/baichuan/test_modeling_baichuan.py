@@ -156,6 +156,9 @@ def test_peft_trains_the_head_itself_and_refuses_to_merge_into_it(name, tmp_path
         ({"model_max_length": float("nan")}, "model_max_length"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"z_loss_weight": -1.0}, "`z_loss_weight` must not be negative"),
+        ({"z_loss_weight": float("nan")}, "`z_loss_weight` must not be negative"),
+        ({"z_loss_weight": float("inf")}, "`z_loss_weight` must not be negative"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` must be a positive number"),
         ({"model_type": "qwen"}, "model_type"),
     ],
 )

@@ -1,5 +1,6 @@
 """Baichuan configuration: 7B and 13B of both generations under the one model type `baichuan`."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -121,8 +122,8 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        lengths = ("max_position_embeddings", "model_max_length")
-        for field in (*sizes, *lengths):
+        optional = ("max_position_embeddings", "model_max_length", "loss_chunk_size")
+        for field in (*sizes, *optional):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise ValueError(f"`{field}` must be a positive number, got {value}.")
@@ -136,8 +137,8 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
                 f"RoPE rotates pairs, so `hidden_size // num_attention_heads` must be even, got "
                 f"{self.hidden_size // self.num_attention_heads}."
             )
-        if self.z_loss_weight < 0:
-            raise ValueError(f"`z_loss_weight` must not be negative, got {self.z_loss_weight}.")
+        if not 0 <= self.z_loss_weight < math.inf:
+            raise ValueError(f"`z_loss_weight` must not be negative and must be finite, got {self.z_loss_weight}.")
 
 
 __all__ = ["BaichuanConfig"]
