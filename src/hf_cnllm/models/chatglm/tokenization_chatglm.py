@@ -33,11 +33,11 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     `generation` says which one this is; `vocabulary_chatglm` has the table and tells how it is recognised.
 
-    | generation               | special tokens      | chat                                                 |
-    |--------------------------|---------------------|------------------------------------------------------|
+    | generation                 | special tokens      | chat                                               |
+    |----------------------------|---------------------|----------------------------------------------------|
     | `chatglm_early`, `chatglm` | text, [gMASK] <sop> | `[Round 0]\n问：…\n答：…`; a lone question as it is |
-    | `chatglm2`               | [gMASK] sop, text   | `[Round 1]\n\n问：…\n\n答：…`                        |
-    | `chatglm3`               | [gMASK] sop, text   | role, a line of metadata, content; tools             |
+    | `chatglm2`                 | [gMASK] sop, text   | `[Round 1]\n\n问：…\n\n答：…`                      |
+    | `chatglm3`                 | [gMASK] sop, text   | role, a line of metadata, content; tools           |
 
     In ChatGLM-6B special tokens may stand in text (`[MASK]`, `<eop>`, …), in ChatGLM2 and 3 they may not, as in the
     originals. In chats, messages never yield one.
@@ -64,6 +64,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     def __init__(
         self,
         vocab_file: str | os.PathLike | None = None,
+        *,
         ice_text_file: str | os.PathLike | None = None,
         tokenizer_file: str | os.PathLike | None = None,
         tokenizer_object: Tokenizer | None = None,
