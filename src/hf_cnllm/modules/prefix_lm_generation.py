@@ -19,8 +19,8 @@ class PrefixLMGenerationMixin:
     """Stands in front of `GenerationMixin`; the model defines `positions_of_prompt`."""
 
     def positions_of_prompt(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, check: bool
-    ) -> torch.LongTensor:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool
+    ) -> torch.Tensor:
         """[batch, 2, length] (or [batch, length]) position ids of a prompt and what has been generated after it.
 
         Args:
@@ -40,9 +40,9 @@ class PrefixLMGenerationMixin:
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         # Out of the way of the loop, which would take the rows for a batch and count them up.
         if (position_ids := model_kwargs.pop("position_ids", None)) is not None:
             if model_kwargs.get("inputs_embeds") is not None and input_ids.shape[1] > 0:
@@ -60,13 +60,13 @@ class PrefixLMGenerationMixin:
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
-        prompt_position_ids: torch.LongTensor | None = None,
+        prompt_position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
         if prompt_position_ids is not None:
@@ -90,8 +90,9 @@ class PrefixLMGenerationMixin:
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """For static caches: after the prompt the mask is causal and made outside the compiled step; the prompt's own is
-        made in the forward pass, which is not compiled then."""
-        if inputs_embeds.shape[1] > 1:
+        made in the forward pass, which is not compiled then. So is every one of flex attention: `generate` cannot handle
+        a BlockMask."""
+        if inputs_embeds.shape[1] > 1 or config._attn_implementation == "flex_attention":
             return attention_mask
         learned_keys = getattr(config, "pre_seq_len", None) or 0
         mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, past_key_values, None, learned_keys)
@@ -99,7 +100,7 @@ class PrefixLMGenerationMixin:
         return mask == 0 if isinstance(mask, torch.Tensor) and mask.is_floating_point() else mask
 
 
-def continue_positions(position_ids: torch.LongTensor, length: int) -> torch.LongTensor:
+def continue_positions(position_ids: torch.Tensor, length: int) -> torch.Tensor:
     """Positions of a prompt, [batch, 2, prompt length] or [batch, prompt length], for `length` tokens.
 
     The tokens after it stay at the last position and go on in the block. Positions of one row go on as they ended:
