@@ -45,7 +45,7 @@ def create_window_masks(config: PreTrainedConfig, **mask_arguments: Any) -> dict
             mask = create_causal_mask(config=config, **mask_arguments)
         else:
             one_window = _OneWindow(config._attn_implementation, window)
-            mask = create_sliding_window_causal_mask(config=one_window, **mask_arguments)
+            mask = create_sliding_window_causal_mask(config=one_window, **mask_arguments)  # type: ignore[arg-type]
         masks[_name(window, config.sliding_window)] = mask
     return masks
 

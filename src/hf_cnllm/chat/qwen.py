@@ -89,7 +89,7 @@ class StopWordsCriteria(StoppingCriteria):
         self.stop_words_ids = stop_words_ids
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         generated = input_ids[:, self.prompt_length :]
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for word in self.stop_words_ids:

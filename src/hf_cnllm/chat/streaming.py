@@ -28,7 +28,7 @@ class _StoppedByReader(StoppingCriteria):
     def __init__(self, stopped: Event):
         self.stopped = stopped
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         return torch.full(input_ids.shape[:1], self.stopped.is_set(), device=input_ids.device)
 
 

@@ -6,6 +6,8 @@ float one, `from_pretrained(..., quantization_config=ChatGLMQuantizationConfig(b
 `model.dequantize()` goes back.
 """
 
+from typing import cast
+
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -34,7 +36,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     def __init__(self, bits: int = 8, quantize_embeddings: bool = False, **kwargs):
         if bits not in (4, 8):
             raise ValueError(f"ChatGLM weights are quantised to 4 or 8 bits, not {bits}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own methods only
         self.bits = bits
         self.quantize_embeddings = quantize_embeddings
 
@@ -118,7 +120,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def _replace_embeddings(self, model: PreTrainedModel, fill):
         names = {id(module): name for name, module in model.named_modules()}
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding, head = cast(nn.Embedding, model.get_input_embeddings()), model.get_output_embeddings()
         embedding_name = names[id(embedding)]
         model.set_submodule(
             embedding_name, fill(embedding, QuantizedEmbedding.like(embedding, self.quantization_config.bits))
@@ -132,7 +134,7 @@ class ChatGLMQuantizer(HfQuantizer):
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Back to float layers, in the model's dtype as it is now; another `dtype` is for the whole model."""
         if dtype is not None:
-            model.to(dtype)
+            model.to(dtype)  # type: ignore[arg-type]  # its decorator hides that this is a method
         return super().dequantize(model, dtype=model.dtype)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype):
@@ -154,7 +156,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
 def stored_tensors(checkpoint_files: list[str]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> (shape, whether it holds integers) of the tensors in weight files, without reading their values."""
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
     for file in checkpoint_files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as weights:
@@ -179,8 +181,8 @@ def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = Fals
             return model
         raise ValueError(f"this model is quantised already ({found.to_dict()}); call model.dequantize() first")
     quantizer = ChatGLMQuantizer(config, pre_quantized=False)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
-    model.hf_quantizer = quantizer
+    model.is_quantized = True  # type: ignore[assignment]  # torch declares tensors and modules only
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
     quantizer.postprocess_model(model)
     return model

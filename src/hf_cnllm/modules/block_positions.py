@@ -54,7 +54,7 @@ class Blanks(NamedTuple):
         missing: larger than any index.
     """
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides `tuple.index`, which nobody needs here
     start: torch.Tensor
     blank: torch.Tensor
     kind: torch.Tensor

@@ -207,7 +207,7 @@ def _carrying(cache_class: type[Cache]) -> type[Cache]:
 
 
 def _new_carrying(cache_class: type[Cache]) -> Cache:
-    return object.__new__(_carrying(cache_class))
+    return object.__new__(_carrying(cache_class))  # type: ignore[arg-type]  # mypy: classes are not hashable
 
 
 def carry(cache: Cache, inv_freq: Tensor) -> None:
@@ -217,7 +217,7 @@ def carry(cache: Cache, inv_freq: Tensor) -> None:
     never compiles a step that decides, so this concerns only hand-written loops that compile their prefill.
     """
     if not isinstance(cache, CarriesNtk) and not torch.compiler.is_compiling():
-        cache.__class__ = _carrying(type(cache))
+        cache.__class__ = _carrying(type(cache))  # type: ignore[arg-type]
     cache.ntk_inv_freq = inv_freq
 
 

@@ -35,7 +35,7 @@ class PrefixEncoder(nn.Module):
         all_layers = self.num_layers * 2 * self.num_heads * self.head_dim
         if config.prefix_projection:
             self.embedding = nn.Embedding(config.pre_seq_len, projection_size)
-            self.trans = nn.Sequential(
+            self.trans: nn.Module = nn.Sequential(
                 nn.Linear(projection_size, config.hidden_size),
                 nn.Tanh(),
                 nn.Linear(config.hidden_size, all_layers),

@@ -40,9 +40,7 @@ class RotaryEmbedding(nn.Module):
         self.dim = config.head_dim // 2 if config.position_encoding_2d else config.head_dim
 
     @torch.no_grad()
-    def forward(
-        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, [batch, 1, length, rows, dim] for position_ids [batch, rows, length], in the dtype of
         `hidden_states`."""
         channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
@@ -205,16 +203,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Embedding):
         self.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -278,7 +276,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def find_blanks(self, input_ids: torch.LongTensor, tokens: torch.Tensor | None, check: bool) -> Blanks:
+    def find_blanks(self, input_ids: torch.Tensor, tokens: torch.Tensor | None, check: bool) -> Blanks:
         """The blanks of (batch, length) texts, of which [gMASK] is preferred to [MASK], and that to [sMASK].
 
         Raises:
@@ -291,7 +289,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             check_blanks(blanks, input_ids, control)
         return blanks
 
-    def positions_of_blanks(self, blanks: Blanks) -> torch.LongTensor:
+    def positions_of_blanks(self, blanks: Blanks) -> torch.Tensor:
         """(batch, 2, length), or (batch, length) with `position_encoding_2d=False`."""
         config = self.config
         # [gMASK] stands for all that follows the context: in one dimension its answer just goes on counting.
@@ -308,11 +306,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
     def _positions_and_context(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         tokens: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Positions (batch, rows, length), and which tokens are context, (batch, length) or None for none."""
         batch_size, length = inputs_embeds.shape[:2]
         two_rows = self.config.position_encoding_2d

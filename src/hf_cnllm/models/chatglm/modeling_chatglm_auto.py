@@ -137,7 +137,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             raise ValueError(f"quantised weights cannot be initialised, but some were not loaded: {module}")
         if self._prefix_encoder is not None and module in self._prefix_encoder.initialised_as_in_torch():
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
         else:
             super()._init_weights(module)
 
@@ -162,6 +162,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMChatMixin, GenerationMixin):
     """Door to the language models, and what they share: logits and the shifted cross entropy."""
+
+    transformer: ChatGLMModel
 
     @can_return_tuple
     def forward(

@@ -42,9 +42,7 @@ class RotaryEmbedding(nn.Module):
         self.position_divisor = config.rope_ratio if linear else 1
 
     @torch.no_grad()
-    def forward(
-        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each (batch, length, dim) with the frequencies twice, in the dtype of `hidden_states`."""
         channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
         inv_freq = 1.0 / self.base ** (channels / self.dim)
@@ -181,7 +179,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
 
-    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.word_embeddings(input_ids)
 
 
@@ -194,7 +192,7 @@ class GLMTransformer(nn.Module):
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
 
-def is_packed(position_ids: torch.LongTensor | None) -> bool:
+def is_packed(position_ids: torch.Tensor | None) -> bool:
     return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
 
 
@@ -209,6 +207,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
+    output_layer: nn.Module  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
         "encoder.layers.*.self_attention.query_key_value": "colwise_gather_output",
@@ -237,16 +236,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -323,7 +322,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
     def _default_positions(
         self, length: int, device: torch.device, attention_mask: torch.Tensor | None, past: Cache | None
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """Positions of the last `length` tokens, (1 or batch, length), as the original's tokenizer gives them: padding
         and a P-tuning prefix do not count. (Next to a prefix, which is not rotated, a shift of the row would matter.)"""
         if attention_mask is not None and len(attention_mask.shape) == 2:
@@ -333,6 +332,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration):
+    transformer: ChatGLMModel
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
     _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
     _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}

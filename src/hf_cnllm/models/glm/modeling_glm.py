@@ -305,9 +305,7 @@ class GLMModel(GLMPreTrainedModel):
         self._check_positions(position_ids)
         return position_ids, context
 
-    def _positions_of_texts(
-        self, input_ids: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _positions_of_texts(self, input_ids: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and context of texts, each with a span to fill its first blank, or without."""
         control = BlankTokens.of(self.config, "sop_token_id")
         blanks = find_blanks(input_ids, tokens, control, ranked=False)

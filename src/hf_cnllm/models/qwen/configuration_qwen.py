@@ -151,7 +151,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     @classmethod
     def _field_names(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """`config_dict` with each key of `attribute_map` replaced by the field it stands for."""
-        fields = {}
+        fields: dict[str, Any] = {}
         for key, value in config_dict.items():
             field = cls.attribute_map.get(key, key)
             if fields.setdefault(field, value) != value:

@@ -224,13 +224,13 @@ class QWenModel(QWenPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        prompt_lengths: torch.LongTensor | int | None = None,
+        prompt_lengths: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -267,7 +267,7 @@ class QWenModel(QWenPreTrainedModel):
             query_scale = logn_scale(position_ids, self.config.seq_length).to(inputs_embeds.dtype)
         self._warn_beyond_positions(reach)
 
-        masks = attention_mask
+        masks: Any = attention_mask
         if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
             masks = create_window_masks(
                 self.config,
@@ -305,7 +305,7 @@ class QWenModel(QWenPreTrainedModel):
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: QWenConfig):
@@ -320,15 +320,15 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        prompt_lengths: torch.LongTensor | int | None = None,
+        prompt_lengths: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
