@@ -1,7 +1,7 @@
 """LogN attention: queries past the trained length are scaled up, so that softmax stays as sharp over more keys.
 
 The query at 1-based position i of a model trained on S tokens is multiplied by (Su, kexue.fm/archives/8823; Chiang and
-Cholak, arXiv 2202.12172; Qwen report, arXiv 2309.16609, section 2.5)::
+Cholak, arXiv 2202.12172; Qwen report, arXiv 2309.16609)::
 
     s(i) = max(1, log_S i)
 

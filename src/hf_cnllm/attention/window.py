@@ -1,7 +1,7 @@
 """Window attention with a size of its own for each layer, through transformers' masks and caches.
 
 A layer of window w lets each query see itself and the w - 1 tokens before it. Qwen's long-context recipe gives lower
-layers shorter windows (Qwen report, arXiv 2309.16609, section 2.5); Longformer (arXiv 2004.05150) is the idea's source.
+layers shorter windows (Qwen report, arXiv 2309.16609); Longformer (arXiv 2004.05150) is the idea's source.
 
 The configuration names the sizes (`window_sizes`, one per layer, None for full attention) and derives from them what
 transformers reads: `layer_types`, and `sliding_window`, the largest size. Caches keep that many tokens in every windowed

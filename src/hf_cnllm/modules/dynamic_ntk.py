@@ -1,7 +1,7 @@
 """Dynamic NTK-aware RoPE: one interpolation factor per sequence, fixed by its prompt.
 
 A prompt of L tokens meets a model trained on S. The rotary base is scaled so that the lowest frequency is interpolated
-and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609, section 2.5)::
+and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609)::
 
     alpha(L) = max(2^(ceil(log2(L / S)) + 1) - 1, 1)                       1 up to S, 3 up to 2S, 7 up to 4S, ...
     theta_i  = (base * alpha^(d / (d - 2)))^(-2i / d),   i = 0 ... d/2 - 1
