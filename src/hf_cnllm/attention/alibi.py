@@ -27,16 +27,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, repeat_kv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
-from .documents import same_document
+from .documents import lookup_mask, same_document
 
 
 class AlibiMask(NamedTuple):
@@ -223,7 +223,12 @@ def create_alibi_mask(
     key_positions = torch.arange(keys, device=device)
     query_positions = torch.arange(queries, device=device) + offset
     if backend == "flex_attention":
-        return AlibiMask(slopes, visible=_block_mask(attention_mask, query_positions, key_positions))
+        return AlibiMask(
+            slopes,
+            visible=_block_mask(
+                config, inputs_embeds, attention_mask, past_key_values, query_positions, key_positions
+            ),
+        )
 
     plain = backend == "sdpa" and queries > 1 and _is_padding_only(attention_mask, offset)
     visible = None if plain else _visible(attention_mask, query_positions, key_positions, dtype)
@@ -322,31 +327,35 @@ def _visible(
 
 
 def _block_mask(
-    attention_mask: torch.Tensor | None, query_positions: torch.Tensor, key_positions: torch.Tensor
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
 ) -> BlockMask:
-    """Flex attention's form of [`_visible`]: the same rules as functions of the indices.
+    """Flex attention's form of [`_visible`]: the same rules as functions of the indices."""
+    keys, rule, complete = len(key_positions), None, False
+    if attention_mask is not None and attention_mask.ndim == 2:
+        rule = same_document(F.pad(attention_mask, (0, max(0, keys - attention_mask.shape[-1]))))
+    elif attention_mask is not None and attention_mask.ndim == 3:
+        rule = lookup_mask(attention_mask != 0, query_positions[0])
+    elif attention_mask is not None:
+        keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+        rule, complete = lookup_mask(keeps[:, 0], query_positions[0]), True
+    if past_key_values is None or isinstance(past_key_values.get_query_offset(0), int):
+        either = {"or_mask_function": rule} if complete else {}
+        return create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule, **either)
+    # A static cache's length, to which transformers' functions keep a reference, has moved on when the mask is read.
+    first = query_positions[0]
 
-    Made here and not by transformers: its functions keep a reference to a static cache's length, which the layers
-    have moved on by the time the mask is read.
-    """
-    batch, keys = None, len(key_positions)
-    rules = []
-    if attention_mask is None or attention_mask.ndim != 4:
-        rules.append(lambda b, h, q, k: k <= query_positions[q])
-    if attention_mask is not None:
-        batch = attention_mask.shape[0]
-        if attention_mask.ndim == 2:
-            documents = F.pad(attention_mask, (0, max(0, keys - attention_mask.shape[-1])))
-            of_documents = same_document(documents)
-            rules.append(lambda b, h, q, k: of_documents(b, h, query_positions[q], k))
-        else:
-            keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-            if attention_mask.ndim == 3:
-                keeps = (attention_mask != 0)[:, None]
-            rules.append(lambda b, h, q, k: keeps[b, 0, q, k])
-    return create_block_mask(
-        and_masks(*rules), batch, None, len(query_positions), keys, device=query_positions.device, _compile=True
-    )
+    def visible(batch_idx, head_idx, q_idx, kv_idx):
+        allowed = kv_idx <= first + q_idx if not complete else kv_idx >= 0
+        return allowed if rule is None else allowed & rule(batch_idx, head_idx, first + q_idx, kv_idx)
+
+    device = inputs_embeds.device
+    batch, queries = inputs_embeds.shape[:2]
+    return create_block_mask(visible, batch, None, queries, keys, device=device, _compile=device.type != "cpu")
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------

@@ -21,6 +21,15 @@ def same_document(documents: torch.Tensor) -> Callable:
     return mask_function
 
 
+def lookup_mask(allowed: torch.Tensor, first_query: torch.Tensor | int) -> Callable:
+    """Mask function that looks up a bool mask [batch, queries, keys], whose first row is position `first_query`."""
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return allowed[batch_idx, q_idx - first_query, kv_idx]
+
+    return mask_function
+
+
 def packed_documents(config: PreTrainedConfig, attention_mask: torch.Tensor | None) -> Callable | None:
     """The `and_mask_function` of transformers' mask makers for a 2-D mask that holds document numbers, else None.
 
