@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from .streaming import iterate_tokens
 
 Message = dict[str, str]
-# The checkpoints' generation_config.json names the pieces that open a turn; these are the values in all of them.
+# The pieces that open a turn: <reserved_102> and <reserved_103> in Baichuan 1, <reserved_106> and <reserved_107> in
+# Baichuan 2. generation_config.json names them (user_token_id, assistant_token_id), with these values in all checkpoints.
 TURN_TOKEN_IDS = {"user": 195, "assistant": 196}
 
 

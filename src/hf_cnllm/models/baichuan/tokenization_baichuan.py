@@ -6,12 +6,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from ...chat.baichuan import TURN_TOKEN_IDS
 from ...chat.encoding import ChatTokenizer, read_template
 from ...modules.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 
-# Where both generations keep the pieces that open a turn: <reserved_102>, <reserved_103> in v1 and <reserved_106>,
-# <reserved_107> in v2 (generation_config.json: user_token_id, assistant_token_id).
-USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
 RESERVED = "<reserved_"
 
 
@@ -66,7 +64,7 @@ class BaichuanTokenizer(ChatTokenizer):
         self._add_eos_token = self.eos_token_id in ends[-1:] if add_eos_token is None else add_eos_token
         self.update_post_processor()
         self.init_kwargs |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
-        turns = [self._tokenizer.id_to_token(index) or "" for index in (USER_TOKEN_ID, ASSISTANT_TOKEN_ID)]
+        turns = [self._tokenizer.id_to_token(index) or "" for index in TURN_TOKEN_IDS.values()]
         if self.chat_template is None and all(piece.startswith(RESERVED) for piece in turns):
             header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
             self.chat_template = header + read_template("baichuan")
