@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, help="folder to write (default: outputs/demo-FAMILY)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier run")
     parser.add_argument("--epochs", type=int, help="passes over the data (default: 24 on a tiny checkpoint, else 3)")
-    parser.add_argument("--batch-size", type=int, default=16, help="conversations a step (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, help="conversations a step (default: 16 on a tiny checkpoint, else 4)"
+    )
     parser.add_argument(
         "--learning-rate", type=float, help="of full fine-tuning (default: 1.5e-3 on a tiny checkpoint, else 1e-5)"
     )

@@ -5,7 +5,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,7 +15,7 @@ from ..data.conversations import load_instructions
 from ..info import family_of
 from . import report
 from .dataset import SIGN_OFFS, Split, embedded_split, own_split, sign_off_for, without_sign_off
-from .families import TINY_FAMILIES, write_tiny_checkpoint
+from .families import TINY_FAMILIES, Training, write_tiny_checkpoint
 from .output import check_output, staged_folder
 from .summary import Sample, Summary
 from .tasks import task_class_for
@@ -27,17 +27,8 @@ SAMPLES = 6
 REPLIES = 32
 
 
-class Training(NamedTuple):
-    """Passes over the data and learning rates."""
-
-    epochs: int
-    learning_rate: float
-    adapter_learning_rate: float
-
-
-# What suits two million random weights would wreck a checkpoint that knows something.
-TINY_TRAINING = Training(epochs=24, learning_rate=1.5e-3, adapter_learning_rate=1e-2)
-OWN_TRAINING = Training(epochs=3, learning_rate=1e-5, adapter_learning_rate=1e-4)
+# For the user's own checkpoint; what suits two million random weights (families.Training) would wreck it.
+OWN_TRAINING = Training(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning_rate=1e-4)
 
 
 @dataclass
@@ -50,7 +41,7 @@ class DemoOptions:
     output: Path | None = None
     overwrite: bool = False
     epochs: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     learning_rate: float | None = None
     adapter_learning_rate: float | None = None
     max_length: int = 1024
@@ -65,7 +56,8 @@ class DemoOptions:
             raise ValueError(f"--family must be one of {', '.join(TINY_FAMILIES)}; got {self.family!r}")
         name = Path(self.model).name if own else self.family
         self.output = self.output or Path("outputs") / f"demo-{name}"
-        for field, default in (OWN_TRAINING if own else TINY_TRAINING)._asdict().items():
+        training = OWN_TRAINING if own else TINY_FAMILIES[self.family].training
+        for field, default in training._asdict().items():
             if getattr(self, field) is None:
                 setattr(self, field, default)
         for field in ("epochs", "batch_size", "learning_rate", "adapter_learning_rate", "max_length"):
@@ -99,6 +91,7 @@ class _Run:
         self.options, self.split, self.folder = options, split, folder
         self.own = options.model is not None
         self.checkpoint = str(options.model if self.own else folder / "checkpoint")
+        self.model: Any = None  # the model of a family, or the PEFT model around it
         self.finetuned, self.adapter, self.merged = (folder / name for name in ("finetuned", "adapter", "merged"))
         self.questions = split.train[-REPLIES:]
         self.stages = Stages(total=7 if self.own else 8)
@@ -192,7 +185,7 @@ class _Run:
 
     def reload_adapter(self) -> None:
         self.stages.begin("Saving and reloading the adapter")
-        self.model.save_pretrained(self.adapter, save_embedding_layers=False)  # they are not adapted
+        self.model.save_pretrained(str(self.adapter), save_embedding_layers=False)  # they are not adapted
         trained = self._logits()
         self._load(self.finetuned)
         self.model = PeftModel.from_pretrained(self.model, self.adapter)
@@ -201,7 +194,7 @@ class _Run:
 
     def merge(self) -> None:
         self.stages.begin("Merging the adapter")
-        self.model.merge_and_unload().save_pretrained(self.merged)
+        self.model.merge_and_unload().save_pretrained(str(self.merged))
         self.tokenizer.save_pretrained(self.merged)
         self._load(self.merged)
         difference = (self._logits() - self.adapter_logits).abs().max().item()
@@ -237,7 +230,7 @@ class _Run:
     def _ask(self, stage: str) -> None:
         """Let the model answer training questions; count the exact answers, sign-offs aside, and keep some as samples."""
         replies = reply(self.model, self.task, self.questions, f"replies {stage}")
-        wanted = [conversation[-1]["content"] for conversation in self.questions]
+        wanted = [self.task.as_generated(conversation[-1]["content"]) for conversation in self.questions]
         exact = [without_sign_off(got) == want for got, want in zip(replies, wanted, strict=True)]
         self.summary.word_for_word[stage] = sum(exact) / len(exact)
         for sample, got in zip(self.summary.samples, replies, strict=False):
@@ -261,7 +254,7 @@ class _Run:
 
     def _logits(self) -> torch.Tensor:
         """The model's logits on a few training conversations."""
-        batch = self.task.collator([self.task.example(c) for c in self.split.train[:4]])
+        batch = self.task.collate([self.task.example(c) for c in self.split.train[:4]])
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}
         self.model.eval()
         with torch.no_grad():

@@ -1,12 +1,14 @@
 """How the families turn a conversation into training examples and prompts, and which auto class serves them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
     PreTrainedConfig,
     PreTrainedModel,
@@ -15,8 +17,47 @@ from transformers import (
 
 from ..data.conversations import Conversation, encode_conversation, reply_end_ids, with_system_in_question
 
+Example = dict[str, Any]
 
-class ChatTask:
+
+class Task(ABC):
+    """How conversations become tensors for one model and its tokenizer.
+
+    Attributes:
+        auto_class: loads the family's generation model.
+        tokenizer: the model's.
+        end_token_ids: what stops `generate`.
+    """
+
+    auto_class: ClassVar[Any]
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: list[int]
+
+    @abstractmethod
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int): ...
+
+    @abstractmethod
+    def example(self, conversation: Conversation) -> Example:
+        """One training example."""
+
+    @abstractmethod
+    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """A batch of them, with labels."""
+
+    @abstractmethod
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> dict[str, torch.Tensor]:
+        """What `generate` takes to answer the last question of each conversation."""
+
+    def texts(self, ids: list[list[int]] | torch.Tensor) -> list[str]:
+        """Generated ids as texts."""
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def as_generated(self, text: str) -> str:
+        """The text as it would come back from the model: some vocabularies normalise, `，` to `,` for example."""
+        return self.texts([self.tokenizer(text, add_special_tokens=False)["input_ids"]])[0]
+
+
+class ChatTask(Task):
     """Next-token training on chat-template data, the loss on the assistant's replies only."""
 
     auto_class = AutoModelForCausalLM
@@ -26,20 +67,19 @@ class ChatTask:
         self.max_length = max_length
         self.end_token_ids = reply_end_ids(tokenizer, model.generation_config)
         self.has_system_role = _has_system_role(tokenizer)
-        self.collator = DataCollatorForSeq2Seq(tokenizer, padding="longest")
+        self.pad = DataCollatorForSeq2Seq(tokenizer)
 
-    def example(self, conversation: Conversation) -> dict[str, Any]:
+    def example(self, conversation: Conversation) -> Example:
         messages = self._messages(conversation)
         return encode_conversation(self.tokenizer, messages, self.end_token_ids, self.max_length)
 
-    def prompts(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-        asked = [self._messages(c)[:-1] for c in conversations]
-        ids = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return dict(self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt"))
+    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        return self.pad(examples)
 
-    def replies(self, output_ids: torch.Tensor, prompt_length: int) -> list[str]:
-        texts = self.tokenizer.batch_decode(output_ids[:, prompt_length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> dict[str, torch.Tensor]:
+        asked = [self._messages(c)[:-1] for c in conversations]
+        encoded: Any = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+        return dict(self.tokenizer.pad(encoded, padding_side="left", return_tensors="pt"))
 
     def _messages(self, conversation: Conversation) -> Conversation:
         return conversation if self.has_system_role else with_system_in_question(conversation)
@@ -54,7 +94,39 @@ def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def task_class_for(config: PreTrainedConfig) -> type[ChatTask]:
+class InfillingTask(Task):
+    """Blank infilling: the reply fills a `[gMASK]` (or the one kind of blank there is) behind the question.
+
+    The question is seen in both directions and has no loss; earlier turns stand in front of it.
+    """
+
+    auto_class = AutoModelForSeq2SeqLM
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
+        self.tokenizer = tokenizer
+        self.half_length = min(max_length, model.config.max_sequence_length) // 2
+        self.blank = tokenizer.convert_ids_to_tokens(tokenizer.mask_token_ids)[-1]
+        self.end_token_ids = [tokenizer.eop_token_id]
+
+    def example(self, conversation: Conversation) -> Example:
+        *context, reply = (message["content"] for message in conversation)
+        return {"text": " ".join(context) + self.blank, "target": reply}
+
+    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        texts = self._tokenized([example["text"] for example in examples])
+        targets = [example["target"] for example in examples]
+        return dict(self.tokenizer.build_inputs_for_generation(texts, self.half_length, targets=targets))
+
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> dict[str, torch.Tensor]:
+        texts = self._tokenized([self.example(conversation)["text"] for conversation in conversations])
+        return dict(self.tokenizer.build_inputs_for_generation(texts, max_gen_length=max_new_tokens))
+
+    def _tokenized(self, texts: list[str]) -> Any:
+        # Cut on the left, so that the blank stays.
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=self.half_length, return_tensors="pt")
+
+
+def task_class_for(config: PreTrainedConfig) -> type[Task]:
     """The task of a checkpoint, from its configuration.
 
     Raises:
@@ -64,7 +136,7 @@ def task_class_for(config: PreTrainedConfig) -> type[ChatTask]:
         raise ValueError(
             f"model_type {config.model_type!r} is served by transformers itself; the demo is for the families here"
         )
-    return TASKS.get(config.model_type, ChatTask)
+    return _TASKS.get(config.model_type, ChatTask)
 
 
-TASKS: dict[str, type] = {}
+_TASKS: dict[str, type[Task]] = {"glm": InfillingTask}  # the others chat

@@ -1,36 +1,21 @@
 """What the demo does with a model, each in one call of Trainer or generate: fit, measure a loss, reply."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from ..data.conversations import Conversation
+from .summary import Curve
+from .tasks import Task
 
-Example = dict[str, Any]
-LossCurve = list[tuple[int, float]]
-
-
-class Task(Protocol):
-    """How a family turns conversations into tensors."""
-
-    collator: Callable[[list[Example]], dict[str, torch.Tensor]]
-    end_token_ids: list[int]
-
-    def example(self, conversation: Conversation) -> Example:
-        """One training example with labels."""
-
-    def prompts(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-        """What `generate` takes to answer the last question of each conversation."""
-
-    def replies(self, output_ids: torch.Tensor, prompt_length: int) -> list[str]:
-        """The texts that `generate` added to the prompts."""
+MAX_NEW_TOKENS = 64
 
 
 class QuietProgressCallback(ProgressCallback):
@@ -52,7 +37,7 @@ def fit(
     learning_rate: float,
     seed: int,
     gradient_checkpointing: bool = False,
-) -> LossCurve:
+) -> Curve:
     """Train `model` in place with AdamW and a cosine schedule; returns (step, training loss) of every step."""
     arguments = _arguments(
         scratch,
@@ -92,13 +77,14 @@ def _arguments(scratch: Path, batch_size: int, **options: Any) -> TrainingArgume
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=on_gpu,
         save_strategy="no",
+        remove_unused_columns=False,  # the task's collator decides what the model gets
         report_to="none",
         **options,
     )
 
 
 def _trainer(model: nn.Module, arguments: TrainingArguments, task: Task, **datasets: Any) -> Trainer:
-    trainer = Trainer(model, arguments, data_collator=task.collator, **datasets)
+    trainer = Trainer(model, arguments, data_collator=task.collate, **datasets)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgressCallback)
     return trainer
@@ -115,26 +101,25 @@ def _use_cache_kept(model: nn.Module) -> Iterator[None]:
 
 
 def reply(
-    model: PreTrainedModel,
+    model: Any,
     task: Task,
     conversations: Sequence[Conversation],
     description: str,
-    max_new_tokens: int = 64,
     batch_size: int = 16,
 ) -> list[str]:
     """Answer the last question of each conversation greedily."""
     model.eval()
     greedy = GenerationConfig(
         do_sample=False,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=MAX_NEW_TOKENS,
         eos_token_id=task.end_token_ids,
         pad_token_id=model.generation_config.pad_token_id,
         repetition_penalty=1.0,
     )
     replies: list[str] = []
     for start in tqdm(range(0, len(conversations), batch_size), desc=description, unit="batch"):
-        prompts = task.prompts(conversations[start : start + batch_size])
+        prompts = task.prompts(conversations[start : start + batch_size], MAX_NEW_TOKENS)
         prompts = {name: tensor.to(model.device) for name, tensor in prompts.items()}
         output = model.generate(**prompts, generation_config=greedy)
-        replies += task.replies(output, prompts["input_ids"].shape[1])
+        replies += task.texts(output[:, prompts["input_ids"].shape[1] :])
     return replies

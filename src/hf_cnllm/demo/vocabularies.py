@@ -10,9 +10,12 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+ModelProto = Any  # protobuf makes its classes at run time, so type checkers do not see sp_pb2.ModelProto
 
 # The first 237 user-defined symbols of Baichuan 2, in order: they put <reserved_106> (the user's turn) and
 # <reserved_107> (the assistant's) at ids 195 and 196.
@@ -159,7 +162,7 @@ def write_qwen(folder: Path, texts: Iterable[str], size: int = 2200) -> int:
     return len(lines) + QWEN_SPECIALS
 
 
-def _train(texts: Iterable[str], **options: object) -> sp_pb2.ModelProto:
+def _train(texts: Iterable[str], **options: Any) -> ModelProto:
     """Train a SentencePiece model in memory."""
     buffer = io.BytesIO()
     options = {"num_threads": 1, "minloglevel": 2, **options}
@@ -169,7 +172,7 @@ def _train(texts: Iterable[str], **options: object) -> sp_pb2.ModelProto:
     return model
 
 
-def _write(model: sp_pb2.ModelProto, path: Path) -> int:
+def _write(model: ModelProto, path: Path) -> int:
     path.write_bytes(model.SerializeToString())
     return len(model.pieces)
 

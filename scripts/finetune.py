@@ -1,0 +1,97 @@
+"""Fine-tune a checkpoint on conversations: fully, or with LoRA.
+
+    python scripts/finetune.py --model PATH --data FILE.jsonl --output DIR [--lora] [--z-loss-weight 2e-4]
+
+A line of the data is {"messages": [{"role": ..., "content": ...}, ...]} or {"instruction", "input", "output"}. The loss is
+on the assistant's replies only. Multi-GPU runs start with `accelerate launch` or `torchrun` as any Trainer script.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.data.conversations import encode_conversation, read_conversations, reply_end_ids
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="checkpoint to start from")
+    parser.add_argument("--data", required=True, type=Path, help="conversations, one JSON object a line")
+    parser.add_argument("--output", required=True, type=Path, help="new folder for the model, or for the adapter")
+    parser.add_argument("--lora", action="store_true", help="train an adapter; the checkpoint stays as it is")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int, default=4, help="conversations a step and device")
+    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-4 with --lora, else 1e-5")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens kept of a conversation")
+    parser.add_argument("--z-loss-weight", type=float, help="weight of the max-z loss, for families that have it")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"--output {args.output} is not empty; choose a new folder")
+    conversations = read_conversations(args.data)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto" if args.lora else torch.float32)
+    if args.z_loss_weight is not None:
+        if not hasattr(model.config, "z_loss_weight"):
+            raise ValueError(f"{type(model).__name__} has no max-z loss: leave --z-loss-weight out")
+        model.config.z_loss_weight = args.z_loss_weight
+    ends = reply_end_ids(tokenizer, model.generation_config)
+    model.generation_config.eos_token_id = ends
+    if args.lora:
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+        )
+        model.print_trainable_parameters()
+
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(args.output),
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulate,
+            learning_rate=args.learning_rate or (1e-4 if args.lora else 1e-5),
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            max_grad_norm=0.5,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            gradient_checkpointing=args.gradient_checkpointing,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=[encode_conversation(tokenizer, c, ends, args.max_length) for c in conversations],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train()
+    model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
+    trainer.save_model()
+    tokenizer.save_pretrained(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"finetune.py: error: {' '.join(str(error).split())}")
