@@ -271,6 +271,11 @@ def test_a_mask_that_rope_cannot_follow_is_refused():
         load("baichuan2_7b")(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4))
 
 
+def test_continuous_batching_with_alibi_is_refused():
+    with pytest.raises(ValueError, match="use `generate` with a padded batch"):
+        load("baichuan2_13b")(torch.ones(1, 4, dtype=torch.long), cache=object())
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_model_on_the_meta_device_tells_its_shapes(name):
     with torch.device("meta"):

@@ -227,6 +227,11 @@ class BaichuanModel(BaichuanPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         if self.config.position_embedding == "alibi":
+            if "cache" in kwargs:  # only continuous batching has it
+                raise ValueError(
+                    "continuous batching (`generate_batch`) packs requests into one row with a mask that does not say "
+                    "how far apart tokens are, which ALiBi needs; use `generate` with a padded batch"
+                )
             position_embeddings = None
             if isinstance(attention_mask, dict):  # made by `create_masks_for_generate`
                 mask: AlibiMask | BlockMask | torch.Tensor | None = AlibiMask(**attention_mask)
