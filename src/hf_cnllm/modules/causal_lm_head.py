@@ -33,11 +33,12 @@ def loss_and_logits(
     """`(loss, logits)` of `head(hidden_states)` under `model.loss_function`; the loss is None without labels.
 
     In training with labels, where the loss is this package's or transformers' own for causal or masked (unshifted)
-    language models and the head a plain `nn.Linear` or `NormHead`, the loss is computed in chunks of `config.loss_chunk_size` tokens without the logits, and the returned logits are
-    deferred: who reads `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who
-    does not never pays for them. Everything else computes the logits and the loss from them: evaluation,
-    `loss_chunk_size=None`, `logits_to_keep`, a `loss_function` of the user's own, a head that is quantised, sharded,
-    adapted by LoRA, offloaded or hooked, `torch.compile`, and `nn.DataParallel`.
+    language models and the head a plain `nn.Linear` or `NormHead`, the loss is computed in chunks of
+    `config.loss_chunk_size` tokens without the logits, and the returned logits are deferred: who reads
+    `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who does not never pays
+    for them. Everything else computes the logits and the loss from them: evaluation, `loss_chunk_size=None`,
+    `logits_to_keep`, a `loss_function` of the user's own, a head that is quantised, sharded, adapted by LoRA, offloaded
+    or hooked, `torch.compile`, and `nn.DataParallel`.
 
     Args:
         hidden_states: (batch, length, hidden_size).
