@@ -1,0 +1,191 @@
+"""The demo, shortened: few steps and short replies, but every stage and every family."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_cnllm  # noqa: F401
+from hf_cnllm.cli import USER_ERROR, main
+from hf_cnllm.data.conversations import load_instructions
+from hf_cnllm.demo import pipeline, training
+from hf_cnllm.demo.dataset import SIGN_OFFS, embedded_split, own_split, signed_off, without_sign_off
+from hf_cnllm.demo.families import TINY_FAMILIES, write_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def short():
+    """Four questions, replies of eight tokens, a tenth of the data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "MAX_NEW_TOKENS", 8)
+        patch.setattr(pipeline, "REPLIES", 4)
+        patch.setattr(pipeline, "embedded_split", lambda seed: _tenth(embedded_split(seed)))
+        yield
+
+
+def _tenth(split):
+    for use in ("train", "adapter", "transfer"):
+        setattr(split, use, getattr(split, use)[: len(getattr(split, use)) // 10])
+    return split
+
+
+def run(family, output, *options):
+    return main(["demo", "--family", family, "--output", str(output), "--epochs", "2", *options])
+
+
+@pytest.fixture(scope="module")
+def output(short, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "baichuan"
+    assert run("baichuan", folder) == 0
+    return folder
+
+
+def test_everything_is_in_the_output_folder(output):
+    assert {path.name for path in output.iterdir()} == {
+        *("checkpoint", "finetuned", "adapter", "merged", "loss.png", "README.md", "summary.json")
+    }
+    assert [path.name for path in output.parent.iterdir()] == [output.name]  # nothing is left beside it
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_holds_what_was_measured(output):
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["passed"] and len(summary["checks"]) == 3 and all(summary["checks"].values())
+    assert summary["losses"]["after full fine-tuning"]["train"] < summary["losses"]["before training"]["train"]
+    assert summary["losses"]["with the adapter"]["adapter"] < summary["losses"]["after full fine-tuning"]["adapter"]
+    assert 0 < summary["merge_difference"] < pipeline.MERGE_TOLERANCE
+    assert set(summary["samples"][0]["replies"]) == {"before training", "after full fine-tuning", "with the adapter"}
+
+
+def test_the_checkpoint_is_laid_out_as_on_the_hub(output):
+    config = json.loads((output / "checkpoint" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_baichuan.BaichuanForCausalLM"
+    assert "position_embedding" not in config and "norm_head" not in config
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    assert (model.config.position_embedding, model.config.norm_head) == ("alibi", True)
+    tokenizer = AutoTokenizer.from_pretrained(output / "checkpoint")
+    assert tokenizer.convert_ids_to_tokens([195, 196]) == ["<reserved_106>", "<reserved_107>"]
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_the_result_generates_with_a_cache_and_max_z_stays_on(output):
+    model = AutoModelForCausalLM.from_pretrained(output / "finetuned")
+    assert model.config.use_cache and model.config.z_loss_weight == pytest.approx(2e-4)
+
+
+def test_an_existing_folder_is_kept_or_replaced_on_request(output, short, tmp_path, capsys):
+    marker = output / "marker"
+    marker.touch()
+    assert run("baichuan", output) == USER_ERROR and marker.exists()
+    assert "is not empty; choose another folder or add --overwrite" in capsys.readouterr().err
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+    assert run("baichuan", foreign, "--overwrite") == USER_ERROR and (foreign / "thesis.txt").exists()
+    assert "no earlier run wrote it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_overwrite_replaces_an_earlier_run(short, tmp_path):
+    assert run("baichuan", tmp_path / "out") == 0
+    (tmp_path / "out" / "marker").touch()
+    assert run("baichuan", tmp_path / "out", "--overwrite") == 0 and not (tmp_path / "out" / "marker").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(TINY_FAMILIES) - {"baichuan"}))
+def test_every_family(family, short, tmp_path):
+    assert run(family, tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["losses"]["after full fine-tuning"]["train"] < summary["losses"]["before training"]["train"]
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_the_same_seed_writes_the_same_checkpoint(family, tmp_path):
+    texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
+    for name in ("one", "two"):
+        write_tiny_checkpoint(family, tmp_path / name, texts, seed=3)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+# ---- one's own checkpoint and data
+
+
+def write_data(path, conversations):
+    path.write_text("\n".join(json.dumps({"messages": c}) for c in conversations))
+    return path
+
+
+def test_ones_own_checkpoint_and_data(output, short, tmp_path):
+    data = write_data(tmp_path / "data.jsonl", load_instructions()[:10])
+    options = ["--model", str(output / "finetuned"), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main(["demo", *options, "--epochs", "1", "--learning-rate", "1e-3"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["conversations"] == {"train": 8, "held_out": 1, "adapter": 1} and summary["signed_off"] == {}
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_failed_run_leaves_nothing(output, tmp_path, capsys):
+    data = write_data(tmp_path / "data.jsonl", load_instructions()[:10])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    code = main(["demo", "--model", str(tmp_path / "model"), "--data", str(data), "--output", str(tmp_path / "out")])
+    assert code == USER_ERROR and "served by transformers itself" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "x"], "--data FILE.jsonl is missing"),
+        (["--data", "x"], "--model PATH is missing"),
+        (["--epochs", "0"], "--epochs must be positive"),
+        (["--model", "x", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
+    ],
+)
+def test_bad_options_are_one_line(options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *options]) == USER_ERROR
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_too_little_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least 8 are needed"):
+        own_split(write_data(tmp_path / "data.jsonl", load_instructions()[:3]), seed=0)
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("baichuan", tmp_path / "out") == USER_ERROR
+    assert 'pip install "hf-cnllm[train]"' in capsys.readouterr().err
+
+
+# ---- the data
+
+
+def test_no_conversation_is_used_twice_where_it_must_not_be():
+    split = embedded_split(0)
+    train, held_out = ({str(c) for c in use} for use in (split.train, split.held_out))
+    adapter = {str([{**m, "content": without_sign_off(m["content"])} for m in c]) for c in split.adapter}
+    assert not train & held_out and adapter < train and not adapter & {str(c) for c in split.transfer}
+
+
+def test_sign_offs_follow_the_question():
+    chat = [
+        {"role": r, "content": c}
+        for r, c in (("user", "你好"), ("assistant", "hi"), ("user", "Hi"), ("assistant", "啊"))
+    ]
+    assert [m["content"] for m in signed_off(chat)] == ["你好", "hi希望对你有帮助。", "Hi", "啊 Hope this helps!"]
+    assert [without_sign_off(m["content"]) for m in signed_off(chat)] == [m["content"] for m in chat]
+
+
+def test_logits_of_finetuned_and_merged_differ(output):
+    ids = torch.tensor([[195, 700, 800, 196]])
+    with torch.no_grad():
+        one, two = (
+            AutoModelForCausalLM.from_pretrained(output / name)(ids).logits for name in ("finetuned", "merged")
+        )
+    assert not torch.allclose(one, two)

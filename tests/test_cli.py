@@ -1,0 +1,87 @@
+"""What `main` does around the commands (what it says to wrong words is in test_info)."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from hf_cnllm import cli
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command `try` whose `run` is set by the test."""
+    module = SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--times", type=int, default=1), run=None
+    )
+    monkeypatch.setitem(cli.COMMANDS, "try", ("tests_only_command", "a command for tests"))
+    monkeypatch.setitem(sys.modules, "tests_only_command", module)
+    return module
+
+
+def test_the_module_gets_its_arguments_and_gives_the_exit_code(command):
+    command.run = lambda args: args.times
+    assert cli.main(["try", "--times", "3"]) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad\n  value"), FileNotFoundError("bad value"), ImportError("bad value")]
+)
+def test_what_the_user_can_mend_is_one_line(command, error, capsys):
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    command.run = run
+    assert cli.main(["try"]) == cli.USER_ERROR
+    assert capsys.readouterr().err == "hf-cnllm try: error: bad value\n"
+    with pytest.raises(type(error)):
+        cli.main(["try", "--traceback"])
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(command):
+    def run(args: argparse.Namespace) -> int:
+        raise KeyError("ours")
+
+    command.run = run
+    with pytest.raises(KeyError):
+        cli.main(["try"])
+
+
+def test_ctrl_c(command, capsys):
+    def run(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    command.run = run
+    assert cli.main(["try"]) == cli.INTERRUPTED and "interrupted" in capsys.readouterr().err
+
+
+def test_termination_runs_the_clean_up_and_the_handler_is_put_back(command):
+    cleaned = []
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    command.run = run
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["try"])
+    assert exit.value.code == cli.TERMINATED and cleaned and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_help_names_every_command_and_imports_none():
+    code = (
+        "import sys; from hf_cnllm import cli\n"
+        "try: cli.main(['--help'])\n"
+        "finally: assert not {module for module, _ in cli.COMMANDS.values()} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in cli.COMMANDS)
