@@ -344,8 +344,14 @@ def _block_mask(
         keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
         rule, complete = lookup_mask(keeps[:, 0], query_positions[0]), True
     if past_key_values is None or isinstance(past_key_values.get_query_offset(0), int):
-        either = {"or_mask_function": rule} if complete else {}
-        return create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule, **either)
+        return create_causal_mask(  # type: ignore[return-value]  # a BlockMask for flex attention
+            config,
+            inputs_embeds,
+            None,
+            past_key_values,
+            or_mask_function=rule if complete else None,
+            and_mask_function=rule,
+        )
     # A static cache's length, to which transformers' functions keep a reference, has moved on when the mask is read.
     first = query_positions[0]
 

@@ -221,7 +221,7 @@ class QWenChatMixin:
             criterion = StopWordsCriteria(longer, 0 if prompt is None else prompt.shape[1])
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
         arguments = (inputs, generation_config, logits_processor, stopping_criteria, *args)
-        return super().generate(*arguments, **kwargs)  # type: ignore[misc]
+        return super().generate(*arguments, **kwargs)
 
 
 def _checked_stop_words(stop_words_ids: Any) -> list[list[int]]:

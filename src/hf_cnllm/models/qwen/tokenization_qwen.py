@@ -163,7 +163,7 @@ class QWenTokenizer(ChatTokenizer):
         ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
         return list(self.convert_ids_to_tokens(ids))
 
-    def _encode_plus(  # type: ignore[override]
+    def _encode_plus(
         self,
         text: TextOrTexts,
         text_pair: TextOrTexts = None,
@@ -244,7 +244,7 @@ class QWenTokenizer(ChatTokenizer):
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         return self._in_normal_form(super().read_messages(conversation))
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self,
         conversation,
         tools=None,
