@@ -82,7 +82,7 @@ class PrefixLMLayout(NamedTuple):
 def create_prefix_lm_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
+    attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     prefix: torch.Tensor | None,
     learned_keys: int = 0,
@@ -144,7 +144,7 @@ def create_prefix_lm_mask(
     prefix = _at_keys(prefix, past, keys, before=False, after=False)
     if packed:
         documents = _at_keys(documents, past, keys, before=EVERYONES, after=0)
-    return mask_like(prefix_mask_function(prefix), packed_mask_function(documents) if packed else None)
+    return mask_like(prefix, documents if packed else None)
 
 
 def _backend_mask(
@@ -152,40 +152,55 @@ def _backend_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
-    or_mask_function: Callable | None = None,
-    and_mask_function: Callable | None = None,
+    prefix: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor | BlockMask | None:
-    """transformers' mask of (causal or `or_mask_function`) and `and_mask_function` and padding."""
+    """transformers' mask of (causal or in `prefix`) and the same of `documents` and no padding; all are [batch, keys]."""
     if config._attn_implementation != "flex_attention":
         return create_causal_mask(
             config,
             inputs_embeds,
             attention_mask,
             past_key_values,
-            or_mask_function=or_mask_function,
-            and_mask_function=and_mask_function,
+            or_mask_function=None if prefix is None else prefix_mask_function(prefix),
+            and_mask_function=None if documents is None else packed_mask_function(documents),
         )
+    # Not by transformers: its block mask refers to the length of a static cache, which has moved on when the mask is read.
     batch, queries = inputs_embeds.shape[:2]
     past, keys = 0, queries
     if past_key_values is not None:
-        past = past_key_values.get_query_offset(0)
-        if isinstance(past, torch.Tensor):  # a static cache's length, which will have moved on when the mask is read
-            past = past.to(inputs_embeds.device, copy=True)
-        keys = past_key_values.get_mask_sizes(queries, 0)[0]
+        past, keys = past_key_values.get_query_offset(0), past_key_values.get_mask_sizes(queries, 0)[0]
+    positions = _fixed_size(torch.arange(queries, device=inputs_embeds.device) + past)
     mask_function = causal_mask_function
-    if or_mask_function is not None:
-        mask_function = or_masks(mask_function, or_mask_function)
-    if and_mask_function is not None:
-        mask_function = and_masks(mask_function, and_mask_function)
+    if prefix is not None:
+        mask_function = or_masks(mask_function, prefix_mask_function(_fixed_size(prefix)))
+    if documents is not None:
+        mask_function = and_masks(mask_function, packed_mask_function(_fixed_size(documents)))
     if attention_mask is not None:
         tokens = F.pad(attention_mask != 0, (0, max(0, keys - attention_mask.shape[1])))
-        mask_function = and_masks(mask_function, padding_mask_function(tokens))
-    return _block_mask(lambda b, h, q, k: mask_function(b, h, q + past, k), batch, queries, keys, inputs_embeds.device)
+        mask_function = and_masks(mask_function, padding_mask_function(_fixed_size(tokens)))
+
+    def from_positions(batch_idx, head_idx, q_idx, kv_idx):
+        return mask_function(batch_idx, head_idx, positions[q_idx], kv_idx)
+
+    return _block_mask(from_positions, batch, queries, keys, inputs_embeds.device)
 
 
 def _block_mask(mask_function: Callable, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
     # torch's compiler for CPUs stumbles over some of these functions, and there the mask is quickly made without it.
     return create_block_mask(mask_function, batch, None, queries, keys, device=device, _compile=device.type != "cpu")
+
+
+def _fixed_size(lookup: torch.Tensor) -> torch.Tensor:
+    """Padded to sizes that seldom change: torch's flex attention for CPUs does not compile a mask function that looks
+    things up in a tensor of a changing size."""
+    if lookup.device.type != "cpu":
+        return lookup
+    padding = []
+    for dim in reversed(range(lookup.ndim)):
+        step = 16 if dim == 0 and lookup.ndim > 1 else 1024
+        padding += [0, -lookup.shape[dim] % step]
+    return F.pad(lookup, padding)
 
 
 def prefix_mask_function(prefix: torch.Tensor) -> Callable:
@@ -228,7 +243,7 @@ def _check_mask(attention_mask: torch.Tensor | None, batch: int, queries: int, p
 def _given_mask(
     backend: str,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask,
+    attention_mask: torch.Tensor,
     past_key_values: Cache | None,
     learned_keys: int,
 ) -> torch.Tensor | BlockMask:
@@ -238,8 +253,6 @@ def _given_mask(
             f"attn_implementation={backend!r} takes no 4-D `attention_mask`: pass a 2-D mask, or use one of "
             f"{', '.join(MASK_BACKENDS)}."
         )
-    if isinstance(attention_mask, BlockMask):
-        return attention_mask
     queries = inputs_embeds.shape[1]
     keys = past_key_values.get_mask_sizes(queries, 0)[0] if past_key_values is not None else queries
     if attention_mask.shape[-2] != queries or attention_mask.shape[-1] > keys:
@@ -258,12 +271,13 @@ def _given_mask(
         # A static cache has room for more keys than there are.
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=lowest)
     if backend == "flex_attention":
-        visible = attention_mask.expand(inputs_embeds.shape[0], 1, -1, -1)
+        batch = inputs_embeds.shape[0]
+        visible = _fixed_size(attention_mask[:, 0].expand(batch, -1, -1))
 
         def look_up(batch_idx, head_idx, q_idx, kv_idx):
-            return visible[batch_idx, 0, q_idx, kv_idx]
+            return visible[batch_idx, q_idx, kv_idx]
 
-        return _block_mask(look_up, visible.shape[0], queries, keys, visible.device)
+        return _block_mask(look_up, batch, queries, keys, visible.device)
     if backend == "eager" and not additive:
         additive_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
         return additive_mask.masked_fill(~attention_mask, torch.finfo(inputs_embeds.dtype).min)
