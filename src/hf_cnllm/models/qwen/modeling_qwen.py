@@ -247,6 +247,8 @@ class QWenModel(QWenPreTrainedModel):
             check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.wte(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
+        if length == 0:
+            raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
         check_cache(past_key_values, batch_size, len(self.h), self.config.num_attention_heads, self.config.kv_channels)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
