@@ -25,15 +25,18 @@ class PrefixLMGenerationMixin:
 
         Args:
             input_ids, attention_mask: [batch, length], from the first token on.
-            check: refuse a malformed prompt; off once tokens are generated, which may be anything.
+            check: refuse a malformed prompt; off for what is generated after it, which may be anything.
         """
         raise NotImplementedError
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        if model_kwargs.get("inputs_embeds") is not None and inputs_tensor.is_floating_point():
+        if inputs_tensor.is_floating_point():
             raise ValueError(
                 "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
             )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or int(cache.get_seq_length()) == 0:
+            self.positions_of_prompt(inputs_tensor, model_kwargs.get("attention_mask"), check=True)
         return None
 
     def _expand_inputs_for_generation(
@@ -69,14 +72,17 @@ class PrefixLMGenerationMixin:
         prompt_position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
+        length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
         if prompt_position_ids is not None:
-            length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
             position_ids = continue_positions(prompt_position_ids, length)
         else:
             # The mask may cover virtual tokens in front (PEFT's prefix tuning), which have no positions.
             tokens = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-            position_ids = self.positions_of_prompt(input_ids, tokens, check=bool(is_first_iteration))
+            position_ids = self.positions_of_prompt(input_ids, tokens, check=False)
         kwargs["position_ids"] = position_ids
+        learned_keys = getattr(self.config, "pre_seq_len", None)
+        if learned_keys and next_sequence_length is not None and (past := int(past_key_values.get_seq_length())) > 0:
+            next_sequence_length = length - (past - learned_keys)  # `generate` took the learned keys for tokens
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -195,7 +195,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.prefix_encoder = None
         if config.pre_seq_len is not None:
-            self.requires_grad_(False)  # P-tuning v2 trains the prefix (and, in the original, the output projection)
             self.prefix_encoder = PrefixEncoder(config, projection_size=config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
