@@ -208,6 +208,7 @@ class _Run:
             self.summary,
             self.folder,
             auto_class=self.task_class.auto_class.__name__,
+            tokenizer_class=self._tokenizer_class(self.finetuned).__name__,
             base_model=self.checkpoint if self.own else None,
             training={
                 "conversations": self.summary.conversations["train"],
@@ -221,11 +222,16 @@ class _Run:
 
     def _load(self, path: str | Path, **kwargs) -> None:
         """Take model and tokenizer from a folder, the weights in fp32: AdamW's small steps need it."""
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = self._tokenizer_class(path).from_pretrained(path)
         self.model = self.task_class.auto_class.from_pretrained(path, dtype=torch.float32, **kwargs)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.task = self.task_class(self.tokenizer, self.model, self.options.max_length)
         self.model.generation_config.eos_token_id = self.task.end_token_ids
+
+    def _tokenizer_class(self, path: str | Path) -> Any:
+        if str(path) == self.checkpoint or self.task_class.reloads_with_auto_tokenizer:
+            return AutoTokenizer
+        return type(self.tokenizer)
 
     def _ask(self, stage: str) -> None:
         """Let the model answer training questions; count the exact answers, sign-offs aside, and keep some as samples."""

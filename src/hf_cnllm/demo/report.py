@@ -22,7 +22,15 @@ def require_matplotlib() -> None:
         raise ImportError('the loss curve needs matplotlib: pip install "hf-cnllm[train]"')
 
 
-def write_report(summary: Summary, folder: Path, *, auto_class: str, base_model: str | None, training: dict) -> None:
+def write_report(
+    summary: Summary,
+    folder: Path,
+    *,
+    auto_class: str,
+    tokenizer_class: str,
+    base_model: str | None,
+    training: dict,
+) -> None:
     """Write the loss curve, the model card and, last, the summary into `folder`."""
     draw_curves(summary.curves, folder / LOSS_CURVE_FILE)
     card = fine_tuned_model_card(
@@ -30,6 +38,7 @@ def write_report(summary: Summary, folder: Path, *, auto_class: str, base_model:
         summary.family,
         base_model=base_model,
         auto_class=auto_class,
+        tokenizer_class=tokenizer_class,
         model_path="finetuned",
         training=training,
         results=summary.results(),

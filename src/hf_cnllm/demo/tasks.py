@@ -25,11 +25,13 @@ class Task(ABC):
 
     Attributes:
         auto_class: loads the family's generation model.
+        reloads_with_auto_tokenizer: whether AutoTokenizer gives a saved tokenizer its own class back.
         tokenizer: the model's.
         end_token_ids: what stops `generate`.
     """
 
     auto_class: ClassVar[Any]
+    reloads_with_auto_tokenizer: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: list[int]
 
@@ -101,6 +103,8 @@ class InfillingTask(Task):
     """
 
     auto_class = AutoModelForSeq2SeqLM
+    # The model type is GLM-4's, too, for which transformers takes a plain backend unless there is an `auto_map`.
+    reloads_with_auto_tokenizer = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
         self.tokenizer = tokenizer

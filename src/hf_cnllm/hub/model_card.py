@@ -39,6 +39,7 @@ def fine_tuned_model_card(
     *,
     base_model: str | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    tokenizer_class: str = "AutoTokenizer",
     model_path: str = ".",
     languages: Sequence[str] = ("zh", "en"),
     training: Mapping[str, object] | None = None,
@@ -54,6 +55,7 @@ def fine_tuned_model_card(
         base_model: Hub name or path of the checkpoint that was fine-tuned; its licence is then named and kept. None
             for weights trained from random values, which are the author's own (Apache-2.0 in the metadata).
         auto_class: the auto class that the usage example loads the model with.
+        tokenizer_class: `AutoTokenizer`, or the name of a tokenizer of this package that must be named to be found.
         model_path: Hub name or path in the usage example.
         languages: language codes for the metadata.
         training: name and value of what is worth telling about the training.
@@ -66,17 +68,14 @@ def fine_tuned_model_card(
     """
     if origin not in ORIGINS:
         raise ValueError(f"origin must be one of {', '.join(ORIGINS)}; got {origin!r}")
-    if base_model is None:
-        licence = {"license": "apache-2.0"}
-    else:
-        licence = {"license": "other", "license_name": _slug(ORIGINS[origin].licence)}
     metadata = ModelCardData(
         language=list(languages),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf_cnllm", origin],
         base_model=base_model if base_model is not None and _is_hub_name(base_model) else None,
-        **licence,
+        license="apache-2.0" if base_model is None else "other",
+        license_name=None if base_model is None else _slug(ORIGINS[origin].licence),
     )
     return ModelCard.from_template(
         metadata,
@@ -85,6 +84,7 @@ def fine_tuned_model_card(
         origin=ORIGINS[origin],
         base=base_model,
         auto_class=auto_class,
+        tokenizer_class=tokenizer_class,
         model_path=model_path,
         training=_cells(training or {}),
         results=_cells(results or {}),
