@@ -7,12 +7,27 @@ training code has it, a 2-D attention mask that holds document numbers from 1 an
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 
+def fixed_size(lookup: torch.Tensor) -> torch.Tensor:
+    """`lookup` [batch, ...] with zeros behind it up to sizes that seldom change: torch's flex attention for CPUs does
+    not compile a mask function that looks things up in a tensor of a changing size."""
+    if lookup.device.type != "cpu":
+        return lookup
+    padding = []
+    for dim in reversed(range(lookup.ndim)):
+        step = 16 if dim == 0 and lookup.ndim > 1 else 1024
+        padding += [0, -lookup.shape[dim] % step]
+    return F.pad(lookup, padding)
+
+
 def same_document(documents: torch.Tensor) -> Callable:
     """Mask function: key and query carry the same document number in `documents` [batch, keys], and not 0."""
+
+    documents = fixed_size(documents)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         document = documents[batch_idx, kv_idx]
@@ -23,6 +38,8 @@ def same_document(documents: torch.Tensor) -> Callable:
 
 def lookup_mask(allowed: torch.Tensor, first_query: torch.Tensor | int) -> Callable:
     """Mask function that looks up a bool mask [batch, queries, keys], whose first row is position `first_query`."""
+
+    allowed = fixed_size(allowed)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         return allowed[batch_idx, q_idx - first_query, kv_idx]

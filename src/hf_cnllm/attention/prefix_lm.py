@@ -43,6 +43,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, re
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
+from .documents import fixed_size
+
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 # The rows of one call in `_causal_at_the_end` on a CPU, where the triangle is a mask: its memory is BLOCK × keys.
@@ -170,15 +172,15 @@ def _backend_mask(
     past, keys = 0, queries
     if past_key_values is not None:
         past, keys = past_key_values.get_query_offset(0), past_key_values.get_mask_sizes(queries, 0)[0]
-    positions = _fixed_size(torch.arange(queries, device=inputs_embeds.device) + past)
+    positions = fixed_size(torch.arange(queries, device=inputs_embeds.device) + past)
     mask_function = causal_mask_function
     if prefix is not None:
-        mask_function = or_masks(mask_function, prefix_mask_function(_fixed_size(prefix)))
+        mask_function = or_masks(mask_function, prefix_mask_function(fixed_size(prefix)))
     if documents is not None:
-        mask_function = and_masks(mask_function, packed_mask_function(_fixed_size(documents)))
+        mask_function = and_masks(mask_function, packed_mask_function(fixed_size(documents)))
     if attention_mask is not None:
         tokens = F.pad(attention_mask != 0, (0, max(0, keys - attention_mask.shape[1])))
-        mask_function = and_masks(mask_function, padding_mask_function(_fixed_size(tokens)))
+        mask_function = and_masks(mask_function, padding_mask_function(fixed_size(tokens)))
 
     def from_positions(batch_idx, head_idx, q_idx, kv_idx):
         return mask_function(batch_idx, head_idx, positions[q_idx], kv_idx)
@@ -189,18 +191,6 @@ def _backend_mask(
 def _block_mask(mask_function: Callable, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
     # torch's compiler for CPUs stumbles over some of these functions, and there the mask is quickly made without it.
     return create_block_mask(mask_function, batch, None, queries, keys, device=device, _compile=device.type != "cpu")
-
-
-def _fixed_size(lookup: torch.Tensor) -> torch.Tensor:
-    """Padded to sizes that seldom change: torch's flex attention for CPUs does not compile a mask function that looks
-    things up in a tensor of a changing size."""
-    if lookup.device.type != "cpu":
-        return lookup
-    padding = []
-    for dim in reversed(range(lookup.ndim)):
-        step = 16 if dim == 0 and lookup.ndim > 1 else 1024
-        padding += [0, -lookup.shape[dim] % step]
-    return F.pad(lookup, padding)
 
 
 def prefix_mask_function(prefix: torch.Tensor) -> Callable:
@@ -272,7 +262,7 @@ def _given_mask(
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=lowest)
     if backend == "flex_attention":
         batch = inputs_embeds.shape[0]
-        visible = _fixed_size(attention_mask[:, 0].expand(batch, -1, -1))
+        visible = fixed_size(attention_mask[:, 0].expand(batch, -1, -1))
 
         def look_up(batch_idx, head_idx, q_idx, kv_idx):
             return visible[batch_idx, q_idx, kv_idx]
