@@ -336,14 +336,17 @@ def _block_mask(
 ) -> BlockMask:
     """Flex attention's form of [`_visible`]: the same rules as functions of the indices."""
     keys, rule, complete = len(key_positions), None, False
+    offset = 0 if past_key_values is None else past_key_values.get_query_offset(0)
+    static = isinstance(offset, torch.Tensor)
+    first = query_positions[0] if static else offset
     if attention_mask is not None and attention_mask.ndim == 2:
         rule = same_document(F.pad(attention_mask, (0, max(0, keys - attention_mask.shape[-1]))))
     elif attention_mask is not None and attention_mask.ndim == 3:
-        rule = lookup_mask(attention_mask != 0, query_positions[0])
+        rule = lookup_mask(attention_mask != 0, first)
     elif attention_mask is not None:
         keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        rule, complete = lookup_mask(keeps[:, 0], query_positions[0]), True
-    if past_key_values is None or isinstance(past_key_values.get_query_offset(0), int):
+        rule, complete = lookup_mask(keeps[:, 0], first), True
+    if not static:
         return create_causal_mask(  # type: ignore[return-value]  # a BlockMask for flex attention
             config,
             inputs_embeds,
@@ -352,9 +355,8 @@ def _block_mask(
             or_mask_function=rule if complete else None,
             and_mask_function=rule,
         )
-    # A static cache's length, to which transformers' functions keep a reference, has moved on when the mask is read.
-    first = query_positions[0]
 
+    # A static cache's length, to which transformers' functions keep a reference, has moved on when the mask is read.
     def visible(batch_idx, head_idx, q_idx, kv_idx):
         allowed = kv_idx <= first + q_idx if not complete else kv_idx >= 0
         return allowed if rule is None else allowed & rule(batch_idx, head_idx, first + q_idx, kv_idx)
