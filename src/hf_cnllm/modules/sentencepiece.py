@@ -216,7 +216,7 @@ def build_decoder(
     return decoders.Sequence(steps)
 
 
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile(r"<0x(?!20)[0-9A-F]{2}>")  # a space stands by itself: the decoder keeps it in front
 
 
 def mend_bytes(tokens: list[str]) -> list[str]:

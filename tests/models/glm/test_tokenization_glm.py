@@ -404,6 +404,15 @@ def test_forms_with_one_kind_of_blank(tokenizer_class):
 
 
 @pytest.mark.parametrize("trust_remote_code", (None, True))
+@pytest.mark.parametrize("legacy_format", (None, True, False))
+def test_auto_tokenizer_finds_it_in_a_saved_checkpoint(chinese, tmp_path, legacy_format, trust_remote_code):
+    chinese.save_pretrained(tmp_path, legacy_format=legacy_format)
+    shutil.copy(FIXTURES.parent / "goldens" / "glm" / "config.json", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
+    assert type(tokenizer) is GLMChineseTokenizer and tokenizer(TEXT).data == chinese(TEXT).data
+
+
+@pytest.mark.parametrize("trust_remote_code", (None, True))
 def test_auto_tokenizer(gpt2, trust_remote_code):
     for folder, tokenizer_class in ((VOCAB / "glm_chinese_small", GLMChineseTokenizer), (gpt2, GLMGPT2Tokenizer)):
         assert type(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)) is tokenizer_class

@@ -40,6 +40,12 @@ class GLMTokenizerMixin:
     truncation_side = "left"
 
     @property
+    def _auto_map(self) -> dict[str, list[str | None]]:
+        # Saved as where the original's code is. Without it AutoTokenizer takes a checkpoint of model_type "glm" for a
+        # GLM-4, whatever its tokenizer_class, and never looks for ours.
+        return {"AutoTokenizer": [f"THUDM/glm-10b--tokenization_glm.{type(self).__name__}", None]}
+
+    @property
     def sop_token(self) -> str:
         return "<|startofpiece|>"
 
