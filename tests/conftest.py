@@ -20,6 +20,7 @@ def pytest_collection_modifyitems(items):
 def eager_unless_marked(request):
     """Flex attention compiles itself, which takes minutes on a CPU and computes the same; `compiled` tests let it."""
     if request.node.get_closest_marker("compiled"):
+        torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
         yield
         return
     torch.compiler.set_stance("force_eager")

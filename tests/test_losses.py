@@ -226,6 +226,14 @@ def test_nothing_is_computed_for_what_is_frozen(frozen):
     torch.testing.assert_close(trained.grad, gradient)
 
 
+def test_no_grad_takes_no_gradients(monkeypatch):
+    hidden_states, weight, _, labels = make_head_batch()
+    expected = reference_causal_lm_loss(hidden_states, weight, labels)
+    monkeypatch.setattr(torch, "zeros_like", None)  # the gradients' buffers
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_causal_lm_loss(hidden_states, weight, labels), expected)
+
+
 def loss_node(loss):
     """The node of the chunked loss in the graph behind `loss`."""
     node = loss.grad_fn

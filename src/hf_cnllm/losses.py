@@ -172,6 +172,9 @@ def chunked_causal_lm_loss(
         normalize=normalize,
         max_z=z_loss_weight / max(targets.numel(), 1),
         ignore_index=ignore_index,
+        needed=tuple(
+            torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_states, weight, bias)
+        ),
     )
     loss = _ChunkedLoss.apply(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias, targets, chunks)
     return _average(loss, counted, num_items_in_batch)
@@ -203,9 +206,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, targets, chunks):
         ctx.chunks = chunks
         ctx.save_for_backward(hidden_states, weight, bias, targets)
-        loss, ctx.gradients = chunks.loss_and_gradients(
-            hidden_states, weight, bias, targets, needed=ctx.needs_input_grad[:3]
-        )
+        loss, ctx.gradients = chunks.loss_and_gradients(hidden_states, weight, bias, targets)
         return loss
 
     @staticmethod
@@ -217,7 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, gradients = ctx.chunks.loss_and_gradients(*ctx.saved_tensors, needed=ctx.needs_input_grad[:3])
+            _, gradients = ctx.chunks.loss_and_gradients(*ctx.saved_tensors)
         dtypes = (tensor if tensor is None else tensor.dtype for tensor in ctx.saved_tensors[:3])
         gradients = (
             gradient if gradient is None else gradient.mul_(grad_loss).to(dtype)
@@ -244,16 +245,21 @@ class _Chunks:
     normalize: bool
     max_z: float
     ignore_index: int
+    needed: tuple[bool, ...]  # of hidden states, weight and bias: whose gradients
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Chunks of about equal size: one of a few tokens would take as long to add to the weight's gradient."""
+        return rows.tensor_split(-(-len(rows) // self.size)) if len(rows) else ()
 
     @torch.no_grad()
     def loss_and_gradients(
-        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needed: tuple[bool, ...]
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._loss_and_gradients(hidden_states, weight, bias, targets, needed)
+            return self._loss_and_gradients(hidden_states, weight, bias, targets)
 
-    def _loss_and_gradients(self, hidden_states, weight, bias, targets, needed):
-        needs_hidden, needs_weight, needs_bias = needed
+    def _loss_and_gradients(self, hidden_states, weight, bias, targets):
+        needs_hidden, needs_weight, needs_bias = self.needed
         exact = torch.promote_types(hidden_states.dtype, torch.float32)
         inputs, matrix = hidden_states.to(self.dtype), weight.to(self.dtype)
         row_scale = inverse_row_norms(weight) if self.normalize else None
@@ -268,15 +274,15 @@ class _Chunks:
 
         work = _Workspace(min(self.size, max(len(counted), len(ignored))), matrix, exact)
         loss = torch.zeros((), dtype=exact, device=weight.device)
-        for rows in counted.split(self.size):
+        for rows in self._split(counted):
             tokens, labels = inputs[rows], targets[rows, None]
             logits = work.logits(tokens, row_scale, bias)
             largest, argmax = logits.max(dim=-1, keepdim=True)
-            loss -= logits.gather(1, labels).sum()
+            below_largest = logits.gather(1, labels) - largest
             exponentials = logits.sub_(largest).exp_()
             total = exponentials.sum(dim=-1, keepdim=True)
-            loss += (largest + total.log() + max_z * largest.square()).sum()
-            if not any(needed):
+            loss += (total.log() - below_largest + max_z * largest.square()).sum()
+            if not any(self.needed):
                 continue
             grad_logits = exponentials.div_(total)
             grad_logits.scatter_add_(1, labels, -torch.ones_like(largest))
@@ -290,7 +296,7 @@ class _Chunks:
                 grad_logits = grad_logits if row_scale is None else grad_logits.mul_(row_scale)
                 grad_hidden[rows] = (work.rounded(grad_logits) @ matrix).to(hidden_states.dtype)
 
-        for rows in ignored.split(self.size):
+        for rows in self._split(ignored):
             largest, argmax = work.logits(inputs[rows], row_scale, bias).max(dim=-1)
             loss += max_z * largest.square().sum()
             grad_largest = 2 * max_z * largest

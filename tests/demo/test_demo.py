@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_cnllm  # noqa: F401
 from hf_cnllm.cli import USER_ERROR, main
@@ -12,6 +12,7 @@ from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo import pipeline, training
 from hf_cnllm.demo.dataset import SIGN_OFFS, embedded_split, own_split, signed_off, without_sign_off
 from hf_cnllm.demo.families import TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.demo.tasks import task_class_for
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,21 @@ def test_every_family(family, short, tmp_path):
     assert run(family, tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["losses"]["after full fine-tuning"]["train"] < summary["losses"]["before training"]["train"]
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_rows_that_pad_the_embedding_have_no_text(family, tmp_path):
+    texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
+    write_tiny_checkpoint(family, tmp_path / "checkpoint", texts)
+    task_class = task_class_for(AutoConfig.from_pretrained(tmp_path / "checkpoint"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    model = task_class.auto_class.from_pretrained(tmp_path / "checkpoint")
+    task = task_class(tokenizer, model, max_length=64)
+    word = tokenizer("天空", add_special_tokens=False)["input_ids"]
+    last = model.get_input_embeddings().num_embeddings - 1
+    padding = [last] if last >= len(tokenizer) else []
+    assert task.texts([word + padding, word]) == ["天空", "天空"]
+    assert task.texts(torch.tensor([word + padding])) == ["天空"]
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))

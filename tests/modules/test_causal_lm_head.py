@@ -161,8 +161,10 @@ def test_head_of_another_dtype_is_refused_as_ever(batch):
 
 
 def test_chunk_size_zero_is_refused(batch):
+    model = make_model()
+    model.config.loss_chunk_size = 0
     with pytest.raises(ValueError, match="loss_chunk_size"):
-        make_model(loss_chunk_size=0)(**batch)
+        model(**batch)
 
 
 @pytest.mark.compiled

@@ -106,7 +106,8 @@ def create_prefix_lm_mask(
         ValueError: the attention implementation has no prefix-LM form, or the mask does not fit.
     """
     backend = config._attn_implementation
-    flash = is_flash_attention_requested(config)
+    # Continuous batching ("paged|…") has no place for a prefix whatever it runs on.
+    flash = is_flash_attention_requested(config) and "|" not in backend
     if backend not in MASK_BACKENDS and not flash:
         raise ValueError(
             f"attn_implementation={backend!r} has no prefix-LM form here and would silently be causal: use one of "

@@ -51,8 +51,10 @@ class Task(ABC):
         """What `generate` takes to answer the last question of each conversation."""
 
     def texts(self, ids: list[list[int]] | torch.Tensor) -> list[str]:
-        """Generated ids as texts."""
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        """Generated ids as texts, without those that only pad the embedding to a round size: they have no token."""
+        rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        known = [[index for index in row if index < len(self.tokenizer)] for row in rows]
+        return [text.strip() for text in self.tokenizer.batch_decode(known, skip_special_tokens=True)]
 
     def as_generated(self, text: str) -> str:
         """The text as it would come back from the model: some vocabularies normalise, `，` to `,` for example."""

@@ -88,6 +88,7 @@ def _is_plain(head: nn.Module, hidden_states: Tensor) -> bool:
         type(head) in (nn.Linear, NormHead)
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and type(hidden_states) is Tensor
         and all(type(p) in (Tensor, nn.Parameter) and p.is_floating_point() for p in parameters.values())
         and all(p.device == hidden_states.device for p in parameters.values())
         and all(autocast or p.dtype == hidden_states.dtype for p in parameters.values())

@@ -313,7 +313,6 @@ def test_static_cache_decoding_compiles_once(name):
     model = load(name).eval()
     ids = torch.randint(10, 90, (2, 7))
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    torch._dynamo.reset()
     compile_config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     compile_config._compile_all_devices = True
     with torch._dynamo.config.patch(error_on_recompile=True):

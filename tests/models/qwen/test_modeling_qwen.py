@@ -287,7 +287,6 @@ def test_static_cache_decoding_compiles_once(windows, batch):
     compile_config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     compile_config._compile_all_devices = True
     model = load(window_sizes=windows)
-    torch._dynamo.reset()
     # transformers' static sliding layers count in a Python number, so windows cost recompilations at first.
     with torch._dynamo.config.patch(error_on_recompile=windows is None):
         compiled = generate(model, *batch, cache_implementation="static", compile_config=compile_config)
@@ -463,6 +462,7 @@ def test_windows_have_transformers_names_too(tmp_path):
         ({"rope_theta": 1_000_000}, "`rotary_emb_base` has two values, 10000 and 1000000"),
         ({"n_embd": 96}, "`hidden_size` has two values, 48 and 96"),
         ({"pos_emb": "alibi"}, "`pos_emb` is 'alibi', but Qwen models have 'rotary'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "`rope_scaling` is .*, but Qwen models have None"),
         ({"model_type": "baichuan"}, "baichuan"),
     ],
 )

@@ -15,7 +15,12 @@ logger = logging.get_logger(__name__)
 DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 # Values that no published checkpoint departs from, and that would need another model.
-ONLY_VALUES = {"activation": "swiglu", "pos_emb": "rotary", "apply_residual_connection_post_layernorm": False}
+ONLY_VALUES = {
+    "activation": "swiglu",
+    "pos_emb": "rotary",
+    "apply_residual_connection_post_layernorm": False,
+    "rope_scaling": None,
+}
 
 
 @strict
@@ -122,7 +127,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
             setattr(self, name, kwargs.pop(name))
         self.vocab_size = max(self.vocab_size, kwargs.get("padded_vocab_size") or 0)
         if self.kv_channels is None:
-            self.kv_channels = self.hidden_size // self.num_attention_heads
+            self.kv_channels = self.hidden_size // max(self.num_attention_heads, 1)
         for switch in ("use_dynamic_ntk", "use_logn_attn"):
             if getattr(self, switch) is None:
                 setattr(self, switch, self.seq_length is not None)

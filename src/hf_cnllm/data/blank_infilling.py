@@ -1,0 +1,430 @@
+"""GLM's training objective, autoregressive blank infilling (arXiv 2103.10360, section 2), and filling blanks with a model.
+
+A text loses some spans, each of which leaves a mask token behind (part A). The spans follow in random order (part B), each
+after a start token, and are to be written one token after the other:
+
+    text       x₁ x₂ x₃ x₄ x₅ x₆
+    input_ids  x₁ x₂ [MASK] x₄ [MASK] │ <sop> x₅ x₆ │ <sop> x₃
+    labels                            │  x₅   x₆ <eop> │  x₃  <eop>
+    position    0  1    2    3    4   │   4    4  4   │   2    2
+    block       0  0    0    0    0   │   1    2  3   │   1    2
+
+The three objectives (section 2.1 and 2.2):
+
+| objective | mask token | spans                                                                               |
+|-----------|------------|-------------------------------------------------------------------------------------|
+| token     | [MASK]     | lengths from Poisson(3), until at least 15 % of the tokens are masked                |
+| sentence  | [sMASK]    | whole sentences, until at least 15 % of the tokens are masked                        |
+| document  | [gMASK]    | one span of 50 % to 100 % of the tokens, uniformly                                   |
+
+Where the paper leaves something open, this follows the authors' code: a span has at least one token (Poisson(3) without 0),
+two of the token objective's spans have a token between them, and the document's span is the end of the text every other
+time, else anywhere.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+MASK_RATE = 0.15
+SPAN_LENGTH = 3.0
+SENTENCE_ENDS = frozenset(".?!;:。？！；：…\n")
+
+# Shares of the objectives in training. The paper mixes the token objective with one of the others.
+MIX = {"token": 0.5, "sentence": 0.25, "document": 0.25}
+
+Span = tuple[int, int]
+
+
+# --- which spans are masked ------------------------------------------------------------------------------------------
+
+
+def sample_span_length(rng: random.Random, mean: float = SPAN_LENGTH) -> int:
+    """From Poisson(`mean`) without 0, by inversion."""
+    probability = math.exp(-mean)
+    threshold = rng.uniform(probability, 1.0)
+    length, cumulated = 0, probability
+    while cumulated < threshold:
+        length += 1
+        probability *= mean / length
+        if probability < 1e-300:  # what is left is rounding
+            break
+        cumulated += probability
+    return max(length, 1)
+
+
+def sample_token_spans(length: int, rng: random.Random, rate: float = MASK_RATE) -> list[Span]:
+    """Spans of a text of `length` tokens that cover at least `rate` of it, in order, with a token between any two.
+
+    A text too short for the spans that were drawn loses the last of them, but for one.
+    """
+    lengths: list[int] = []
+    while sum(lengths) < rate * length:
+        lengths.append(sample_span_length(rng))
+    while len(lengths) > 1 and sum(lengths) + len(lengths) - 1 > length:
+        lengths.pop()
+    lengths = [min(span, length) for span in lengths]
+    rng.shuffle(lengths)
+    free = length - sum(lengths) - max(len(lengths) - 1, 0)
+    places = sorted(rng.randint(0, free) for _ in lengths)
+    spans, masked = [], 0
+    for number, (place, span) in enumerate(zip(places, lengths, strict=True)):
+        start = place + masked + number
+        spans.append((start, start + span))
+        masked += span
+    return spans
+
+
+def sample_sentence_spans(sentences: Sequence[Span], rng: random.Random, rate: float = MASK_RATE) -> list[Span]:
+    """Random sentences that cover at least `rate` of the text, in order.
+
+    Args:
+        sentences: all of the text's, in order and without gaps.
+    """
+    length = sentences[-1][1] - sentences[0][0] if sentences else 0
+    chosen: list[Span] = []
+    masked = 0
+    for start, end in rng.sample(list(sentences), len(sentences)):
+        if masked >= rate * length:
+            break
+        chosen.append((start, end))
+        masked += end - start
+    return sorted(chosen)
+
+
+def sample_document_span(length: int, rng: random.Random) -> list[Span]:
+    """One span of half to all of a text of `length` tokens."""
+    if length == 0:
+        return []
+    span = rng.randint(math.ceil(length / 2), length)
+    start = length - span if rng.random() < 0.5 else rng.randint(0, length - span)
+    return [(start, start + span)]
+
+
+def split_sentences(tokens: Sequence[str]) -> list[Span]:
+    """The sentences of a text, given as its tokens' texts: each ends with a token that holds an end mark."""
+    spans, start = [], 0
+    for index, token in enumerate(tokens):
+        if index + 1 == len(tokens) or not SENTENCE_ENDS.isdisjoint(token):
+            spans.append((start, index + 1))
+            start = index + 1
+    return spans
+
+
+# --- from spans to a training example --------------------------------------------------------------------------------
+
+
+class ControlTokens(NamedTuple):
+    """Ids of a tokenizer's control tokens; `masks` by objective, `before` and `after` surround a text."""
+
+    start: int
+    end: int
+    masks: dict[str, int]
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ControlTokens":
+        """
+        Raises:
+            ValueError: the tokenizer knows no mask, start or end token.
+        """
+        start = _find(tokenizer, "<|startofpiece|>", "<sop>", "sop")
+        end = _find(tokenizer, "<|endofpiece|>", "<eop>", "eop")
+        mask, smask, gmask = (
+            _find(tokenizer, token) or getattr(tokenizer, attribute, None)
+            for token, attribute in (
+                ("[MASK]", "mask_token_id"),
+                ("[sMASK]", "smask_token_id"),
+                ("[gMASK]", "gmask_token_id"),
+            )
+        )
+        if start is None or end is None or mask is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} is no tokenizer of the GLM line: it has no token for the start or the end of "
+                "a span, or no mask token"
+            )
+        masks = {"token": mask, "sentence": smask or mask, "document": gmask or mask}
+        surrounded = tokenizer.cls_token_id is not None
+        before = [tokenizer.cls_token_id] if surrounded else []
+        after = [tokenizer.eos_token_id] if surrounded and tokenizer.eos_token_id is not None else []
+        return cls(start, end, masks, before, after)
+
+
+def _find(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> int | None:
+    """The id of the first of `tokens` that is one of the vocabulary."""
+    for token in tokens:
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        if isinstance(token_id, int) and token_id != tokenizer.unk_token_id:
+            return token_id
+    return None
+
+
+class Example(NamedTuple):
+    """One row of a batch; `labels` belong to the tokens that predict them (not shifted), -100 for none."""
+
+    input_ids: list[int]
+    positions: list[int]
+    block_positions: list[int]
+    labels: list[int]
+
+
+def make_example(
+    tokens: Sequence[int],
+    spans: Sequence[Span],
+    mask_id: int,
+    control: ControlTokens,
+    rng: random.Random | None = None,
+) -> Example:
+    """The row for a text whose `spans` are masked.
+
+    Args:
+        tokens: the text.
+        spans: ordered, not overlapping, not empty.
+        mask_id: stands for each of them.
+        rng: shuffles the spans; None keeps their order.
+    """
+    context, blanks, done = list(control.before), [], 0
+    for start, end in spans:
+        context += tokens[done:start]
+        blanks.append((len(context), tokens[start:end]))
+        context.append(mask_id)
+        done = end
+    context += [*tokens[done:], *control.after]
+    if rng is not None:
+        rng.shuffle(blanks)
+
+    example = Example([*context], [*range(len(context))], [0] * len(context), [IGNORED] * len(context))
+    for place, span in blanks:
+        example.input_ids.extend([control.start, *span])
+        example.positions.extend([place] * (len(span) + 1))
+        example.block_positions.extend(range(1, len(span) + 2))
+        example.labels.extend([*span, control.end])
+    return example
+
+
+def restore_text(input_ids: Sequence[int], positions: Sequence[int], block_positions: Sequence[int]) -> list[int]:
+    """The text (with what surrounds it) that a row was made from: every span back in its place."""
+    spans: dict[int, list[int]] = {}
+    for token, position, block in zip(input_ids, positions, block_positions, strict=True):
+        if block == 1:
+            spans[position] = []
+        elif block > 1:
+            spans[position].append(token)
+    length = sum(block == 0 for block in block_positions)
+    text = []
+    for index, token in enumerate(input_ids[:length]):
+        text += spans.get(index, [token])
+    return text
+
+
+# --- the collator ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataCollatorForBlankInfilling:
+    """Makes batches for blank infilling from texts, a random objective for each. For Trainer, DataLoader and streams.
+
+    A text is a mapping with `input_ids` (without special tokens) or with `text`. With `text`, tell Trainer
+    `remove_unused_columns=False`. A text that would be too long loses tokens at both ends, randomly.
+
+    Args:
+        tokenizer: any of the GLM line's: GLM, ChatGLM, ChatGLM2, ChatGLM3.
+        max_length: longest row, in tokens; for GLM at most `config.max_sequence_length`.
+        mix: weights of the objectives `token`, `sentence` and `document`. A text of one sentence has nothing to do for
+            the sentence objective and gets the token objective.
+        mask_rate: share of the tokens that the token and sentence objectives mask at least.
+        shift_labels: False for GLM, whose loss takes labels as they are; True for ChatGLM-6B, whose loss shifts them.
+        pad_to_multiple_of: round the batch's length up.
+        seed: of the randomness. The workers of a DataLoader have their own, which follow from this one and torch's.
+
+    Returns (when called with a list of texts) tensors:
+        `input_ids`, `attention_mask` (1 for tokens, 0 for padding, which is on the right) and `labels`,
+        [batch, length], and `position_ids` [batch, 2, length].
+
+    Raises:
+        ValueError: the mix, the rate or the tokenizer are unfit; a text has neither field; no room for any text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int = 512
+    mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))
+    mask_rate: float = MASK_RATE
+    shift_labels: bool = False
+    pad_to_multiple_of: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        self.control = ControlTokens.of(self.tokenizer)
+        unknown = self.mix.keys() - self.control.masks.keys()
+        if unknown or not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
+            raise ValueError(
+                f"`mix` must give weights to some of {', '.join(self.control.masks)}, at least 0 and not all 0, but is "
+                f"{dict(self.mix)}"
+            )
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(f"`mask_rate` must be between 0 and 1, but is {self.mask_rate}")
+        if self._longest_text < 1:
+            raise ValueError(f"`max_length` ({self.max_length}) leaves no room for a text")
+        self._worker: int | None = None
+        self._rng = random.Random(self.seed)
+        self._marks: dict[int, str] = {}
+
+    @property
+    def rng(self) -> random.Random:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.seed != self._worker:
+            self._worker = worker.seed  # torch's, another one for each worker and epoch
+            self._rng = random.Random(f"{self.seed}-{worker.seed}")
+        return self._rng
+
+    @property
+    def _longest_text(self) -> int:
+        # Each span costs a mask and a start token. There are at most as many spans as masked tokens, and the last span may
+        # go beyond the rate; the shifted form has one token more.
+        room = self.max_length - len(self.control.before) - len(self.control.after) - 3
+        return math.floor(room / (1 + 2 * self.mask_rate))
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.pad([self.make_row(feature)[1] for feature in features])
+
+    def make_row(self, feature: Mapping[str, Any]) -> tuple[str, Example]:
+        """The objective that was drawn for a text, and the row."""
+        tokens = self._tokens(feature)
+        objective = self.rng.choices(list(self.mix), weights=list(self.mix.values()))[0]
+        if objective == "sentence":
+            sentences = split_sentences([self._mark(token) for token in tokens])
+            if len(sentences) > 1:
+                spans = sample_sentence_spans(sentences, self.rng, self.mask_rate)
+            else:
+                objective = "token"
+        if objective == "token":
+            spans = sample_token_spans(len(tokens), self.rng, self.mask_rate)
+        elif objective == "document":
+            spans = sample_document_span(len(tokens), self.rng)
+        return objective, make_example(tokens, spans, self.control.masks[objective], self.control, self.rng)
+
+    def pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Rows as one batch, padded on the right."""
+        if self.shift_labels:
+            examples = [self._shift(example) for example in examples]
+        length = max(len(example.input_ids) for example in examples)
+        if self.pad_to_multiple_of is not None:
+            length = math.ceil(length / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.control.end if pad_id is None else pad_id
+
+        def rows(name: str, filling: int) -> torch.Tensor:
+            values = [getattr(example, name) for example in examples]
+            return torch.tensor([[*row, *[filling] * (length - len(row))] for row in values])
+
+        lengths = torch.tensor([len(example.input_ids) for example in examples])
+        return {
+            "input_ids": rows("input_ids", pad_id),
+            "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+            "position_ids": torch.stack([rows("positions", 0), rows("block_positions", 0)], dim=1),
+            "labels": rows("labels", IGNORED),
+        }
+
+    def _tokens(self, feature: Mapping[str, Any]) -> list[int]:
+        if "input_ids" in feature:
+            tokens = list(feature["input_ids"])
+        elif "text" in feature:
+            # What looks like a control token in a text is text.
+            encoding = self.tokenizer(feature["text"], add_special_tokens=False, split_special_tokens=True)
+            tokens = encoding["input_ids"]
+        else:
+            raise ValueError(f"a text needs a field `input_ids` or `text`, but has {sorted(feature) or 'none'}")
+        excess = len(tokens) - self._longest_text
+        if excess > 0:
+            start = self.rng.randint(0, excess)
+            tokens = tokens[start : start + self._longest_text]
+        return [int(token) for token in tokens]
+
+    def _mark(self, token: int) -> str:
+        if token not in self._marks:
+            self._marks[token] = str(self.tokenizer.convert_ids_to_tokens(token))
+        return self._marks[token]
+
+    def _shift(self, example: Example) -> Example:
+        """Labels one place later, where a loss that shifts looks for them."""
+        return Example(
+            [*example.input_ids, self.control.end],
+            [*example.positions, example.positions[-1]],
+            [*example.block_positions, example.block_positions[-1] + 1],
+            [IGNORED, *example.labels],
+        )
+
+
+# --- filling blanks --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def infill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    max_new_tokens: int = 64,
+    **generate_kwargs: Any,
+) -> str | list[str]:
+    """Fills every blank of a text, from left to right; what fills one is seen when the next is filled.
+
+    Args:
+        model: GLM or ChatGLM-6B.
+        text: with `[MASK]`, `[sMASK]` or `[gMASK]` in it, as often as wanted; or several such texts.
+        max_new_tokens: for each blank.
+        generate_kwargs: for `generate`, e.g. `num_beams=4`; one answer for each blank.
+
+    Returns:
+        The text or texts without blanks.
+
+    Raises:
+        ValueError: a text has no blank.
+    """
+    if not isinstance(text, str):
+        return [infill(model, tokenizer, single, max_new_tokens, **generate_kwargs) for single in text]
+    control = ControlTokens.of(tokenizer)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    context = [*control.before, *tokens, *control.after]
+    places = [place for place, token in enumerate(context) if token in control.masks.values()]
+    if not places:
+        raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
+    row = Example(context, [*range(len(context))], [0] * len(context), [])
+    for place in places:
+        row.input_ids.append(control.start)
+        row.positions.append(place)
+        row.block_positions.append(1)
+        span = _generate_span(model, control, row, max_new_tokens, **generate_kwargs)
+        row.input_ids.extend(span)
+        row.positions.extend([place] * len(span))
+        row.block_positions.extend(range(2, len(span) + 2))
+    filled = restore_text(row.input_ids, row.positions, row.block_positions)
+    filled = filled[len(control.before) : len(filled) - len(control.after)]
+    return str(tokenizer.decode(filled, skip_special_tokens=True))
+
+
+def _generate_span(
+    model: PreTrainedModel, control: ControlTokens, row: Example, max_new_tokens: int, **generate_kwargs: Any
+) -> list[int]:
+    input_ids = torch.tensor([row.input_ids], device=model.device)
+    position_ids = torch.tensor([[row.positions, row.block_positions]], device=model.device)
+    stops = generate_kwargs.pop("eos_token_id", control.end)
+    sequences = model.generate(  # type: ignore[operator]  # transformers gives `generate` to classes with a head only
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        position_ids=position_ids,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=generate_kwargs.pop("pad_token_id", control.end),
+        **generate_kwargs,
+    )
+    span = sequences[0, input_ids.shape[1] :].tolist()
+    ends = [index for index, token in enumerate(span) if token == control.end]
+    return span[: ends[0]] if ends else span
