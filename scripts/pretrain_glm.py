@@ -34,9 +34,7 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--mix", type=float, nargs=3, default=list(MIX.values()), metavar=tuple(MIX))
-    parser.add_argument(
-        "--infill", default=None, help="text with blanks to fill at the end; default: one of the texts"
-    )
+    parser.add_argument("--infill", nargs="+", help="texts with blanks to fill at the end; default: some of --texts")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -128,18 +126,16 @@ def main():
     print("| objective | loss before | after |\n|---|---|---|")
     for objective, loss in before.items():
         print(f"| {objective} | {loss:.2f} | {after[objective]:.2f} |")
-    blanked = args.infill or blank_out(sample, tokenizer)
-    print(f"{blanked}\n-> {infill(model.eval(), tokenizer, blanked, max_new_tokens=32)}")
+    for blanked in args.infill or blank_out(sample):
+        print(f"{blanked}\n-> {infill(model.eval(), tokenizer, blanked, max_new_tokens=32)}")
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
 
-def blank_out(texts, tokenizer):
-    """The shortest of the texts that has room for it, with a blank in its middle."""
-    texts = [text for text in texts if len(text) >= 12]
-    text = min(texts, key=len)
-    third = len(text) // 3
-    return f"{text[:third]}[MASK]{text[2 * third :]}"
+def blank_out(texts, count=3):
+    """Some of the shorter texts, each with a blank for its third quarter."""
+    texts = sorted((text for text in texts if len(text) >= 16), key=len)[:count]
+    return [f"{text[: len(text) // 2]}[MASK]{text[3 * len(text) // 4 :]}" for text in texts]
 
 
 if __name__ == "__main__":
