@@ -28,21 +28,16 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import (
-    and_masks,
-    causal_mask_function,
-    create_causal_mask,
-    or_masks,
-    padding_mask_function,
-)
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
+from .block_masks import block_mask, causal_block_mask
 from .documents import fixed_size
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -168,30 +163,13 @@ def _backend_mask(
             or_mask_function=None if prefix is None else prefix_mask_function(prefix),
             and_mask_function=None if documents is None else packed_mask_function(documents),
         )
-    # Not by transformers: its block mask refers to the length of a static cache, which has moved on when the mask is read.
-    batch, queries = inputs_embeds.shape[:2]
-    past, keys = 0, queries
-    if past_key_values is not None:
-        past, keys = past_key_values.get_query_offset(0), past_key_values.get_mask_sizes(queries, 0)[0]
-    positions = fixed_size(torch.arange(queries, device=inputs_embeds.device) + past)
-    mask_function = causal_mask_function
-    if prefix is not None:
-        mask_function = or_masks(mask_function, prefix_mask_function(fixed_size(prefix)))
-    if documents is not None:
-        mask_function = and_masks(mask_function, packed_mask_function(fixed_size(documents)))
-    if attention_mask is not None:
-        tokens = F.pad(attention_mask != 0, (0, max(0, keys - attention_mask.shape[1])))
-        mask_function = and_masks(mask_function, padding_mask_function(fixed_size(tokens)))
-
-    def from_positions(batch_idx, head_idx, q_idx, kv_idx):
-        return mask_function(batch_idx, head_idx, positions[q_idx], kv_idx)
-
-    return _block_mask(from_positions, batch, queries, keys, inputs_embeds.device)
-
-
-def _block_mask(mask_function: Callable, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    # torch's compiler for CPUs stumbles over some of these functions, and there the mask is quickly made without it.
-    return create_block_mask(mask_function, batch, None, queries, keys, device=device, _compile=device.type != "cpu")
+    return causal_block_mask(
+        inputs_embeds,
+        attention_mask,
+        past_key_values,
+        or_mask_function=None if prefix is None else prefix_mask_function(fixed_size(prefix)),
+        and_mask_function=None if documents is None else packed_mask_function(fixed_size(documents)),
+    )
 
 
 def prefix_mask_function(prefix: torch.Tensor) -> Callable:
@@ -268,7 +246,7 @@ def _given_mask(
         def look_up(batch_idx, head_idx, q_idx, kv_idx):
             return visible[batch_idx, q_idx, kv_idx]
 
-        return _block_mask(look_up, batch, queries, keys, visible.device)
+        return block_mask(look_up, batch, queries, keys, visible.device)
     if backend == "eager" and not additive:
         additive_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
         return additive_mask.masked_fill(~attention_mask, torch.finfo(inputs_embeds.dtype).min)
