@@ -298,12 +298,13 @@ def _hides_past(attention_mask: torch.Tensor | None, queries: int) -> bool:
 # --- the two calls ---------------------------------------------------------------------------------------------------
 
 
-def prefix_lm_attention(backend: str) -> Callable:
+def prefix_lm_attention(backend: str, interface: Callable | None = None) -> Callable:
     """The attention function of a backend, which takes a [`PrefixLMLayout`] for its `attention_mask` too.
 
-    Same arguments and results as transformers' attention functions.
+    Same arguments and results as transformers' attention functions, of which `interface` is the backend's.
     """
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+    if interface is None:
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if not isinstance(attention_mask, PrefixLMLayout):

@@ -14,9 +14,48 @@ from transformers.cache_utils import Cache
 
 from ..attention.prefix_lm import create_prefix_lm_mask
 
+# What `generate` calls `position_ids` on their way to the forward pass: PEFT's prefix tuning adds the number of its virtual
+# tokens to whatever has that name, and of a context whose block positions are not 0 nothing would be left.
+POSITIONS = "text_position_ids"
+
+
+def take_positions(
+    kwargs: dict[str, Any],
+    position_ids: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    start_id: int | None,
+    past_key_values: Cache | None,
+) -> torch.Tensor | None:
+    """The positions of a forward pass, from `generate` (which are taken out of `kwargs`) or else the caller's own.
+
+    Raises:
+        ValueError: the caller's own were shifted by PEFT's prefix tuning; or continuous batching asks, which knows neither
+            2-D positions nor a prefix.
+    """
+    if kwargs.get("cache") is not None:  # transformers' paged cache
+        raise ValueError(
+            "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model; "
+            "use `generate`"
+        )
+    if (generated := kwargs.pop(POSITIONS, None)) is not None:
+        return generated
+    if position_ids is None or position_ids.ndim != 3 or input_ids is None or start_id is None:
+        return position_ids
+    if past_key_values is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        return position_ids
+    shifted = (input_ids == start_id) & (position_ids[:, -1] > 1)
+    if int(past_key_values.get_seq_length()) > 0 and shifted.any():
+        raise ValueError(
+            "the start token has block position "
+            f"{int(position_ids[:, -1].expand_as(shifted)[shifted][0])} in `position_ids`, but must have 1: PEFT's prefix "
+            "tuning adds its virtual tokens to them. Leave `position_ids` out with it."
+        )
+    return position_ids
+
 
 class PrefixLMGenerationMixin:
-    """Stands in front of `GenerationMixin`; the model defines `positions_of_prompt`."""
+    """Stands in front of `GenerationMixin`; the model defines `positions_of_prompt`, and its backbone calls
+    [`take_positions`]."""
 
     def positions_of_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool
@@ -83,7 +122,7 @@ class PrefixLMGenerationMixin:
         learned_keys = getattr(self.config, "pre_seq_len", None)
         if learned_keys and next_sequence_length is not None and (past := int(past_key_values.get_seq_length())) > 0:
             next_sequence_length = length - (past - learned_keys)  # `generate` took the learned keys for tokens
-        return super().prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -92,6 +131,8 @@ class PrefixLMGenerationMixin:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        model_inputs[POSITIONS] = model_inputs.pop("position_ids")
+        return model_inputs
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):

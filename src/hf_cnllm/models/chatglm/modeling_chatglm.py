@@ -8,6 +8,8 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -16,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...modules.block_positions import Blanks, BlankTokens, check_blanks, find_blanks
 from ...modules.prefix_encoder import PrefixEncoder
-from ...modules.prefix_lm_generation import PrefixLMGenerationMixin
+from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
 from ...modules.rotary import rotate_half
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
@@ -96,8 +98,9 @@ class SelfAttention(nn.Module):
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
-        attention_interface: Callable = prefix_lm_attention(self.config._attn_implementation)
-        attn_output, attn_weights = attention_interface(
+        backend = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        attn_output, attn_weights = prefix_lm_attention(backend, attention_interface)(
             self,
             query_states,
             key_states,
@@ -239,6 +242,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
+        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, past_key_values)
         tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
         position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)
         if use_cache and past_key_values is None:

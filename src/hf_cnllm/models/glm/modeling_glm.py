@@ -14,7 +14,8 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MultipleChoiceModelOutput,
 )
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -24,7 +25,7 @@ from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix
 from ...modules.block_positions import BlankTokens, check_blanks, find_blanks
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.prefix_lm_generation import PrefixLMGenerationMixin
+from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
 from .configuration_glm import GLMConfig
 
 
@@ -59,8 +60,9 @@ class SelfAttention(nn.Module):
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
-        attention_interface: Callable = prefix_lm_attention(self.config._attn_implementation)
-        attn_output, attn_weights = attention_interface(
+        backend = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        attn_output, attn_weights = prefix_lm_attention(backend, attention_interface)(
             self,
             query_states,
             key_states,
@@ -217,6 +219,7 @@ class GLMModel(GLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
+        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, past_key_values)
         attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
         position_ids, context = self._positions_and_context(
             input_ids, attention_mask, position_ids, context_length, inputs_embeds, past_key_values
