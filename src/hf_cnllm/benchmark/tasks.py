@@ -161,7 +161,10 @@ class Bench:
         )
 
     def _prefill_once(self, model, input_ids):
-        return lambda: model(input_ids=input_ids, use_cache=True, logits_to_keep=1) and None
+        attention_mask = torch.ones_like(input_ids)  # as `generate` makes it; without one GLM is causal
+        return lambda: (
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1) and None
+        )
 
     def decode(self) -> Iterator[Row]:
         """A step of greedy `generate` with the default cache: the median step of each round."""

@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.glm.modeling_glm import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -45,12 +45,19 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each (batch, length, dim) with the frequencies twice, in the dtype of `hidden_states`."""
+        """cos and sin, each (batch, length, 1, dim) with every frequency twice, in the dtype of `hidden_states`."""
         channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
         inv_freq = 1.0 / self.base ** (channels / self.dim)
-        angles = (position_ids[..., None].float() / self.position_divisor) * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = (position_ids[..., None, None].float() / self.position_divisor) * inv_freq
+        angles = angles.repeat_interleave(2, dim=-1)
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the first channels of states [batch, length, heads, head_dim], as many as `cos` and `sin` have."""
+    turned, rest = states.tensor_split((cos.shape[-1],), dim=-1)
+    across = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    return torch.cat((turned * cos + across * sin, rest), dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -85,8 +92,8 @@ class SelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        query_states, key_states, value_states = self._split_heads(self.query_key_value(hidden_states))
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        mixed = self.query_key_value(hidden_states)
+        query_states, key_states, value_states = self._rotated_heads(mixed, *position_embeddings)
 
         if prefix is not None:
             key_states = torch.cat((prefix[0], key_states), dim=-2)
@@ -110,14 +117,16 @@ class SelfAttention(nn.Module):
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.dense(attn_output), attn_weights
 
-    def _split_heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _rotated_heads(self, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(batch, length, rows) -> query, key, value, each (batch, its heads, length, head_dim)."""
-        if self.config.multi_query_attention:
-            heads = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
-            states = mixed.unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)
-        else:
-            states = mixed.unflatten(-1, (self.num_heads, 3 * self.head_dim)).chunk(3, dim=-1)
-        return tuple(state.transpose(1, 2) for state in states)
+        if not self.config.multi_query_attention:
+            by_head = mixed.unflatten(-1, (self.num_heads, 3, self.head_dim))
+            mixed = by_head.transpose(-2, -3).flatten(-3)
+        states = mixed.unflatten(-1, (-1, self.head_dim))
+        # Queries and keys lie side by side and turn in one go.
+        turning, value = states.tensor_split((self.num_heads + self.num_key_value_heads,), dim=-2)
+        query, key = apply_rotary_pos_emb(turning, cos, sin).tensor_split((self.num_heads,), dim=-2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class MLP(nn.Module):
