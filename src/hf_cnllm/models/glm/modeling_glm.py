@@ -29,6 +29,10 @@ from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positi
 from .configuration_glm import GLMConfig
 
 
+class ResidualLinear(nn.Linear):
+    """A linear layer whose output is added to the residual stream. It starts smaller, nothing else."""
+
+
 class SelfAttention(nn.Module):
     """Attention over one packed projection with rows q | k | v."""
 
@@ -43,7 +47,7 @@ class SelfAttention(nn.Module):
         self.is_causal = True
         self.attention_dropout = config.attention_dropout_prob
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = ResidualLinear(config.hidden_size, config.hidden_size)
         self.output_dropout = nn.Dropout(config.output_dropout_prob)
 
     def forward(
@@ -80,7 +84,7 @@ class MLP(nn.Module):
     def __init__(self, config: GLMConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
-        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dense_4h_to_h = ResidualLinear(4 * config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN["gelu"]
         self.dropout = nn.Dropout(config.output_dropout_prob)
 
@@ -153,12 +157,10 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # As in Megatron-LM: what is added to the residual stream 2 · num_layers times starts that much smaller.
-        std = self.config.initializer_range / (2 * self.config.num_layers) ** 0.5
-        if isinstance(module, SelfAttention):
-            init.normal_(module.dense.weight, mean=0.0, std=std)
-        elif isinstance(module, MLP):
-            init.normal_(module.dense_4h_to_h.weight, mean=0.0, std=std)
+        if isinstance(module, ResidualLinear):
+            # As in Megatron-LM: what is added 2 · num_layers times starts that much smaller.
+            std = self.config.initializer_range / (2 * self.config.num_layers) ** 0.5
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class GLMModel(GLMPreTrainedModel):
@@ -285,12 +287,14 @@ class GLMModel(GLMPreTrainedModel):
         tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
         context = None
         if position_ids is None and tokens is not None:
-            if input_ids is None or (not torch.compiler.is_compiling() and int(past_length) > 0):
+            if input_ids is None:
                 raise ValueError(
-                    "positions can only be worked out from all of `input_ids`: with a cache or `inputs_embeds`, pass "
-                    "`position_ids` (batch, 2, length)"
+                    "positions can only be worked out from `input_ids`: with `inputs_embeds`, pass `position_ids` "
+                    "(batch, 2, length)"
                 )
-            position_ids, context = self._positions_of_texts(input_ids, tokens)
+            # Behind a cache, a text without a start token may be the rest of another one.
+            whole = torch.compiler.is_compiling() or int(past_length) == 0
+            position_ids, context = self._positions_of_texts(input_ids, tokens, start_needed=not whole)
         elif position_ids is None:
             position = torch.arange(length, device=inputs_embeds.device) + past_length
             position_ids = torch.stack([position, torch.zeros_like(position)])[None, :rows]
@@ -308,12 +312,15 @@ class GLMModel(GLMPreTrainedModel):
         self._check_positions(position_ids)
         return position_ids, context
 
-    def _positions_of_texts(self, input_ids: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions and context of texts, each with a span to fill its first blank, or without."""
+    def _positions_of_texts(
+        self, input_ids: torch.Tensor, tokens: torch.Tensor, start_needed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions and context of texts, each with a span to fill its first blank, or, if that is allowed, without."""
         control = BlankTokens.of(self.config, "sop_token_id")
         blanks = find_blanks(input_ids, tokens, control, ranked=False)
         if not torch.compiler.is_compiling():
-            check_blanks(blanks._replace(token=blanks.token & (blanks.start != blanks.missing)), input_ids, control)
+            checked = blanks.token if start_needed else blanks.token & (blanks.start != blanks.missing)
+            check_blanks(blanks._replace(token=checked), input_ids, control)
         return blanks.position_ids()[:, : self.rows_of_positions], blanks.context
 
     def _check_positions(self, position_ids: torch.Tensor) -> None:
@@ -466,6 +473,11 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         for states, choices, places in zip(hidden_states, choice_ids, choice_indices, strict=True):
             for choice, place in zip(choices, places, strict=True):
                 choice, place = (torch.as_tensor(ids, device=states.device).reshape(-1) for ids in (choice, place))
+                if len(choice) != len(place):
+                    raise ValueError(
+                        f"`choice_indices` has {len(place)} places for a choice of {len(choice)} tokens in `choice_ids`; "
+                        "every token needs one"
+                    )
                 log_probs = self.lm_head(states[place]).float().log_softmax(dim=-1)
                 scores.append(log_probs[torch.arange(len(choice), device=states.device), choice].sum())
         counts = {len(choices) for choices in choice_ids}
