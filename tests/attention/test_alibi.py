@@ -43,7 +43,9 @@ def attend(query, key, value, backend, attention_mask=None, cache=None, position
     config = config_of(heads, head_dim, backend)
     inputs = query.new_empty(query.shape[0], query.shape[2], 0)
     mask = create_alibi_mask(config, inputs, attention_mask, cache, position_ids)
-    output, _ = alibi_attention(backend)(Layer().eval(), query, key, value, mask, scaling=head_dim**-0.5)
+    layer = Layer().eval()
+    layer.num_key_value_groups = heads // key.shape[1]
+    output, _ = alibi_attention(backend)(layer, query, key, value, mask, scaling=head_dim**-0.5)
     return output.transpose(1, 2)
 
 
@@ -85,26 +87,49 @@ def test_prefill_matches_reference(backend, dtype, heads, length, head_dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folded_error_does_not_grow_with_length(dtype):
     """At 4,096 tokens the bias reaches thousands; the error stays that of a short input."""
-    query, key, value = random_qkv(1, 5, 3072, 16, dtype)
+    query, key, value = random_qkv(1, 5, 4096, 16, dtype)
     output = attend(query, key, value, "sdpa")
     torch.testing.assert_close(
         output.double(), reference(query, key, value), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
-@pytest.mark.parametrize("padding", [0, 3])
-def test_gradients_match_reference(backend, padding):
-    inputs = [tensor.double().requires_grad_() for tensor in random_qkv(2, 5, 37, 12)]
-    mask = torch.ones(2, 37, dtype=torch.long)
-    mask[1, :padding] = 0
-    allowed = (mask[:, None, None, :] != 0) & (mask[:, None, :, None] != 0)
-    weights = torch.randn(2, 5, 37, 12, dtype=torch.double) * (mask != 0)[:, None, :, None]
-    expected = torch.autograd.grad((reference(*inputs, allowed) * weights).sum(), inputs)
-    actual = torch.autograd.grad((attend(*inputs, backend, mask if padding else None) * weights).sum(), inputs)
-    for got, want in zip(actual, expected, strict=True):
-        # Slopes are fp32, and so is the softmax of eager and of the stand-in.
-        torch.testing.assert_close(got, want, atol=1e-6 if backend == "sdpa" else 5e-6, rtol=0)
+MASKS = {
+    # name: (padding and documents of a batch of two rows, 37 tokens each)
+    "none": None,
+    "left padding": torch.tensor([[1] * 37, [0] * 5 + [1] * 32]),
+    "right padding": torch.tensor([[1] * 37, [1] * 32 + [0] * 5]),
+    "packed": torch.tensor([[1] * 20 + [2] * 17, [1] + [2] * 8 + [3] * 28]),
+    "packed and padded": torch.tensor([[1] * 20 + [2] * 10 + [0] * 7, [1] * 37]),
+    "a row of padding": torch.tensor([[1] * 37, [0] * 37]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])  # flex attention has no backward on a CPU
+def test_outputs_and_gradients_match_reference(backend, name, kv_heads, dtype):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(2, heads, 37, 12, generator=generator).to(dtype).requires_grad_()
+        for heads in (8, kv_heads, kv_heads)
+    ]
+    mask = MASKS[name]
+    documents = torch.ones(2, 37, dtype=torch.long) if mask is None else mask
+    allowed = ((documents[:, :, None] == documents[:, None, :]) & (documents != 0)[:, None, :])[:, None]
+    real = (documents != 0)[:, None, :, None]
+    weights = torch.randn(2, 8, 37, 12, generator=generator).to(dtype) * real
+    output, expected = attend(*inputs, backend, mask), reference(*inputs, allowed)
+    assert output.isfinite().all()
+    # Slopes are fp32, and so is the softmax of eager and of the stand-in.
+    tolerance = max(TOLERANCE[dtype], 1e-6 if backend == "sdpa" else 5e-6)
+    torch.testing.assert_close(output.double() * real, expected * real, atol=tolerance, rtol=tolerance)
+    actual = torch.autograd.grad((output * weights).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weights.double()).sum(), inputs)
+    for got, want in zip(actual, wanted, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want.double(), atol=tolerance * want.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("heads", [5, 12])
