@@ -25,6 +25,17 @@ class BlindRows(NamedTuple):
     tokens: torch.Tensor | None = None
 
 
+def blind_padding(attention_mask: object, length: int) -> BlindRows | None:
+    """The rows of padding before the first token, in a prompt or training batch whose mask is [batch, length]; None if
+    there are none. Rows of padding behind a token see that token."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape[1:] != (length,) or length == 1:
+        return None
+    tokens = attention_mask != 0
+    if not torch.compiler.is_compiling() and tokens[:, 0].all():
+        return None
+    return BlindRows(tokens.cumsum(1) == 0)
+
+
 def fill_blind_rows(output: torch.Tensor, value: torch.Tensor, blind: BlindRows | None) -> torch.Tensor:
     """`output` [batch, queries, heads, head_dim] with its blind rows replaced by their mean of `value`
     [batch, heads, keys, head_dim]; in time and memory linear in the length."""

@@ -14,7 +14,8 @@ class CheckpointLoadingMixin:
 
         Raises:
             OSError: a safetensors file is damaged or truncated.
-            ValueError: the checkpoint holds no tensor of this family's backbone, which would stay random.
+            ValueError: the checkpoint holds another model's weights and none of this family's backbone, which would stay
+                random. A checkpoint without weights is left to transformers' report of missing ones.
         """
         try:
             model, info = super().from_pretrained(
@@ -26,7 +27,8 @@ class CheckpointLoadingMixin:
             ) from error
         backbone = {name for name, _ in model.named_parameters() if name.startswith(f"{cls.base_model_prefix}.")}
         backbone = backbone or {name for name, _ in model.named_parameters()}
-        if backbone <= set(info["missing_keys"]):
+        holds_others = any(name.endswith((".weight", ".bias")) for name in info["unexpected_keys"])
+        if holds_others and backbone <= set(info["missing_keys"]):
             raise ValueError(
                 f"The weights of {pretrained_model_name_or_path} are not those of a {cls.__name__}: none of its tensors "
                 f"has the name of one of the backbone's, such as {min(backbone)!r}. Is it another family's checkpoint?"

@@ -252,6 +252,36 @@ def test_a_mask_of_four_dimensions_tells_lengths_too(batch):
     assert_close(model(ids, attention_mask=causal).logits[real], model(ids, attention_mask=mask).logits[real])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["qwen", "qwen_72b", "qwen_bias"])
+@pytest.mark.parametrize("case_name", ["left_padded", "long_batched_left_padded"])
+@torch.no_grad()
+def test_padding_before_the_first_token_is_as_in_the_original(case_name, name, backend):
+    """The last of it predicts the first token, so the loss may depend on it."""
+    case = cases_of(name)[case_name]
+    model = load(name, backend, **case.config_overrides)
+    logits = model(case.inputs["input_ids"], attention_mask=case.inputs["attention_mask"]).logits
+    assert_close(logits, case.outputs["logits"])
+
+
+def test_left_padded_training_is_the_same_on_every_backend(batch):
+    ids, mask = batch
+    losses, gradients = {}, {}
+    for backend in BACKENDS:
+        model = load(backend=backend).train()
+        trains = backend != "flex_attention"  # torch has no backward pass for it on CPUs
+        with torch.set_grad_enabled(trains):
+            loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        losses[backend] = loss.item()
+        if trains:
+            loss.backward()
+            gradients[backend] = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert losses["sdpa"] == pytest.approx(losses["eager"], abs=2e-5)
+    assert losses["flex_attention"] == pytest.approx(losses["eager"], abs=2e-5)
+    for key, gradient in gradients["eager"].items():
+        torch.testing.assert_close(gradients["sdpa"][key], gradient, atol=1e-5, rtol=1e-3)
+
+
 def test_neither_ntk_nor_logn_acts_in_training(batch):
     ids = batch[0][:1]
     plain = load(use_dynamic_ntk=False, use_logn_attn=False).train()
@@ -537,8 +567,11 @@ def test_far_past_its_positions_a_model_works_and_warns_once_without_ntk(batch, 
     assert load()(ids).logits.isfinite().all()
     assert warnings == []
     model = load(use_dynamic_ntk=False)
-    for _ in range(2):
-        assert model(ids).logits.isfinite().all()
+    cache = None
+    for step in (ids, ids[:, :1], ids[:, :2]):
+        outputs = model(step, past_key_values=cache, use_cache=True)
+        assert outputs.logits.isfinite().all()
+        cache = outputs.past_key_values
     assert len(warnings) == 1 and "past `max_position_embeddings` (256)" in warnings[0]
 
 

@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...attention.blind_rows import BlindRows, blind_padding, fill_blind_rows
 from ...attention.logn import logn_scale
 from ...attention.window import create_window_masks, mask_name
 from ...chat.qwen import QWenChatMixin
@@ -87,6 +88,7 @@ class QWenAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
+        blind_rows: BlindRows | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -114,6 +116,7 @@ class QWenAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        attn_output = fill_blind_rows(attn_output, value_states, blind_rows)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.c_proj(attn_output), attn_weights
 
@@ -141,6 +144,7 @@ class QWenBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_scale: torch.Tensor | None = None,
+        blind_rows: BlindRows | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -150,6 +154,7 @@ class QWenBlock(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             query_scale=query_scale,
+            blind_rows=blind_rows,
             past_key_values=past_key_values,
             **kwargs,
         )
@@ -278,6 +283,7 @@ class QWenModel(QWenPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
+        blind_rows = blind_padding(attention_mask, length)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.num_hidden_layers]:
@@ -286,6 +292,7 @@ class QWenModel(QWenPreTrainedModel):
                 attention_mask=masks[block.mask_name],
                 position_embeddings=position_embeddings,
                 query_scale=query_scale,
+                blind_rows=blind_rows,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -299,8 +306,8 @@ class QWenModel(QWenPreTrainedModel):
         if reach is None or reach <= limit or self.config.use_dynamic_ntk or torch.compiler.is_compiling():
             return
         logger.warning_once(
-            f"The input reaches {reach} tokens, past `max_position_embeddings` ({limit}), with `use_dynamic_ntk` off: "
-            "expect worse predictions there. Load the model with `use_dynamic_ntk=True` for long inputs."
+            f"The input goes past `max_position_embeddings` ({limit}), with `use_dynamic_ntk` off: expect worse "
+            "predictions there. Load the model with `use_dynamic_ntk=True` for long inputs."
         )
 
 
