@@ -39,9 +39,9 @@ def take_positions(
         )
     if (generated := kwargs.pop(POSITIONS, None)) is not None:
         return generated
-    if position_ids is None or position_ids.ndim != 3 or input_ids is None or start_id is None:
+    if position_ids is None or position_ids.ndim != 3 or position_ids.shape[1] != 2 or input_ids is None:
         return position_ids
-    if past_key_values is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+    if start_id is None or past_key_values is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
         return position_ids
     shifted = (input_ids == start_id) & (position_ids[:, -1] > 1)
     if int(past_key_values.get_seq_length()) > 0 and shifted.any():

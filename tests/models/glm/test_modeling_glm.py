@@ -198,6 +198,9 @@ def test_without_block_positions_there_is_one_row():
     logits = model(ids, attention_mask=context, position_ids=positions).logits
     assert_close(model(ids, attention_mask=context, position_ids=positions[:, 0]).logits, logits)
     assert_close(model(ids, attention_mask=torch.ones_like(ids)).logits, logits)
+    cache = model(ids[:, :5], attention_mask=context, position_ids=positions[..., :5], use_cache=True).past_key_values
+    rest = model(ids[:, 5:], position_ids=positions[..., 5:], past_key_values=cache).logits
+    assert_close(rest, logits[:, 5:])
 
 
 def test_texts_longer_than_the_table_of_positions_are_refused():
