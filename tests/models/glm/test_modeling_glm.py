@@ -201,6 +201,14 @@ def test_without_block_positions_there_is_one_row():
     cache = model(ids[:, :5], attention_mask=context, position_ids=positions[..., :5], use_cache=True).past_key_values
     rest = model(ids[:, 5:], position_ids=positions[..., 5:], past_key_values=cache).logits
     assert_close(rest, logits[:, 5:])
+    mask = torch.ones_like(ids)
+    assert_close(model(ids, attention_mask=mask, position_ids=positions).logits, logits)
+    prompt = ids[:, :6]
+    expected = prompt
+    for _ in range(GREEDY["max_new_tokens"]):
+        step = model(expected, attention_mask=torch.ones_like(expected)).logits[:, -1:].argmax(-1)
+        expected = torch.cat([expected, step], dim=1)
+    assert torch.equal(model.generate(prompt, **GREEDY), expected)
 
 
 def test_texts_longer_than_the_table_of_positions_are_refused():

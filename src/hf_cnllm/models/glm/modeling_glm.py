@@ -309,6 +309,9 @@ class GLMModel(GLMPreTrainedModel):
             context = (torch.arange(length, device=inputs_embeds.device) < context_length).expand(batch_size, -1)
         elif tokens is not None and context is None and rows == 2:
             context = (position_ids[:, 1] == 0) & (tokens != 0)
+        elif tokens is not None and context is None and input_ids is not None and length > 1:
+            blanks = find_blanks(input_ids, tokens, BlankTokens.of(self.config, "sop_token_id"), ranked=False)
+            context = blanks.context & (blanks.start != blanks.missing)
         self._check_positions(position_ids)
         return position_ids, context
 
