@@ -206,7 +206,8 @@ def test_without_block_positions_there_is_one_row():
     prompt = ids[:, :6]
     expected = prompt
     for _ in range(GREEDY["max_new_tokens"]):
-        step = model(expected, attention_mask=torch.ones_like(expected)).logits[:, -1:].argmax(-1)
+        positions = model.positions_of_prompt(expected, None, check=False)
+        step = model(expected, attention_mask=context, position_ids=positions).logits[:, -1:].argmax(-1)
         expected = torch.cat([expected, step], dim=1)
     assert torch.equal(model.generate(prompt, **GREEDY), expected)
 
