@@ -22,6 +22,16 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_length(inputs_embeds: Tensor) -> None:
+    """Refuses sequences of no tokens.
+
+    Raises:
+        ValueError: inputs_embeds [batch, length, ...] has length 0.
+    """
+    if inputs_embeds.shape[1] == 0:
+        raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
+
+
 def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads: int, head_dim: int) -> None:
     """Refuses a cache that another model filled, or that holds other sequences.
 

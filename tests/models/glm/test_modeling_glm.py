@@ -267,6 +267,19 @@ def test_without_control_tokens_positions_must_be_given():
         model(ids, attention_mask=torch.ones_like(ids))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        ({"input_ids": torch.tensor([[10, 157]])}, r"`input_ids\[0, 1\]` is 157"),
+        ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, "length 0"),
+        ({}, "exactly one of input_ids or inputs_embeds"),
+    ],
+)
+def test_bad_input_is_named(inputs, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        load()(**inputs)
+
+
 # Generation and training
 
 

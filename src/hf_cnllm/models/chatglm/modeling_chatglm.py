@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...modules.block_positions import Blanks, BlankTokens, check_blanks, find_blanks
+from ...modules.inputs import check_cache, check_length, check_token_ids
 from ...modules.prefix_encoder import PrefixEncoder
 from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
 from ...modules.rotary import rotate_half
@@ -240,13 +241,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.word_embeddings(input_ids)
+        check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
         position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, past_key_values)
         tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
         position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        check_cache(
+            past_key_values, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
+        )
 
         prefix, past = None, past_key_values
         if self.prefix_encoder is not None:

@@ -18,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.block_masks import causal_block_mask
-from ...modules.inputs import check_cache, check_token_ids
+from ...modules.inputs import check_cache, check_length, check_token_ids
 from ...modules.prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
 from ..chatglm import modeling_chatglm_auto as auto
 from ..chatglm.configuration_chatglm import ChatGLMConfig
@@ -291,9 +291,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if inputs_embeds is None:
             check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embedding(input_ids)
+        check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
-        if length == 0:
-            raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
         if length > self.config.seq_length:
             logger.warning_once(
                 f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"

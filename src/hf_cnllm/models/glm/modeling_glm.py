@@ -25,6 +25,7 @@ from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix
 from ...modules.block_positions import BlankTokens, check_blanks, find_blanks
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
+from ...modules.inputs import check_cache, check_length, check_token_ids
 from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
 from .configuration_glm import GLMConfig
 
@@ -217,9 +218,15 @@ class GLMModel(GLMPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.word_embeddings(input_ids)
+        check_length(inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        heads = self.config.num_attention_heads
+        check_cache(
+            past_key_values, inputs_embeds.shape[0], self.config.num_layers, heads, self.config.hidden_size // heads
+        )
 
         position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, past_key_values)
         attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
