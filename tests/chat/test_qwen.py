@@ -201,6 +201,8 @@ def test_history_of_wrong_shape(tokenizer, history, complaint):
 
 
 def test_other_arguments_of_wrong_shape(tokenizer):
+    with pytest.raises(ValueError, match="system must be a string, but is None"):
+        make_context(tokenizer, "q", system=None)
     with pytest.raises(ValueError, match="query must be a string"):
         make_context(tokenizer, ["q"])
     with pytest.raises(ValueError, match="chat_format is 'llama'"):

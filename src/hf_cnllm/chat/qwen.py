@@ -40,6 +40,8 @@ def make_context(
         ValueError: arguments of another shape, an unknown format, or a history or system message in raw format.
     """
     history = checked_history(query, history)
+    if not isinstance(system, str):
+        raise ValueError(f"system must be a string, but is {system!r}.")
     if chat_format == "raw":
         if history or system:
             raise ValueError(

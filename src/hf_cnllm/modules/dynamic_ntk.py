@@ -114,6 +114,11 @@ class DynamicNtkRotaryEmbedding(nn.Module):
             return carried
         if prompt_lengths is not None:
             lengths = torch.as_tensor(prompt_lengths, device=inputs_embeds.device).reshape(-1, 1)
+            if lengths.shape[0] not in (1, batch_size):
+                raise ValueError(
+                    f"`prompt_lengths` holds {lengths.shape[0]} lengths, but the inputs are {batch_size} sequences. Give "
+                    "one for each."
+                )
         elif length <= self.seq_length:
             return self.plain
         elif past_key_values is None:

@@ -493,6 +493,9 @@ def test_windows_have_transformers_names_too(tmp_path):
         ({"n_embd": 96}, "`hidden_size` has two values, 48 and 96"),
         ({"pos_emb": "alibi"}, "`pos_emb` is 'alibi', but Qwen models have 'rotary'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "`rope_scaling` is .*, but Qwen models have None"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "`rope_parameters` is .*Qwen models have"),
+        ({"rope_parameters": {"rope_theta": 1_000_000}}, "`rope_parameters` is .*`rotary_emb_base`"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "`layer_types` is .* follows from `window_sizes`"),
         ({"model_type": "baichuan"}, "baichuan"),
     ],
 )
@@ -554,6 +557,8 @@ def test_ids_and_caches_that_do_not_belong_to_the_model_are_refused(batch):
                                          num_attention_heads=4, num_key_value_heads=4))  # fmt: skip
     with pytest.raises(ValueError, match="filled by another model"):
         model(ids, past_key_values=other(ids, use_cache=True).past_key_values)
+    with pytest.raises(ValueError, match="`prompt_lengths` holds 3 lengths, but the inputs are 1 sequences"):
+        model(ids, prompt_lengths=torch.tensor([9, 9, 9]))
     with pytest.raises(ValueError, match="holds 1 sequences, but the inputs are 2"):
         model(ids[:, :1].repeat(2, 1), past_key_values=model(ids, use_cache=True).past_key_values)
 

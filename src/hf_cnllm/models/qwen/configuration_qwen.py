@@ -137,11 +137,26 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         for name, only in ONLY_VALUES.items():
             if kwargs.get(name, only) != only:
                 raise ValueError(f"`{name}` is {kwargs[name]!r}, but Qwen models have {only!r}.")
+        self._refuse_other_positions(kwargs.get("rope_parameters") or {}, kwargs.pop("layer_types", None))
         if kwargs.get("use_cache_quantization"):
             logger.warning_once(
                 "`use_cache_quantization` is not in use here; call generate(cache_implementation='quantized') instead."
             )
         super().__post_init__(**kwargs)
+
+    def _refuse_other_positions(self, rope_parameters: dict[str, Any], layer_types: list[str] | None):
+        """transformers' common keys, where they say what this family's own do not."""
+        rope = {"rope_type": "default", "rope_theta": self.rotary_emb_base} | rope_parameters
+        if rope["rope_type"] != "default" or rope["rope_theta"] != self.rotary_emb_base:
+            raise ValueError(
+                f"`rope_parameters` is {rope_parameters}, but Qwen models have `rotary_emb_base` and `use_dynamic_ntk`. "
+                "Set these."
+            )
+        if layer_types is not None and list(layer_types) != self.layer_types:
+            raise ValueError(
+                f"`layer_types` is {layer_types}, but follows from `window_sizes` ({self.window_sizes}). Set that, and "
+                "leave `layer_types` out."
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
