@@ -27,16 +27,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, repeat_kv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
-from .documents import lookup_mask, same_document
+from .block_masks import causal_block_mask
+from .documents import fixed_size, lookup_mask, same_document
 
 
 class AlibiMask(NamedTuple):
@@ -53,6 +54,7 @@ class AlibiMask(NamedTuple):
             flex attention its `BlockMask`.
         sequences: flash attention's sequences, None for whole rows.
         keys: with flash attention, how many keys there are (a static cache has room for more).
+        positions: with flex attention, those of the queries (and more behind them).
     """
 
     slopes: torch.Tensor
@@ -62,6 +64,7 @@ class AlibiMask(NamedTuple):
     visible: torch.Tensor | BlockMask | None = None
     sequences: FlashSequences | None = None
     keys: int | None = None
+    positions: torch.Tensor | None = None
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -223,12 +226,8 @@ def create_alibi_mask(
     key_positions = torch.arange(keys, device=device)
     query_positions = torch.arange(queries, device=device) + offset
     if backend == "flex_attention":
-        return AlibiMask(
-            slopes,
-            visible=_block_mask(
-                config, inputs_embeds, attention_mask, past_key_values, query_positions, key_positions
-            ),
-        )
+        visible = _block_mask(inputs_embeds, attention_mask, past_key_values, query_positions, key_positions)
+        return AlibiMask(slopes, visible=visible, positions=fixed_size(query_positions))
 
     plain = backend == "sdpa" and queries > 1 and _is_padding_only(attention_mask, offset)
     visible = None if plain else _visible(attention_mask, query_positions, key_positions, dtype)
@@ -327,43 +326,28 @@ def _visible(
 
 
 def _block_mask(
-    config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
 ) -> BlockMask:
-    """Flex attention's form of [`_visible`]: the same rules as functions of the indices."""
-    keys, rule, complete = len(key_positions), None, False
-    offset = 0 if past_key_values is None else past_key_values.get_query_offset(0)
-    static = isinstance(offset, torch.Tensor)
-    first = query_positions[0] if static else offset
+    """Flex attention's form of [`_visible`]: the same rules as functions of the positions."""
+    rule, complete = None, False
     if attention_mask is not None and attention_mask.ndim == 2:
-        rule = same_document(F.pad(attention_mask, (0, max(0, keys - attention_mask.shape[-1]))))
+        rule = same_document(F.pad(attention_mask, (0, max(0, len(key_positions) - attention_mask.shape[-1]))))
     elif attention_mask is not None and attention_mask.ndim == 3:
-        rule = lookup_mask(attention_mask != 0, first)
+        rule = lookup_mask(attention_mask != 0, query_positions[0])
     elif attention_mask is not None:
         keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        rule, complete = lookup_mask(keeps[:, 0], first), True
-    if not static:
-        return create_causal_mask(  # type: ignore[return-value]  # a BlockMask for flex attention
-            config,
-            inputs_embeds,
-            None,
-            past_key_values,
-            or_mask_function=rule if complete else None,
-            and_mask_function=rule,
-        )
-
-    # A static cache's length, to which transformers' functions keep a reference, has moved on when the mask is read.
-    def visible(batch_idx, head_idx, q_idx, kv_idx):
-        allowed = kv_idx <= first + q_idx if not complete else kv_idx >= 0
-        return allowed if rule is None else allowed & rule(batch_idx, head_idx, first + q_idx, kv_idx)
-
-    device = inputs_embeds.device
-    batch, queries = inputs_embeds.shape[:2]
-    return create_block_mask(visible, batch, None, queries, keys, device=device, _compile=device.type != "cpu")
+        rule, complete = lookup_mask(keeps[:, 0], query_positions[0]), True
+    return causal_block_mask(
+        inputs_embeds,
+        None,
+        past_key_values,
+        or_mask_function=rule if complete else None,
+        and_mask_function=rule,
+    )
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------
@@ -417,10 +401,10 @@ def alibi_flex_attention(
     """The bias as a `score_mod`, the mask as a `BlockMask`."""
     if dropout > 0:
         raise ValueError("flex_attention has no attention dropout; use sdpa or eager.")
-    slopes, offset = attention_mask.slopes, key.shape[2] - query.shape[2]
+    slopes, positions = attention_mask.slopes, attention_mask.positions
 
     def add_bias(score, batch_idx, head_idx, q_idx, kv_idx):
-        return score + slopes[head_idx] * (kv_idx - q_idx - offset)
+        return score + slopes[head_idx] * (kv_idx - positions[q_idx])
 
     groups = query.shape[1] // key.shape[1]
     output = compile_friendly_flex_attention(

@@ -21,7 +21,9 @@ def fixed_size(lookup: torch.Tensor) -> torch.Tensor:
     for dim in reversed(range(lookup.ndim)):
         step = 16 if dim == 0 and lookup.ndim > 1 else 1024
         padding += [0, -lookup.shape[dim] % step]
-    return F.pad(lookup, padding)
+    lookup = F.pad(lookup, padding)
+    torch._dynamo.mark_static(lookup)
+    return lookup
 
 
 def same_document(documents: torch.Tensor) -> Callable:
@@ -36,8 +38,8 @@ def same_document(documents: torch.Tensor) -> Callable:
     return mask_function
 
 
-def lookup_mask(allowed: torch.Tensor, first_query: torch.Tensor | int) -> Callable:
-    """Mask function that looks up a bool mask [batch, queries, keys], whose first row is position `first_query`."""
+def lookup_mask(allowed: torch.Tensor, first_query: torch.Tensor) -> Callable:
+    """Mask function that looks up a bool mask [batch, queries, keys], whose first row is position `first_query`, 0-d."""
 
     allowed = fixed_size(allowed)
 
