@@ -226,8 +226,8 @@ def create_alibi_mask(
     key_positions = torch.arange(keys, device=device)
     query_positions = torch.arange(queries, device=device) + offset
     if backend == "flex_attention":
-        visible = _block_mask(inputs_embeds, attention_mask, past_key_values, query_positions, key_positions)
-        return AlibiMask(slopes, visible=visible, positions=fixed_size(query_positions))
+        blocks = _block_mask(inputs_embeds, attention_mask, past_key_values, query_positions, key_positions)
+        return AlibiMask(slopes, visible=blocks, positions=fixed_size(query_positions))
 
     plain = backend == "sdpa" and queries > 1 and _is_padding_only(attention_mask, offset)
     visible = None if plain else _visible(attention_mask, query_positions, key_positions, dtype)
