@@ -32,12 +32,34 @@ def check_length(inputs_embeds: Tensor) -> None:
         raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
 
 
+def check_mask(attention_mask: object, batch_size: int, past_length: int | Tensor, length: int) -> None:
+    """Refuses a mask of fewer than 4 dimensions that is not [batch, past + length]. A static cache counts in a tensor,
+    which is not looked at.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim > 3:
+        return
+    keys = past_length + length if isinstance(past_length, int) else attention_mask.shape[-1]
+    if attention_mask.shape != (batch_size, keys):
+        raise ValueError(
+            f"`attention_mask` has shape {list(attention_mask.shape)}, but the inputs are {batch_size} sequences of "
+            f"{keys} tokens, those in `past_key_values` included. Pass a mask of shape [{batch_size}, {keys}]."
+        )
+
+
 def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads: int, head_dim: int) -> None:
-    """Refuses a cache that another model filled, or that holds other sequences.
+    """Refuses a cache that another model filled, or that holds other sequences, and the tuples of older versions.
 
     Raises:
         ValueError: naming what differs.
     """
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`past_key_values` is of type {type(cache).__name__}, but must be a transformers `Cache`, such as "
+            "`DynamicCache()`, which a forward pass with `use_cache=True` returns."
+        )
     if cache is None or not cache.layers:
         return
     grows = getattr(cache, "layer_class_to_replicate", None) is not None

@@ -30,7 +30,7 @@ from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
 from ...modules.dynamic_ntk import DynamicNtkRotaryEmbedding
-from ...modules.inputs import check_cache, check_token_ids
+from ...modules.inputs import check_cache, check_length, check_mask, check_token_ids
 from ...modules.rotary import apply_rotary_pos_emb
 from .configuration_qwen import QWenConfig
 from .generation_qwen import QWenGenerationMixin
@@ -252,13 +252,13 @@ class QWenModel(QWenPreTrainedModel):
             check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.wte(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
-        if length == 0:
-            raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
+        check_length(inputs_embeds)
         check_cache(past_key_values, batch_size, len(self.h), self.config.num_attention_heads, self.config.kv_channels)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        check_mask(attention_mask, batch_size, past_length, length)
         inv_freq = self.rotary_emb.plain
         is_served = any(kwargs.get(argument) is not None for argument in ENGINE_ARGUMENTS)
         if self.config.use_dynamic_ntk and not self.training and not is_served:
