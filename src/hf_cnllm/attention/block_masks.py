@@ -9,10 +9,45 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedConfig, masking_utils
 from transformers.cache_utils import Cache
-from transformers.masking_utils import and_masks, causal_mask_function, or_masks, padding_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    find_packed_sequence_indices,
+    or_masks,
+    padding_mask_function,
+)
 
-from .documents import fixed_size
+from .documents import fixed_size, same_document
+
+
+def create_causal_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    and_mask_function: Callable | None = None,
+) -> torch.Tensor | BlockMask | None:
+    """transformers' function of this name; with flex attention [`causal_block_mask`] makes the mask.
+
+    Without mask and cache, restarts in `position_ids` (batch or 1, length) separate packed documents.
+    """
+    is_2d = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+    if config._attn_implementation != "flex_attention" or not is_2d:
+        return masking_utils.create_causal_mask(
+            config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            position_ids,
+            and_mask_function=and_mask_function,
+        )
+    if position_ids is not None and attention_mask is None and past_key_values is None:
+        documents = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
+        and_mask_function = and_mask_function if documents is None else same_document(documents + 1)
+    return causal_block_mask(inputs_embeds, attention_mask, past_key_values, and_mask_function=and_mask_function)
 
 
 def causal_block_mask(
@@ -33,7 +68,9 @@ def causal_block_mask(
     batch, queries = inputs_embeds.shape[:2]
     past, keys = 0, queries
     if past_key_values is not None:
-        past, keys = past_key_values.get_query_offset(0), past_key_values.get_mask_sizes(queries, 0)[0]
+        # Layers with windows keep less; this is the mask of those without.
+        layer_idx = past_key_values.is_sliding.index(False) if False in past_key_values.is_sliding else 0
+        past, keys = past_key_values.get_query_offset(layer_idx), past_key_values.get_mask_sizes(queries, layer_idx)[0]
     positions = fixed_size(torch.arange(queries, device=inputs_embeds.device) + past)
     mask_function = causal_mask_function
     if or_mask_function is not None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from .block_masks import create_causal_mask
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
 from ...attention.blind_rows import BlindRows, fill_blind_rows
+from ...attention.block_masks import create_causal_mask
 from ...attention.documents import packed_documents
 from ...chat.baichuan import BaichuanChatMixin
 from ...losses import causal_lm_loss

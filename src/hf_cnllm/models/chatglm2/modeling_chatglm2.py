@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate, find_packed_sequence_indices
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,7 +16,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...attention.block_masks import causal_block_mask
+from ...attention.block_masks import create_causal_mask
 from ...modules.inputs import check_cache, check_length, check_token_ids
 from ...modules.prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
 from ..chatglm import modeling_chatglm_auto as auto
@@ -207,21 +206,6 @@ def is_packed(position_ids: torch.Tensor | None) -> bool:
     return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
 
 
-def create_mask(
-    config: ChatGLMConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor,
-) -> torch.Tensor | BlockMask | None:
-    """transformers' causal mask; flex attention's is our own, which compiles everywhere, but for packed sequences."""
-    packed = past_key_values is None and attention_mask is None and is_packed(position_ids)
-    plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
-    if config._attn_implementation == "flex_attention" and plain and not packed:
-        return causal_block_mask(inputs_embeds, attention_mask, past_key_values)
-    return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
-
-
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     architecture = "chatglm2"
     _no_split_modules = ["GLMBlock"]
@@ -320,7 +304,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if position_ids is None:
             position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
 
-        causal_mask = create_mask(
+        causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=with_prefix_columns(attention_mask, self.config.pre_seq_len),
