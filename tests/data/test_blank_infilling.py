@@ -349,3 +349,11 @@ def test_infill_fills_every_blank(tokenizer):
     assert infill(model, tokenizer, [blanked, blanked]) == [infill(model, tokenizer, blanked)] * 2
     with pytest.raises(ValueError, match="has no blank"):
         infill(model, tokenizer, "没有空白。")
+
+
+def test_a_causal_model_is_told_that_it_fills_no_blanks(tokenizer):
+    config = ChatGLMConfig(
+        vocab_size=99, hidden_size=16, ffn_hidden_size=16, kv_channels=8, num_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(TypeError, match="fills no blanks: GLM and ChatGLM-6B do"):
+        infill(ChatGLMForConditionalGeneration(config), tokenizer, "你好[MASK]")

@@ -386,8 +386,13 @@ def infill(
         The text or texts without blanks.
 
     Raises:
+        TypeError: the model fills no blanks.
         ValueError: a text has no blank.
     """
+    if not hasattr(model, "positions_of_prompt"):
+        raise TypeError(
+            f"{type(model).__name__} fills no blanks: GLM and ChatGLM-6B do, ChatGLM2 and ChatGLM3 are causal"
+        )
     if not isinstance(text, str):
         return [infill(model, tokenizer, single, max_new_tokens, **generate_kwargs) for single in text]
     control = ControlTokens.of(tokenizer)
