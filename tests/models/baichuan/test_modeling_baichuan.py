@@ -37,6 +37,19 @@ def test_golden(case, backend):
     check_case(load(case.golden, backend, **case.config_overrides), case)
 
 
+@pytest.mark.compiled
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex attention for CPUs with g++")
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [("baichuan2_7b", ("plain", "decode_left_padded")), ("baichuan2_13b", ("packed", "mask3d", "decode"))],
+)
+def test_flex_attention_compiles_at_changing_sizes(name, cases):
+    model = load(name, "flex_attention")
+    for case in cases:
+        check_case(model, cases_of(name)[case])
+
+
 @pytest.mark.parametrize("name", ["baichuan_13b", "baichuan2_13b"])
 def test_golden_alibi_slopes(name):
     outputs = cases_of(name)["alibi"].outputs
