@@ -39,7 +39,7 @@ def ntk_alpha(length: int, seq_length: int) -> int:
 
 
 def inverse_frequencies(dim: int, base: float, alpha: int = 1) -> Tensor:
-    """theta of the formula above, (dim / 2,) in fp32, for `dim` rotated dimensions."""
+    """theta of the formula above, (ceil(dim / 2),) in fp32, for `dim` rotated dimensions."""
     if alpha != 1:
         base = base * alpha ** (dim / (dim - 2))
     return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
@@ -49,7 +49,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
     """Cosines and sines of the half-split RoPE, under each row's own NTK factor.
 
     Args:
-        dim: number of rotated dimensions of a head.
+        dim: number of rotated dimensions of a head. An odd one is completed to pairs.
         base: the rotary base.
         seq_length: trained length in tokens; None: not known, and no NTK.
     """
@@ -65,7 +65,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
 
     def compute_inv_freq(self) -> Tensor:
         """(1 or DOUBLINGS + 1, dim / 2): row n holds alpha = 2^(n + 1) - 1, for prompts of at most 2^n S tokens."""
-        rows = 1 if self.seq_length is None or self.dim == 2 else DOUBLINGS + 1
+        rows = 1 if self.seq_length is None or self.dim <= 2 else DOUBLINGS + 1
         return torch.stack([inverse_frequencies(self.dim, self.base, 2 ** (row + 1) - 1) for row in range(rows)])
 
     def _apply(self, fn, recurse: bool = True):

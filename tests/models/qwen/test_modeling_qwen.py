@@ -92,6 +92,21 @@ def test_a_chunk_with_a_cache_answers_like_the_full_forward(name, backend):
     assert_close(full[:, :prefill], case.outputs["logits"][:, :prefill])
 
 
+def test_an_odd_number_of_rotated_dimensions_is_completed_to_pairs():
+    model = load(rotary_pct=0.3)  # 4.8 of 16, cut to 4
+    assert model.transformer.rotary_emb.inv_freq.shape[-1] == 2
+    model = load(rotary_pct=0.35)  # 5.6, cut to 5: three frequencies that turn six dimensions
+    angles = torch.arange(7)[:, None] / 10_000 ** (torch.tensor([0.0, 2.0, 4.0]) / 5)
+    query = torch.randn(1, 3, 7, 16)
+    a, b, rest = query.split([3, 3, 10], dim=-1)
+    expected = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], dim=-1)
+    rotary, attention = model.transformer.rotary_emb, model.transformer.h[0].attn
+    rotated = attention._rotate(query, query, *rotary(query, torch.arange(7)[None], rotary.plain))
+    assert_close(rotated[0], expected)
+    with torch.no_grad():
+        assert model(torch.randint(0, 151, (1, 70))).logits.isfinite().all()
+
+
 # --- dynamic NTK, in every way of generating ----------------------------------------------------------------------
 
 
@@ -477,8 +492,9 @@ def test_windows_have_transformers_names_too(tmp_path):
     [
         ({"rotary_pct": 0}, r"`rotary_pct` must be in \(0, 1\], got 0"),
         ({"rotary_pct": 1.5}, "`rotary_pct` must be in"),
-        ({"rotary_pct": 0.2}, "`rotary_pct` .* gives 3 rotated dimensions"),
-        ({"rotary_pct": 0.125}, "it must be an even number, at least 4"),
+        ({"rotary_pct": 0.125}, "`rotary_pct` .* gives 2 rotated dimensions. It must be at least 3"),
+        ({"rotary_pct": 0.01, "use_dynamic_ntk": False}, "gives 0 rotated dimensions. It must be at least 1"),
+        ({"kv_channels": 15}, "gives 15 rotated dimensions.* needs one more"),
         ({"seq_length": None}, "`use_dynamic_ntk` is on, but `seq_length`, the trained length, is missing"),
         ({"seq_length": None, "use_dynamic_ntk": False}, "`use_logn_attn` is on, but `seq_length`"),
         ({"seq_length": 0}, "`seq_length` must be a positive number"),

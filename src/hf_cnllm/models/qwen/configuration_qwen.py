@@ -206,7 +206,8 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """Number of rotated dimensions of a head."""
+        """Number of rotated dimensions of a head, by which frequencies are computed. If it is odd, one more is rotated,
+        as in the original, to complete the last pair."""
         return int(self.kv_channels * self.rotary_pct)
 
     def validate_architecture(self):
@@ -222,11 +223,12 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
             )
         if not 0 < self.rotary_pct <= 1:
             raise ValueError(f"`rotary_pct` must be in (0, 1], got {self.rotary_pct}.")
-        smallest = 4 if self.use_dynamic_ntk else 2
-        if self.rotary_dim % 2 != 0 or self.rotary_dim < smallest:
+        smallest = 3 if self.use_dynamic_ntk else 1
+        if self.rotary_dim < smallest or self.rotary_dim + self.rotary_dim % 2 > self.kv_channels:
             raise ValueError(
                 f"`rotary_pct` ({self.rotary_pct}) of `kv_channels` ({self.kv_channels}) gives {self.rotary_dim} rotated "
-                f"dimensions; it must be an even number, at least {smallest}."
+                f"dimensions. It must be at least {smallest} (3 with `use_dynamic_ntk`), and an odd number needs one more "
+                "to pair with."
             )
         self._validate_long_context()
         if sum(getattr(self, flag) for flag in DTYPE_FLAGS) > 1:

@@ -73,7 +73,6 @@ class QWenAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.kv_channels
-        self.rotary_dim = config.rotary_dim
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.sliding_window = config.window_sizes[layer_idx] if config.window_sizes else None
@@ -121,10 +120,11 @@ class QWenAttention(nn.Module):
         return self.c_proj(attn_output), attn_weights
 
     def _rotate(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        if self.rotary_dim == self.head_dim:
+        rotated = cos.shape[-1]
+        if rotated == self.head_dim:
             return apply_rotary_pos_emb(query, key, cos, sin)
-        query, query_rest = query.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
-        key, key_rest = key.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        query, query_rest = query.split([rotated, self.head_dim - rotated], dim=-1)
+        key, key_rest = key.split([rotated, self.head_dim - rotated], dim=-1)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
         return torch.cat((query, query_rest), dim=-1), torch.cat((key, key_rest), dim=-1)
 
