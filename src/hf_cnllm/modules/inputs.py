@@ -33,13 +33,13 @@ def check_length(inputs_embeds: Tensor) -> None:
 
 
 def check_mask(attention_mask: object, batch_size: int, past_length: int | Tensor, length: int) -> None:
-    """Refuses a mask of fewer than 4 dimensions that is not [batch, past + length]. A static cache counts in a tensor,
+    """Refuses a mask that is neither 4-D nor [batch, past + length]. A static cache counts in a tensor,
     which is not looked at.
 
     Raises:
         ValueError: naming both shapes.
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim > 3:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4:
         return
     keys = past_length + length if isinstance(past_length, int) else attention_mask.shape[-1]
     if attention_mask.shape != (batch_size, keys):

@@ -33,6 +33,7 @@ from ...chat.baichuan import BaichuanChatMixin
 from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
+from ...modules.inputs import check_cache, check_length, check_mask, check_token_ids
 from ...modules.norm_head import NormHead
 from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from .configuration_baichuan import BaichuanConfig
@@ -221,11 +222,14 @@ class BaichuanModel(BaichuanPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
+        check_length(inputs_embeds)
+        batch_size, length = inputs_embeds.shape[:2]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        heads = self.config.num_attention_heads
+        check_cache(past_key_values, batch_size, len(self.layers), heads, self.config.hidden_size // heads)
 
         if self.config.position_embedding == "alibi":
             if "cache" in kwargs:  # only continuous batching has it
@@ -239,14 +243,10 @@ class BaichuanModel(BaichuanPreTrainedModel):
             else:
                 mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         else:
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim not in (2, 4):
-                raise ValueError(
-                    f"`attention_mask` has shape {tuple(attention_mask.shape)}; with RoPE it must have 2 dimensions "
-                    "[batch, keys] or 4 [batch, 1, queries, keys]."
-                )
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            check_mask(attention_mask, batch_size, past_length, length)
             if position_ids is None:
-                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+                position_ids = torch.arange(length, device=inputs_embeds.device) + past_length
                 position_ids = position_ids.unsqueeze(0)
             mask = create_causal_mask(
                 config=self.config,
@@ -257,7 +257,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 and_mask_function=packed_documents(self.config, attention_mask),
             )
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        blind_rows = self._find_blind_rows(attention_mask, inputs_embeds.shape[1])
+        blind_rows = self._find_blind_rows(attention_mask, length)
 
         hidden_states = inputs_embeds
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
