@@ -4,6 +4,7 @@ Each row of `FAMILIES` is a tiny golden checkpoint in the original layout; each 
 one family is in that family's own tests.
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 
 import pytest
@@ -261,3 +262,31 @@ def test_the_forward_pass_compiles_without_a_graph_break(row):
         torch.testing.assert_close(
             compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=TOLERANCE, rtol=0
         )
+
+
+@families
+@pytest.mark.parametrize("shape", [(8,), (1, 5), (3, 8), (1, 1, 1, 8, 8)])
+@torch.no_grad()
+def test_a_mask_that_does_not_fit_is_refused(row, shape):
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        load(row)(prompt(row, 8), attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+@families
+@torch.no_grad()
+def test_a_mask_shorter_than_the_cache_is_refused(row):
+    model = load(row)
+    cache = model(prompt(row, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape .*9"):
+        model(torch.tensor([[20]]), attention_mask=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+
+
+@families
+@pytest.mark.parametrize(
+    ("backend", "error"), [("sdpaa", "is not supported"), ("flash_attention_2", "FlashAttention2 has been toggled on")]
+)
+def test_a_backend_that_is_misspelt_or_not_installed_is_named(row, backend, error):
+    if backend == "flash_attention_2" and importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    with pytest.raises((ValueError, ImportError), match=error):
+        load(row, backend)

@@ -226,6 +226,13 @@ def test_nothing_is_computed_for_what_is_frozen(frozen):
     torch.testing.assert_close(trained.grad, gradient)
 
 
+def test_strides_make_no_difference():
+    hidden_states, weight, _, labels = make_head_batch()
+    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (hidden_states, weight, labels)]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    torch.testing.assert_close(chunked_causal_lm_loss(*strided), chunked_causal_lm_loss(hidden_states, weight, labels))
+
+
 def test_no_grad_takes_no_gradients(monkeypatch):
     hidden_states, weight, _, labels = make_head_batch()
     expected = reference_causal_lm_loss(hidden_states, weight, labels)

@@ -132,6 +132,14 @@ def test_outputs_and_gradients_match_reference(backend, name, kv_heads, dtype):
         torch.testing.assert_close(got.double(), want.double(), atol=tolerance * want.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_make_no_difference(backend):
+    query = torch.randn(2, 33, 8, 12).transpose(1, 2)
+    key, value = (torch.randn(1, 8, 33, 24)[..., ::2].expand(2, -1, -1, -1) for _ in range(2))
+    contiguous = (tensor.contiguous() for tensor in (query, key, value))
+    torch.testing.assert_close(attend(query, key, value, backend), attend(*contiguous, backend), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("heads", [5, 12])
 def test_folded_gradients_are_as_exact_as_a_dense_bias(heads):
     """In fp32 too, where a backward kernel that scales k' would lose the far end of the position column."""

@@ -106,6 +106,16 @@ def test_two_calls_are_exact(name, kv_heads, monkeypatch):
     assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
 
 
+def test_strides_make_no_difference(monkeypatch):
+    monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
+    prefix, documents = batch_of(BATCHES["left padding"])
+    states = [state.detach() for state in make_states(*prefix.shape)]
+    strided = [torch.stack([state, state], dim=-1)[..., 0] for state in states]
+    assert not any(state.is_contiguous() for state in strided)
+    output, expected = (attend("sdpa", given, prefix, documents)[0] for given in (strided, states))
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["one text", "rows that differ", "left padding", "packed", "long"])
 def test_learned_keys_in_front_are_seen_by_all(name, monkeypatch):
     monkeypatch.setattr(prefix_lm, "BLOCK", 16)

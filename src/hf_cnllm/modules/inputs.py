@@ -32,6 +32,12 @@ def check_length(inputs_embeds: Tensor) -> None:
         raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
 
 
+def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int | Tensor:
+    """How many tokens `cache` holds; the learned keys of P-tuning, which come with the first of them, are none."""
+    length = cache.get_seq_length() if cache is not None else 0
+    return length - learned_keys if learned_keys and isinstance(length, int) and length else length
+
+
 def check_mask(attention_mask: object, batch_size: int, past_length: int | Tensor, length: int) -> None:
     """Refuses a mask that is neither 4-D nor [batch, past + length]. A static cache counts in a tensor,
     which is not looked at.

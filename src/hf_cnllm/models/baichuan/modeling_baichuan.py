@@ -33,7 +33,7 @@ from ...chat.baichuan import BaichuanChatMixin
 from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.inputs import check_cache, check_length, check_mask, check_token_ids
+from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
 from ...modules.norm_head import NormHead
 from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from .configuration_baichuan import BaichuanConfig
@@ -243,7 +243,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             else:
                 mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         else:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cached_length(past_key_values)
             check_mask(attention_mask, batch_size, past_length, length)
             if position_ids is None:
                 position_ids = torch.arange(length, device=inputs_embeds.device) + past_length

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...modules.block_positions import Blanks, BlankTokens, check_blanks, find_blanks
-from ...modules.inputs import check_cache, check_length, check_token_ids
+from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
 from ...modules.prefix_encoder import PrefixEncoder
 from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
 from ...modules.rotary import rotate_half
@@ -245,6 +245,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             inputs_embeds = self.word_embeddings(input_ids)
         check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
+        check_mask(attention_mask, batch_size, cached_length(past_key_values, self.config.pre_seq_len), length)
         position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, past_key_values)
         tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
         position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)

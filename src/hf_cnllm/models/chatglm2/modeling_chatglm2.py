@@ -17,7 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.block_masks import create_causal_mask
-from ...modules.inputs import check_cache, check_length, check_token_ids
+from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
 from ...modules.prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
 from ..chatglm import modeling_chatglm_auto as auto
 from ..chatglm.configuration_chatglm import ChatGLMConfig
@@ -286,6 +286,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         check_cache(
             past_key_values, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
         )
+
+        check_mask(attention_mask, batch_size, cached_length(past_key_values, self.config.pre_seq_len), length)
 
         prefix, past = None, past_key_values
         if self.prefix_encoder is not None:

@@ -25,7 +25,7 @@ from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix
 from ...modules.block_positions import BlankTokens, check_blanks, find_blanks
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.inputs import check_cache, check_length, check_token_ids
+from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
 from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
 from .configuration_glm import GLMConfig
 
@@ -230,6 +230,7 @@ class GLMModel(GLMPreTrainedModel):
 
         position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, past_key_values)
         attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
+        check_mask(attention_mask, inputs_embeds.shape[0], cached_length(past_key_values), inputs_embeds.shape[1])
         position_ids, context = self._positions_and_context(
             input_ids, attention_mask, position_ids, context_length, inputs_embeds, past_key_values
         )
