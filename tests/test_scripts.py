@@ -1,4 +1,4 @@
-"""scripts/finetune.py and scripts/chat.py, run as a user runs them, on a tiny checkpoint."""
+"""The scripts for users, run as a user runs them, on tiny models."""
 
 import json
 import os
@@ -64,3 +64,30 @@ def test_bad_data_is_one_line(checkpoint, tmp_path):
     )
     assert done.returncode == 1 and "line 1: needs the field 'messages'" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pretraining_glm_shows_losses_and_a_filled_blank(streamed, tmp_path):
+    options = ["--steps", 4, "--hidden-size", 32, "--layers", 1, "--heads", 2, "--infill", "今天[MASK]很好[MASK]。"]
+    if streamed:
+        texts = [message["content"].replace("\n", " ") for c in load_instructions() for message in c]
+        (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+        options += ["--texts", tmp_path / "texts.txt"]
+    done = script("pretrain_glm.py", "--output", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    for objective in ("token", "sentence", "document"):
+        assert f"| {objective} | " in done.stdout
+    assert "今天[MASK]很好[MASK]。\n-> " in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    again = script("pretrain_glm.py", "--output", tmp_path / "out", *options)
+    assert again.returncode != 0 and "is not empty" in again.stderr
+
+
+def test_length_extrapolation_writes_table_and_plot(tmp_path):
+    done = script(
+        "length_extrapolation.py", "--steps", 2, "--seq-length", 16, "--eval-tokens", 512, "--output", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 5000
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "| dynamic NTK + LogN + windows | " in table and table in done.stdout
