@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cnllm.modules.norm_head import EffectiveWeight, NormHead, normalize_rows
+from hf_cnllm.modules.norm_head import EffectiveWeight, NormHead, normalize_rows, rows_around_mean
 
 
 @pytest.fixture
@@ -117,3 +117,17 @@ def test_a_frozen_head_backpropagates_after_inference_mode():
         head(hidden_states)
     head(hidden_states).sum().backward()
     torch.testing.assert_close(hidden_states.grad, head.weight.sum(0).expand(2, 4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 11])
+def test_new_rows_lie_around_the_mean_of_the_normalised_ones(count):
+    torch.manual_seed(0)
+    weight = torch.randn(50, 16) * torch.rand(50, 1) + 0.3
+    rows = rows_around_mean(weight, count)
+    assert rows.shape == (count, 16)
+    torch.testing.assert_close(rows.norm(dim=-1), weight.norm(dim=-1).mean().expand(count))
+    mean = normalize_rows(weight).mean(dim=0)
+    along = normalize_rows(rows) @ mean
+    torch.testing.assert_close(along, mean.square().sum().expand(count))
+    if count > 1:
+        torch.testing.assert_close(normalize_rows(rows).mean(dim=0), mean, atol=1e-6, rtol=0)

@@ -30,6 +30,29 @@ def inverse_row_norms(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).clamp_min(NORM_EPSILON).reciprocal()
 
 
+def rows_around_mean(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` random new rows [count, hidden_size] for a NormHead's raw `weight`, fp32, as long as its rows on average.
+
+    Normalised, their mean is that of the old rows, as `resize_token_embeddings` wants it: each is that mean plus a
+    direction at right angles to it, and the directions cancel out, in pairs ±d, of an odd number three in a plane. (Rows
+    drawn close to the mean itself would all be stretched to length 1 and outbid the old ones.) One row alone has nothing
+    to cancel with.
+    """
+    weight = weight.float()
+    mean = normalize_rows(weight).mean(dim=0)
+    random = torch.randn(weight.shape[1], count // 2 + 2, device=weight.device)
+    # Each column after the first at right angles to the mean; the last two also to each other.
+    first, second = torch.linalg.qr(torch.stack([mean, *random[:, -2:].T], dim=1)).Q[:, 1:].T
+    single = [first]
+    triple = [first, (3**0.5 * second - first) / 2, (-(3**0.5) * second - first) / 2]
+    odd = [] if count % 2 == 0 else single if count == 1 else triple
+    pairs = random[:, : (count - len(odd)) // 2].T
+    pairs = normalize_rows(pairs - (pairs @ mean)[:, None] * mean / mean.square().sum().clamp_min(NORM_EPSILON))
+    directions = torch.cat([pairs, -pairs, *(direction[None] for direction in odd)])
+    rows = mean + directions * (1 - mean.square().sum()).clamp_min(0).sqrt()
+    return rows * torch.linalg.vector_norm(weight, dim=-1).mean()
+
+
 class EffectiveWeight(torch.Tensor):
     """The row-normalised matrix as `NormHead.weight` gives it: computed afresh, so writing to it would be lost.
 

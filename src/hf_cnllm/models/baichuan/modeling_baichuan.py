@@ -34,7 +34,7 @@ from ...losses import causal_lm_loss
 from ...modules.causal_lm_head import loss_and_logits
 from ...modules.checkpoint import CheckpointLoadingMixin
 from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
-from ...modules.norm_head import NormHead
+from ...modules.norm_head import NormHead, rows_around_mean
 from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from .configuration_baichuan import BaichuanConfig
 
@@ -373,6 +373,15 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
         # As the plain head that transformers makes: `post_init` leaves it alone.
         head._is_hf_initialized = True  # type: ignore[assignment]
         return head
+
+    def _init_added_lm_head_weights_with_mean(
+        self, old_lm_head, new_lm_head, old_lm_head_dim, old_num_tokens, added_num_tokens, transposed=False
+    ):
+        if not self.config.norm_head:
+            return super()._init_added_lm_head_weights_with_mean(
+                old_lm_head, new_lm_head, old_lm_head_dim, old_num_tokens, added_num_tokens, transposed
+            )
+        new_lm_head.weight.data[-added_num_tokens:] = rows_around_mean(old_lm_head.weight.data, added_num_tokens)
 
 
 class BaiChuanForCausalLM(BaichuanForCausalLM):
