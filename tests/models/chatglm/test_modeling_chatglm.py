@@ -275,7 +275,9 @@ def test_generate_with_a_compiled_static_cache(name):
     compiled = CompileConfig(backend="aot_eager", fullgraph=True)
     compiled._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiled}
-    assert torch.equal(model.generate(ids, attention_mask=mask, **static, **GREEDY), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generated = model.generate(ids, attention_mask=mask, **static, **GREEDY)
+    assert torch.equal(generated, expected)
 
 
 # Training

@@ -338,7 +338,20 @@ def test_generate_with_a_compiled_static_cache():
     compiled = CompileConfig(backend="aot_eager", fullgraph=True)
     compiled._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiled}
-    assert torch.equal(model.generate(ids, attention_mask=mask, **static, **GREEDY), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generated = model.generate(ids, attention_mask=mask, **static, **GREEDY)
+    assert torch.equal(generated, expected)
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+def test_the_forward_pass_compiles_without_a_graph_break():
+    model = load()
+    ids, mask = batch(TEXTS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    real = mask.bool()
+    inputs = {"attention_mask": mask, "use_cache": False}
+    assert_close(compiled(ids, **inputs).logits[real], model(ids, **inputs).logits[real])
 
 
 def test_gradient_checkpointing_has_the_same_gradients():
