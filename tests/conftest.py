@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before anything imports huggingface_hub: no test may reach out.
@@ -14,6 +15,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what importing everything left behind need not be searched again and again
 
 
 @pytest.fixture(autouse=True)

@@ -106,6 +106,36 @@ def test_two_calls_are_exact(name, kv_heads, monkeypatch):
     assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+)
+@pytest.mark.parametrize("name", ["rows that differ", "left padding", "packed", "long"])
+def test_two_calls_in_lower_precision(name, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(prefix_lm, "BLOCK", 16)
+    monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
+    prefix, documents = batch_of(BATCHES[name])
+    exact = make_states(*prefix.shape, kv_heads=2)
+    states = [state.detach().to(dtype).requires_grad_() for state in exact]
+    exact = [state.detach().double().requires_grad_() for state in states]
+    real = (documents != 0)[..., None, None]
+    output, truth = attend("sdpa", states, prefix, documents)[0], reference(exact, prefix, documents)
+    torch.testing.assert_close(output.double() * real, truth * real, atol=tolerance, rtol=tolerance)
+    weight = (torch.randn_like(truth) * real).to(dtype)
+    gradients = torch.autograd.grad((output * weight).sum(), states)
+    expected = torch.autograd.grad((truth * weight.double()).sum(), exact)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=tolerance * want.abs().max().item(), rtol=0)
+
+
+@pytest.mark.slow
+def test_two_calls_are_exact_at_4096_tokens():
+    prefix, documents = batch_of([[(1, 1500, 2596)]])
+    states = [state[:, :1] for state in make_states(1, 4096)]
+    output, mask = attend("sdpa", states, prefix, documents)
+    assert isinstance(mask, PrefixLMLayout)
+    assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
+
+
 def test_strides_make_no_difference(monkeypatch):
     monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
     prefix, documents = batch_of(BATCHES["left padding"])

@@ -193,7 +193,7 @@ def test_generate_with_a_compiled_static_cache(name):
 def test_flex_attention_compiles_at_changing_sizes():
     """With transformers' masks torch's compiler for CPUs gives up at the second batch."""
     model, reference = load("chatglm2_6b", "flex_attention"), load("chatglm2_6b")
-    for batch, length in ((4, 9), (3, 7), (1, 12), (2, 5)):
+    for batch, length in ((4, 9), (3, 7), (1, 12)):
         ids = torch.randint(5, 150, (batch, length), generator=torch.Generator().manual_seed(length))
         mask = torch.ones_like(ids)
         mask[-1, : length // 2] = 0
