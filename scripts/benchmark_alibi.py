@@ -10,17 +10,16 @@ in a fresh process per cell on the CPU. The dense bias stops where it would pass
 
 import argparse
 import math
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from hf_cnllm import BaichuanConfig
 from hf_cnllm.attention.alibi import alibi_bias, alibi_sdpa_attention, alibi_slopes, create_alibi_mask
+from hf_cnllm.benchmark.measure import peak_growth
 
 
 def make(form: str, heads: int, head_dim: int, length: int, dtype: torch.dtype, device: str):
@@ -53,28 +52,13 @@ def make(form: str, heads: int, head_dim: int, length: int, dtype: torch.dtype, 
     return folded
 
 
-@torch.no_grad()
-def peak_growth(run, device: str) -> float:
-    """MiB of additional peak memory of one call."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = peak_resident_mib()
-    run()
-    return peak_resident_mib() - before
-
-
-def peak_resident_mib() -> float:
-    """The peak of this process alone (Linux); `getrusage` would start from the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+growth_without_gradients = torch.no_grad()(peak_growth)
 
 
 def peak_in_fresh_process(form: str, length: int, args: argparse.Namespace) -> float:
     if args.device == "cuda":
-        return peak_growth(make(form, args.heads, args.head_dim, length, args.dtype, args.device), args.device)
+        run = make(form, args.heads, args.head_dim, length, args.dtype, args.device)
+        return growth_without_gradients(run, torch.device(args.device))
     shape = ["--heads", args.heads, "--head-dim", args.head_dim, "--dtype", str(args.dtype).removeprefix("torch.")]
     command = [sys.executable, __file__, "--cell", form, "--lengths", length, *shape]
     return float(subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout)
@@ -110,7 +94,7 @@ def main():
         with torch.no_grad():
             make(args.cell, args.heads, args.head_dim, 64, args.dtype, args.device)()
             run = make(args.cell, args.heads, args.head_dim, args.lengths[0], args.dtype, args.device)
-        print(peak_growth(run, "cpu"))
+        print(growth_without_gradients(run, torch.device("cpu")))
         return
 
     print(f"{args.heads} heads of {args.head_dim}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads")

@@ -10,8 +10,6 @@ peak, during mask, forward and backward pass (on CUDA: what torch allocates).
 
 import argparse
 import multiprocessing
-import resource
-import threading
 import time
 
 import torch
@@ -19,6 +17,7 @@ from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
 from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask, prefix_lm_attention, prefix_mask_function
+from hf_cnllm.benchmark.measure import peak_growth
 
 FORMS = ("dense", "two calls")
 
@@ -81,39 +80,7 @@ def measure_memory(args, form, length, share):
         output, _ = prefix_lm_attention("sdpa")(module, *inputs, mask, scaling=args.head_dim**-0.5)
         output.float().pow(2).sum().backward()
 
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    resident = ResidentMemory()
-    with resident:
-        step()
-    return resident.growth
-
-
-class ResidentMemory:
-    """Watches this process' resident memory from a thread; `growth` is the peak over the start, in MiB."""
-
-    def __enter__(self):
-        self.peak = self.start = self._now()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-
-    def _watch(self):
-        while not self.done.wait(0.001):
-            self.peak = max(self.peak, self._now())
-
-    def __exit__(self, *error):
-        self.done.set()
-        self.thread.join()
-        self.growth = (self.peak - self.start) / 2**20
-
-    @staticmethod
-    def _now():
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+    return peak_growth(step, torch.device(args.device))
 
 
 def main():

@@ -38,7 +38,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
 from .block_masks import block_mask, causal_block_mask
-from .documents import fixed_size
+from .documents import fixed_size, lookup_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
@@ -240,13 +240,10 @@ def _given_mask(
         # A static cache has room for more keys than there are.
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=lowest)
     if backend == "flex_attention":
-        batch = inputs_embeds.shape[0]
-        visible = fixed_size(attention_mask[:, 0].expand(batch, -1, -1))
-
-        def look_up(batch_idx, head_idx, q_idx, kv_idx):
-            return visible[batch_idx, q_idx, kv_idx]
-
-        return block_mask(look_up, batch, queries, keys, visible.device)
+        batch, device = inputs_embeds.shape[0], attention_mask.device
+        visible = attention_mask[:, 0].expand(batch, -1, -1)
+        look_up = lookup_mask(visible, torch.zeros((), dtype=torch.long, device=device))
+        return block_mask(look_up, batch, queries, keys, device)
     if backend == "eager" and not additive:
         additive_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
         return additive_mask.masked_fill(~attention_mask, torch.finfo(inputs_embeds.dtype).min)

@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
-from ...attention.blind_rows import BlindRows, fill_blind_rows
+from ...attention.blind_rows import BlindRows, blind_padding, fill_blind_rows
 from ...attention.block_masks import create_causal_mask
 from ...attention.documents import packed_documents
 from ...chat.baichuan import BaichuanChatMixin
@@ -285,8 +285,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             return None
         if self.config.position_embedding == "alibi" or packed_documents(self.config, attention_mask) is not None:
             return BlindRows(~tokens)
-        # RoPE knows padding as keys only: rows of padding behind a token see that token.
-        return BlindRows(tokens.cumsum(1) == 0, tokens if self.config.norm_head else None)
+        blind = blind_padding(attention_mask, queries)  # RoPE knows padding as keys only
+        return blind._replace(tokens=tokens) if blind is not None and self.config.norm_head else blind
 
 
 class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, GenerationMixin):
