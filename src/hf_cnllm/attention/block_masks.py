@@ -28,6 +28,7 @@ def create_causal_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None = None,
+    or_mask_function: Callable | None = None,
     and_mask_function: Callable | None = None,
 ) -> torch.Tensor | BlockMask | None:
     """transformers' function of this name; with flex attention [`causal_block_mask`] makes the mask.
@@ -42,12 +43,13 @@ def create_causal_mask(
             attention_mask,
             past_key_values,
             position_ids,
+            or_mask_function=or_mask_function,
             and_mask_function=and_mask_function,
         )
     if position_ids is not None and attention_mask is None and past_key_values is None:
         documents = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
         and_mask_function = and_mask_function if documents is None else same_document(documents + 1)
-    return causal_block_mask(inputs_embeds, attention_mask, past_key_values, and_mask_function=and_mask_function)
+    return causal_block_mask(inputs_embeds, attention_mask, past_key_values, or_mask_function, and_mask_function)
 
 
 def causal_block_mask(

@@ -31,13 +31,12 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
-from .block_masks import block_mask, causal_block_mask
+from .block_masks import block_mask, create_causal_mask
 from .documents import fixed_size, lookup_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -154,26 +153,20 @@ def _backend_mask(
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor | BlockMask | None:
     """transformers' mask of (causal or in `prefix`) and the same of `documents` and no padding; all are [batch, keys]."""
-    if config._attn_implementation != "flex_attention":
-        return create_causal_mask(
-            config,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            or_mask_function=None if prefix is None else prefix_mask_function(prefix),
-            and_mask_function=None if documents is None else packed_mask_function(documents),
-        )
-    return causal_block_mask(
+    return create_causal_mask(
+        config,
         inputs_embeds,
         attention_mask,
         past_key_values,
-        or_mask_function=None if prefix is None else prefix_mask_function(fixed_size(prefix)),
-        and_mask_function=None if documents is None else packed_mask_function(fixed_size(documents)),
+        or_mask_function=None if prefix is None else prefix_mask_function(prefix),
+        and_mask_function=None if documents is None else packed_mask_function(documents),
     )
 
 
 def prefix_mask_function(prefix: torch.Tensor) -> Callable:
     """The `or_mask_function` of transformers' mask makers: the key is in `prefix` [batch, keys]."""
+
+    prefix = fixed_size(prefix)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         return prefix[batch_idx, kv_idx]
@@ -183,6 +176,8 @@ def prefix_mask_function(prefix: torch.Tensor) -> Callable:
 
 def packed_mask_function(documents: torch.Tensor) -> Callable:
     """The `and_mask_function`: key and query have the same number in `documents` [batch, keys], or the key has EVERYONES."""
+
+    documents = fixed_size(documents)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         document = documents[batch_idx, kv_idx]
