@@ -265,6 +265,20 @@ def test_the_forward_pass_compiles_without_a_graph_break(row):
 
 
 @families
+@pytest.mark.parametrize("bad", ["id", "length", "nothing"])
+def test_inputs_that_cannot_be_are_named(row, bad):
+    model = load(row)
+    too_large = model.config.vocab_size
+    inputs, complaint = {
+        "id": ({"input_ids": torch.tensor([[10, too_large]])}, rf"`input_ids\[0, 1\]` is {too_large}"),
+        "length": ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, "length 0"),
+        "nothing": ({}, "exactly one of input_ids or inputs_embeds"),
+    }[bad]
+    with pytest.raises(ValueError, match=complaint):
+        model(**inputs)
+
+
+@families
 @pytest.mark.parametrize("shape", [(8,), (1, 5), (3, 8), (1, 1, 1, 8, 8)])
 @torch.no_grad()
 def test_a_mask_that_does_not_fit_is_refused(row, shape):

@@ -201,19 +201,6 @@ def test_an_attention_function_that_knows_no_prefix_is_refused():
         model(torch.tensor([PROMPTS[0]]))
 
 
-@pytest.mark.parametrize(
-    ("inputs", "complaint"),
-    [
-        ({"input_ids": torch.tensor([[10, 150]])}, r"`input_ids\[0, 1\]` is 150"),
-        ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, "length 0"),
-        ({}, "exactly one of input_ids or inputs_embeds"),
-    ],
-)
-def test_bad_input_is_named(inputs, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        load()(**inputs)
-
-
 # Generation
 
 
