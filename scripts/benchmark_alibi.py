@@ -15,11 +15,11 @@ import sys
 import time
 
 import torch
+from hf_cnllm.benchmark.measure import peak_growth
 from torch import nn
 
 from hf_cnllm import BaichuanConfig
 from hf_cnllm.attention.alibi import alibi_bias, alibi_sdpa_attention, alibi_slopes, create_alibi_mask
-from hf_cnllm.benchmark.measure import peak_growth
 
 
 def make(form: str, heads: int, head_dim: int, length: int, dtype: torch.dtype, device: str):

@@ -13,11 +13,11 @@ on the normalised weight, whose gradient autograd then takes through the norms: 
 import argparse
 
 import torch
+from hf_cnllm.benchmark.measure import CLOCKS, peak_growth, take_turns
 from torch import nn
 
-from hf_cnllm.benchmark.measure import CLOCKS, peak_growth, take_turns
-from hf_cnllm.losses import chunked_causal_lm_loss, reference_causal_lm_loss
-from hf_cnllm.modules.norm_head import normalize_rows
+from hf_cnllm.loss.causal_lm import chunked_causal_lm_loss, reference_causal_lm_loss
+from hf_cnllm.models.baichuan.norm_head import normalize_rows
 
 
 def other_libraries(hidden_states, weight, labels, normalize, device):

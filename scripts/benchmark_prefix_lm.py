@@ -13,11 +13,11 @@ import multiprocessing
 import time
 
 import torch
+from hf_cnllm.benchmark.measure import peak_growth
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
 from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask, prefix_lm_attention, prefix_mask_function
-from hf_cnllm.benchmark.measure import peak_growth
 
 FORMS = ("dense", "two calls")
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cnllm import BaichuanConfig, BaichuanForCausalLM
-from hf_cnllm.modules.deferred_logits import DeferredTensor
+from hf_cnllm.loss.lazy_logits import DeferredTensor
 
 RANKS, STEPS, VOCAB, LENGTH = 2, 3, 211, 16
 

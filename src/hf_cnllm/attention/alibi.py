@@ -36,8 +36,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
-from .block_masks import causal_block_mask
-from .documents import fixed_size, lookup_mask, same_document
+from .flex import causal_block_mask
+from .packing import fixed_size, lookup_mask, same_document
 
 
 class AlibiMask(NamedTuple):

@@ -36,8 +36,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, re
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
-from .block_masks import block_mask, create_causal_mask
-from .documents import fixed_size, lookup_mask
+from .flex import block_mask, create_causal_mask
+from .packing import fixed_size, lookup_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from .block_masks import create_causal_mask
+from .flex import create_causal_mask
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
+from ..cli.info import family_of
 from ..data.conversations import load_instructions
-from ..info import family_of
 from . import report
 from .dataset import SIGN_OFFS, Split, embedded_split, own_split, sign_off_for, without_sign_off
 from .families import TINY_FAMILIES, Training, write_tiny_checkpoint

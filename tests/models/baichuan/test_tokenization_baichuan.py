@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer
 
-from hf_cnllm.chat.baichuan import build_chat_input
 from hf_cnllm.models.baichuan import BaichuanTokenizer
+from hf_cnllm.models.baichuan.chat import build_chat_input
 from tokenizer_goldens import SECTIONS, TokenizerGolden, differences
 
 NAMES = ("baichuan1", "baichuan1_small", "baichuan2", "baichuan2_small")

@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorWithPadding
 
 from hf_cnllm import ChatGLMTokenizer
-from hf_cnllm.chat.history import as_messages
+from hf_cnllm.models.chat_history import as_messages
 from tokenizer_goldens import FIXTURES, SECTIONS, TokenizerGolden, compare, differences
 
 ICE = ("chatglm1", "chatglm1_image20000", "chatglm1_small")

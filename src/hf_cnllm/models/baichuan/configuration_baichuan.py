@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from ...losses import DEFAULT_CHUNK_SIZE
-from ...modules.configuration import CheckpointConfigMixin
+from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..config_mixin import CheckpointConfigMixin
 
 BAICHUAN1_VOCAB_SIZE = 64_000
 BAICHUAN2_VOCAB_SIZE = 125_696

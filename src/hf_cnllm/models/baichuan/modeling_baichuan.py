@@ -26,17 +26,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
-from ...attention.blind_rows import BlindRows, blind_padding, fill_blind_rows
-from ...attention.block_masks import create_causal_mask
-from ...attention.documents import packed_documents
-from ...chat.baichuan import BaichuanChatMixin
-from ...losses import causal_lm_loss
-from ...modules.causal_lm_head import loss_and_logits
-from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
-from ...modules.norm_head import NormHead, rows_around_mean
-from ...modules.rotary import RotaryEmbedding, apply_rotary_pos_emb
+from ...attention.flex import create_causal_mask
+from ...attention.fully_masked_rows import BlindRows, blind_padding, fill_blind_rows
+from ...attention.packing import packed_documents
+from ...loss.causal_lm import causal_lm_loss
+from ...loss.head import loss_and_logits
+from ..loading import CheckpointLoadingMixin
+from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
+from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
+from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
+from .norm_head import NormHead, rows_around_mean
 
 
 class BaichuanRMSNorm(LlamaRMSNorm):
@@ -321,7 +321,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
         r"""
         labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
             Token ids, −100 where nothing is to be learned. The loss is cross entropy plus `config.z_loss_weight` times
-            the max-z loss, see [`~hf_cnllm.losses.causal_lm_loss`].
+            the max-z loss, see [`~hf_cnllm.loss.causal_lm.causal_lm_loss`].
 
         Example:
 

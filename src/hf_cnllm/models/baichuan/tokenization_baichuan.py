@@ -6,9 +6,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ...chat.baichuan import TURN_TOKEN_IDS
-from ...chat.encoding import ChatTokenizer, read_template
-from ...modules.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
+from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
+from .chat import TURN_TOKEN_IDS
 
 RESERVED = "<reserved_"
 

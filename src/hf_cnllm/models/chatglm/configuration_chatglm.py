@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ...losses import DEFAULT_CHUNK_SIZE
-from ...modules.configuration import CheckpointConfigMixin
+from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..config_mixin import CheckpointConfigMixin
 
 # Keys that only one of the two originals has: what an unlabelled checkpoint is recognised by.
 DECISIVE_KEYS = {

@@ -16,13 +16,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...modules.block_positions import Blanks, BlankTokens, check_blanks, find_blanks
-from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
-from ...modules.prefix_encoder import PrefixEncoder
-from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
-from ...modules.rotary import rotate_half
+from ..glm_line.blank_positions import Blanks, BlankTokens, check_blanks, find_blanks
+from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
+from ..rotary import rotate_half
+from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
+from .prefix_encoder import PrefixEncoder
 
 ROPE_BASE = 10000.0
 

@@ -34,17 +34,17 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ...chat.chatglm import ChatGLMChatMixin
-from ...hub.quantization import QUANT_METHOD, quantize
-from ...modules.causal_lm_head import loss_and_logits
-from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.prefix_encoder import PrefixEncoder
-from ...modules.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from ...loss.head import loss_and_logits
+from ..loading import CheckpointLoadingMixin
+from .chat import ChatGLMChatMixin
 from .configuration_chatglm import ChatGLMConfig
+from .prefix_encoder import PrefixEncoder
+from .quantization import QUANT_METHOD, quantize
+from .quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 ARCHITECTURES = {
     "chatglm": "hf_cnllm.models.chatglm.modeling_chatglm",
-    "chatglm2": "hf_cnllm.models.chatglm2.modeling_chatglm2",
+    "chatglm2": "hf_cnllm.models.chatglm.modeling_chatglm2",
 }
 
 

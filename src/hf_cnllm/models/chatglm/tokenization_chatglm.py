@@ -10,10 +10,10 @@ from transformers import BatchEncoding
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 
-from ...chat.encoding import ChatTokenizer, read_template
-from ...chat.history import as_messages
-from ...chat.tool_calls import as_chatglm3_messages, as_chatglm3_tools
-from ...modules.sentencepiece import SentencePieceModel, mend_bytes
+from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
+from ..chat_history import as_messages
+from .tool_calls import as_chatglm3_messages, as_chatglm3_tools
 from .vocabulary_chatglm import (
     GENERATIONS,
     ICE_TEXT,

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from ...modules.patterns import any_of
-from ...modules.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+from ...tokenization.regex import any_of
+from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
 ICE_TEXT, TOKENIZER_MODEL = "ice_text.model", "tokenizer.model"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

@@ -5,8 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GlmConfig, PreTrainedConfig
 
-from ...losses import DEFAULT_CHUNK_SIZE
-from ...modules.configuration import CheckpointConfigMixin
+from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..config_mixin import CheckpointConfigMixin
 
 # Keys that the original's `config.json` has and GLM-4's has not.
 DECISIVE_KEYS = ("block_position_encoding", "max_sequence_length")

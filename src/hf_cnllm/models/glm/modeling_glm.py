@@ -22,11 +22,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...modules.block_positions import BlankTokens, check_blanks, find_blanks
-from ...modules.causal_lm_head import loss_and_logits
-from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.inputs import cached_length, check_cache, check_length, check_mask, check_token_ids
-from ...modules.prefix_lm_generation import PrefixLMGenerationMixin, take_positions
+from ...loss.head import loss_and_logits
+from ..glm_line.blank_positions import BlankTokens, check_blanks, find_blanks
+from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
+from ..loading import CheckpointLoadingMixin
+from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
 from .configuration_glm import GLMConfig
 
 

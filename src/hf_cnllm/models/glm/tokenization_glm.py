@@ -14,9 +14,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from ...modules.original_vocabulary import OriginalVocabularyTokenizer
-from ...modules.patterns import any_of
-from ...modules.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+from ...tokenization.original_vocabulary import OriginalVocabularyTokenizer
+from ...tokenization.regex import any_of
+from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
 IGNORED = -100  # label of tokens without a loss
 

@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ...attention.window import FULL, SLIDING
-from ...losses import DEFAULT_CHUNK_SIZE
-from ...modules.configuration import CheckpointConfigMixin
+from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..config_mixin import CheckpointConfigMixin
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         max_position_embeddings: longest input in tokens that the model is meant for; with dynamic NTK no limit.
         seq_length: trained length in tokens, from which on dynamic NTK and LogN act.
         use_dynamic_ntk: scale the rotary base for prompts longer than `seq_length`, see
-            [`~hf_cnllm.modules.dynamic_ntk`]. Default: on if `seq_length` is given. Never in training.
+            [`~hf_cnllm.models.qwen.dynamic_ntk`]. Default: on if `seq_length` is given. Never in training.
         use_logn_attn: scale queries past `seq_length`, see [`~hf_cnllm.attention.logn`]. Default and training as above.
         window_sizes: one entry per layer, the number of tokens that its window holds, or None for full attention.
             Default: no windows. In force in training too.

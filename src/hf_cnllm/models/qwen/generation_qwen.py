@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
-from ...modules.dynamic_ntk import carry
+from .dynamic_ntk import carry
 
 
 class QWenGenerationMixin:

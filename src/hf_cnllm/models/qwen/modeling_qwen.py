@@ -22,17 +22,17 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...attention.blind_rows import BlindRows, blind_padding, fill_blind_rows
+from ...attention.fully_masked_rows import BlindRows, blind_padding, fill_blind_rows
 from ...attention.logn import logn_scale
 from ...attention.window import create_window_masks, mask_name
-from ...chat.qwen import QWenChatMixin
-from ...losses import causal_lm_loss
-from ...modules.causal_lm_head import loss_and_logits
-from ...modules.checkpoint import CheckpointLoadingMixin
-from ...modules.dynamic_ntk import DynamicNtkRotaryEmbedding
-from ...modules.inputs import check_cache, check_length, check_mask, check_token_ids
-from ...modules.rotary import apply_rotary_pos_emb
+from ...loss.causal_lm import causal_lm_loss
+from ...loss.head import loss_and_logits
+from ..loading import CheckpointLoadingMixin
+from ..rotary import apply_rotary_pos_emb
+from ..validation import check_cache, check_length, check_mask, check_token_ids
+from .chat import QWenChatMixin
 from .configuration_qwen import QWenConfig
+from .dynamic_ntk import DynamicNtkRotaryEmbedding
 from .generation_qwen import QWenGenerationMixin
 
 logger = logging.get_logger(__name__)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding
 
-from ...chat.encoding import ChatTokenizer, read_template
-from ...modules.patterns import any_of
+from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.regex import any_of
 from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
 
 ENDOFTEXT, IMSTART, IMEND = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -1,0 +1,98 @@
+"""From hidden states to loss and logits: the end of every causal language model's forward pass."""
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+from transformers.modeling_utils import PreTrainedModel
+
+from ..models.baichuan.norm_head import NormHead
+from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
+from .lazy_logits import deferred_logits
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers before 5.20 or so knows the last positions and a list of positions only
+
+    def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, positions, :]
+
+
+_SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: False}
+"""The loss functions that the chunked form stands in for, and whether they shift the labels."""
+
+
+def loss_and_logits(
+    model: PreTrainedModel,
+    head: nn.Linear | NormHead,
+    hidden_states: Tensor,
+    labels: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    **loss_kwargs,
+) -> tuple[Tensor | None, Tensor]:
+    """`(loss, logits)` of `head(hidden_states)` under `model.loss_function`; the loss is None without labels.
+
+    In training with labels, where the loss is this package's or transformers' own for causal or masked (unshifted)
+    language models and the head a plain `nn.Linear` or `NormHead`, the loss is computed in chunks of
+    `config.loss_chunk_size` tokens without the logits, and the returned logits are deferred: who reads
+    `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who does not never pays
+    for them. Everything else computes the logits and the loss from them: evaluation, `loss_chunk_size=None`,
+    `logits_to_keep`, a `loss_function` of the user's own, a head that is quantised, sharded, adapted by LoRA, offloaded
+    or hooked, `torch.compile`, and `nn.DataParallel`.
+
+    Args:
+        hidden_states: (batch, length, hidden_size).
+        labels: (batch, length).
+        logits_to_keep: as in transformers' causal language models.
+        loss_kwargs: passed on to the loss (`num_items_in_batch`, `shift_labels`, `z_loss_weight`, ...).
+    """
+    chunk_size = getattr(model.config, "loss_chunk_size", DEFAULT_CHUNK_SIZE)
+    if (
+        labels is not None
+        and chunk_size is not None
+        and isinstance(logits_to_keep, int)
+        and logits_to_keep == 0
+        and _is_training_step(model)
+        and model.loss_function in _SHIFTS_LABELS
+        and _is_plain(head, hidden_states)
+    ):
+        if not _SHIFTS_LABELS[model.loss_function]:
+            loss_kwargs["shift_labels"] = labels
+        loss = chunked_causal_lm_loss(
+            hidden_states,
+            head.raw_weight if isinstance(head, NormHead) else head.weight,
+            labels,
+            normalize=isinstance(head, NormHead),
+            bias=head.bias,
+            chunk_size=chunk_size,
+            **loss_kwargs,
+        )
+        return loss, deferred_logits(head, hidden_states)
+
+    logits = head(slice_logits_to_keep(hidden_states, logits_to_keep))
+    if labels is None:
+        return None, logits
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs), logits
+
+
+def _is_training_step(model: nn.Module) -> bool:
+    in_data_parallel = getattr(model, "_is_replica", False)  # its gather cannot read deferred logits
+    return model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_data_parallel
+
+
+def _is_plain(head: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether multiplying by the head's own parameters is all that `head(hidden_states)` does."""
+    parameters = dict(head.named_parameters())
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    return (
+        type(head) in (nn.Linear, NormHead)
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and type(hidden_states) is Tensor
+        and all(type(p) in (Tensor, nn.Parameter) and p.is_floating_point() for p in parameters.values())
+        and all(p.device == hidden_states.device for p in parameters.values())
+        and all(autocast or p.dtype == hidden_states.dtype for p in parameters.values())
+        and "weight" in parameters
+        and parameters["weight"].shape == (head.out_features, head.in_features)
+        and any(tensor.requires_grad for tensor in (hidden_states, *parameters.values()))
+    )

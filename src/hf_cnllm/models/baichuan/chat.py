@@ -1,0 +1,122 @@
+"""Baichuan's own chat function: `model.chat(tokenizer, messages, stream=False, generation_config=None)`."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ..streaming import iterate_tokens
+
+Message = dict[str, str]
+# The pieces that open a turn: <reserved_102> and <reserved_103> in Baichuan 1, <reserved_106> and <reserved_107> in
+# Baichuan 2. generation_config.json names them (user_token_id, assistant_token_id), with these values in all checkpoints.
+TURN_TOKEN_IDS = {"user": 195, "assistant": 196}
+
+
+def build_chat_input(
+    tokenizer,
+    messages: Sequence[Message],
+    max_input_tokens: int,
+    user_token_id: int = TURN_TOKEN_IDS["user"],
+    assistant_token_id: int = TURN_TOKEN_IDS["assistant"],
+) -> list[int]:
+    """The ids that an answer to `messages` is generated from: the original's `build_chat_input`.
+
+    The system message comes first, without a mark; each later message follows the token of its role. A round is a user
+    message and what follows it. Of the rounds the latest stay, as many as fit beside the system message; the very
+    last always stays, and loses its beginning (and the system message) if it alone is too long. The assistant's token
+    ends the ids, unless the last message is the assistant's: then that one is continued.
+
+    Args:
+        max_input_tokens: room for the prompt, in tokens (the model's length less `max_new_tokens`).
+
+    Raises:
+        ValueError: no messages, an unknown role, a system message that is not the first, or no room.
+    """
+    if max_input_tokens <= 0:
+        raise ValueError(
+            f"there is room for {max_input_tokens} prompt tokens: set max_new_tokens below the model's length."
+        )
+    if not messages:
+        raise ValueError("a chat needs at least one message.")
+    turn_tokens = {"user": user_token_id, "assistant": assistant_token_id}
+    system: list[int] = []
+    rounds: list[list[int]] = []
+    for index, message in enumerate(messages):
+        role = message["role"]
+        content = tokenizer.encode_message(message["content"])
+        if role == "system" and index == 0:
+            system = content
+        elif role in turn_tokens:
+            if role == "user" or not rounds:
+                rounds.append([])
+            rounds[-1] += [turn_tokens[role], *content]
+        else:
+            where = "only the first message can be the system's" if role == "system" else "unknown role"
+            raise ValueError(f"messages[{index}] has the role {role!r}: {where}.")
+
+    history: list[int] = []
+    for tokens in reversed(rounds):
+        if history and len(system) + len(history) + len(tokens) > max_input_tokens:
+            break
+        history = tokens + history
+    ids = system + history
+    if messages[-1]["role"] != "assistant":
+        ids.append(assistant_token_id)
+    return ids[-max_input_tokens:]
+
+
+class BaichuanChatMixin:
+    """`chat` for `BaichuanForCausalLM`, which has `GenerationMixin` among its bases."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    device: torch.device
+    generate: Any
+
+    def chat(
+        self,
+        tokenizer,
+        messages: Sequence[Message],
+        stream: bool = False,
+        generation_config: GenerationConfig | None = None,
+    ) -> str | Iterator[str]:
+        """The model's answer to `messages`; with `stream=True` an iterator over the answer so far, as it grows.
+
+        Args:
+            tokenizer: a `BaichuanTokenizer`.
+            messages: `{"role": "system" | "user" | "assistant", "content": …}` each; see `build_chat_input` for what
+                is left out when they are too many.
+            generation_config: in place of the model's own. Without `max_new_tokens`, half the model's length is kept
+                for the answer, as in the published checkpoints.
+        """
+        generation_config = self.generation_config if generation_config is None else generation_config
+        length = self.config.model_max_length or self.config.max_position_embeddings
+        if generation_config.max_new_tokens is None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.max_new_tokens = length // 2
+        turn_ids = {
+            name: getattr(generation_config, name)
+            for name in ("user_token_id", "assistant_token_id")
+            if getattr(generation_config, name, None) is not None
+        }
+        ids = build_chat_input(tokenizer, messages, length - generation_config.max_new_tokens, **turn_ids)
+        inputs = torch.tensor([ids], device=self.device)
+        arguments = {
+            "inputs": inputs,
+            "attention_mask": torch.ones_like(inputs),
+            "generation_config": generation_config,
+        }
+        if stream:
+            return self._growing_answer(tokenizer, arguments)
+        output = self.generate(**arguments)
+        sequences = getattr(output, "sequences", output)
+        return tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True)
+
+    def _growing_answer(self, tokenizer, arguments: dict[str, Any]) -> Iterator[str]:
+        tokens: list[int] = []
+        for token in iterate_tokens(self, **arguments):
+            tokens.append(token)
+            yield tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,251 @@
+"""`model.chat` and `model.stream_chat` of ChatGLM-6B, ChatGLM2 and ChatGLM3, over `generate`."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from ..chat_history import as_messages
+from ..streaming import iterate_tokens
+from .tool_calls import ToolCallError, read_answer
+
+
+class ChatDefaults(NamedTuple):
+    """What a generation's `chat` passes to `generate` unless told otherwise, and the tokens that end an answer."""
+
+    max_length: int
+    top_p: float
+    temperature: float
+    ends: tuple[str, ...]
+
+
+_CHATGLM = ChatDefaults(2048, 0.7, 0.95, ("<eop>",))
+DEFAULTS = {
+    "chatglm_early": _CHATGLM,
+    "chatglm": _CHATGLM,
+    "chatglm2": ChatDefaults(8192, 0.8, 0.8, ("<eos>",)),
+    "chatglm3": ChatDefaults(8192, 0.8, 0.8, ("<eos>", "<|user|>", "<|observation|>")),
+}
+
+# ChatGLM-6B: beside a Chinese character these become Chinese.
+CHINESE_PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+
+
+def tidy_answer(text: str, chinese_punctuation: bool) -> str:
+    """An answer without white space around it, and with the date of the training where the model refers to it."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    if chinese_punctuation:
+        for mark, chinese in CHINESE_PUNCTUATION.items():
+            mark = re.escape(mark)
+            text = re.sub(rf"(?<=[\u4e00-\u9fff]){mark}", chinese, text)
+            text = re.sub(rf"{mark}(?=[\u4e00-\u9fff])", chinese, text)
+    return text
+
+
+class ConversationCache(DynamicCache):
+    """The keys and values of a conversation so far, and the ids of the tokens that they belong to."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self.token_ids: list[int] = []
+
+    def keep(self, token_ids: list[int]) -> None:
+        """Says which tokens were fed, the last of them perhaps not yet; drops what was fed after them."""
+        fed = self.get_seq_length()
+        if fed > len(token_ids):
+            self.crop(len(token_ids) - fed)
+        self.token_ids = token_ids[:fed]
+
+
+class ChatGLMChatMixin:
+    """Chat methods for `ChatGLMForConditionalGeneration`, before `GenerationMixin` among its bases.
+
+    The tokenizer's `generation` decides about prompts, history and answers:
+
+    * ChatGLM-6B and ChatGLM2: `history` is `[(query, response), …]`, and the response is a text.
+    * ChatGLM3: `history` is messages, `{"role", "content"}` and perhaps `metadata` and `tools`; the response is a
+      text, or `{"name", "parameters"}` when the model calls a tool. What the tool gives is the next query, with
+      `role="observation"`.
+    """
+
+    config: PreTrainedConfig
+    device: torch.device
+    generate: Any
+
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: Sequence | None = None,
+        role: str = "user",
+        max_length: int | None = None,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor=None,
+        **kwargs: Any,
+    ) -> tuple[str | dict[str, Any], list]:
+        """Answers `query`; returns (response, history with both added). `history` is left as it was.
+
+        Args:
+            tokenizer: a `ChatGLMTokenizer`.
+            role: ChatGLM3: whose words the query is.
+            max_length: of prompt and answer together; 2048 for ChatGLM-6B, else 8192.
+            top_p, temperature: 0.7 and 0.95 for ChatGLM-6B, else 0.8 both.
+            kwargs: more arguments of `generate`.
+
+        Raises:
+            ValueError: a history of another shape, or an unknown role.
+            ToolCallError: ChatGLM3's answer is a malformed tool call.
+        """
+        messages = _messages(tokenizer, query, history, role)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        arguments = self._chat_arguments(
+            tokenizer, prompt, max_length, do_sample, top_p, temperature, logits_processor, kwargs
+        )
+        output = self.generate(num_beams=num_beams, **arguments)
+        sequence = getattr(output, "sequences", output)[0].tolist()
+        text = _text(tokenizer, sequence[len(prompt) :], arguments["eos_token_id"])
+        return self._answer(text, tokenizer, query, history, messages)
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: Sequence | None = None,
+        role: str = "user",
+        past_key_values: ConversationCache | None = None,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor=None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple]:
+        """Answers `query` step by step: yields (response, history) so far. Arguments as in `chat`.
+
+        Steps that end inside a character, or in a tool call that cannot be read yet, are left out. A tool call that is
+        malformed in the end raises `ToolCallError`.
+
+        Args:
+            past_key_values: ChatGLM2 and 3: the third value of the turn before, so that only this turn is computed.
+                (With P-tuning everything is computed anew.)
+            return_past_key_values: also yield that value, for use once the iteration has ended.
+        """
+        messages = _messages(tokenizer, query, history, role)
+        cache = past_key_values
+        if cache is not None or return_past_key_values:
+            if self.config.architecture == "chatglm":
+                raise ValueError("ChatGLM-6B has no past_key_values from turn to turn: it reads every prompt anew.")
+            if cache is None:
+                cache = ConversationCache(self.config)
+            elif not isinstance(cache, ConversationCache):
+                raise ValueError("past_key_values must be what stream_chat(…, return_past_key_values=True) yielded.")
+        if cache is not None and cache.token_ids:
+            prompt = cache.token_ids + _continuation(tokenizer, messages)
+        else:
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        arguments = self._chat_arguments(
+            tokenizer, prompt, max_length, do_sample, top_p, temperature, logits_processor, kwargs
+        )
+        if cache is not None and not self.config.pre_seq_len:  # P-tuning's keys are in no prompt: nothing is kept
+            arguments["past_key_values"] = cache
+
+        def steps() -> Iterator[tuple]:
+            ids: list[int] = []
+            text = shown = ""
+
+            def step() -> tuple:
+                answer = self._answer(text, tokenizer, query, history, messages)
+                return (*answer, cache) if return_past_key_values else answer
+
+            try:
+                with closing(iterate_tokens(self, **arguments)) as tokens:
+                    for token in tokens:
+                        ids.append(token)
+                        text = _text(tokenizer, ids, arguments["eos_token_id"])
+                        if text and not text.endswith("\ufffd"):
+                            with suppress(ToolCallError):
+                                now = step()
+                                shown = text
+                                yield now
+            finally:
+                if cache is not None:
+                    cache.keep(prompt + ids)
+            if text != shown:
+                yield step()
+
+        return steps()
+
+    def process_response(self, output: str, history: Sequence[Mapping[str, Any]] | None = None):
+        """A generated text as an answer: the tidied text or, given ChatGLM3's history, (response, history)."""
+        if history is not None:
+            return read_answer(output, history)
+        return tidy_answer(output, self.config.architecture == "chatglm" and not self.config.early_positions)
+
+    def _answer(self, text: str, tokenizer, query: str, history: Sequence | None, messages: list[dict]) -> tuple:
+        if tokenizer.generation == "chatglm3":
+            return self.process_response(text, messages)
+        response = self.process_response(text)
+        return response, [*map(tuple, history or []), (query, response)]
+
+    def _chat_arguments(
+        self,
+        tokenizer,
+        prompt: list[int],
+        max_length: int | None,
+        do_sample: bool,
+        top_p: float | None,
+        temperature: float | None,
+        logits_processor,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The arguments of `generate`."""
+        defaults = DEFAULTS[tokenizer.generation]
+        input_ids = torch.tensor([prompt], device=self.device)
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "do_sample": do_sample,
+            "eos_token_id": [tokenizer.get_command(end) for end in defaults.ends],
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if logits_processor is not None:
+            arguments["logits_processor"] = logits_processor
+        if do_sample:
+            arguments["top_p"] = defaults.top_p if top_p is None else top_p
+            arguments["temperature"] = defaults.temperature if temperature is None else temperature
+        if "max_new_tokens" not in kwargs:
+            arguments["max_length"] = defaults.max_length if max_length is None else max_length
+        return {**arguments, **kwargs}
+
+
+def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> list[dict[str, Any]]:
+    if not isinstance(role, str):
+        raise ValueError(f"role is {role!r}, but must be a string. Pass max_length and what follows it by name.")
+    if tokenizer.generation == "chatglm3":
+        return [*(history or []), {"role": role, "content": query}]
+    if role != "user":
+        raise ValueError(f"role is {role!r}, but {tokenizer.generation} has no roles: only ChatGLM3 has.")
+    return as_messages(query, history)
+
+
+def _continuation(tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+    """The ids of the last message for a conversation whose earlier tokens are in a cache."""
+    if tokenizer.generation == "chatglm3":
+        ids = tokenizer.apply_chat_template(messages[-1:], add_generation_prompt=True, return_dict=False)
+        return ids[len(tokenizer.get_prefix_tokens()) :]
+    number = len(messages) // 2 + 1
+    ids = tokenizer.encode_message(f"\n\n[Round {number}]\n\n问：{messages[-1]['content']}\n\n答：")
+    return ids[1:]  # the ▁ that begins a text
+
+
+def _text(tokenizer, ids: list[int], ends: list[int]) -> str:
+    """The text of generated ids up to the one that ends the answer. Models have more ids than there are tokens."""
+    end = next((at for at, index in enumerate(ids) if index in ends), len(ids))
+    return tokenizer.decode([index for index in ids[:end] if index < len(tokenizer)])

@@ -1,0 +1,385 @@
+"""ChatGLM2 and ChatGLM3: a causal model with multi-query attention, rotary positions on half of each head's channels
+and a gated MLP. (GLM-4's first checkpoints of model type `chatglm` are this architecture too.)"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...attention.flex import create_causal_mask
+from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
+from . import modeling_chatglm_auto as auto
+from .configuration_chatglm import ChatGLMConfig
+from .prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
+
+logger = logging.get_logger(__name__)
+
+ROPE_BASE = 10000.0
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles in fp32 for the first half of a head's channels; adjacent channels (2i, 2i + 1) turn together.
+
+    `rope_ratio` stretches them: `"base"` multiplies the base by it, `"linear"` divides the positions by it. Nothing is
+    stored, so neither `model.half()` nor loading on the meta device can spoil the frequencies (the original ChatGLM2
+    computed them in the model's dtype, which in fp16 is wrong by whole turns at large positions).
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dim = config.head_dim // 2
+        linear = config.rope_ratio_type == "linear"
+        self.base = ROPE_BASE if linear else ROPE_BASE * config.rope_ratio
+        self.position_divisor = config.rope_ratio if linear else 1
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each (batch, length, 1, dim) with every frequency twice, in the dtype of `hidden_states`."""
+        channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
+        inv_freq = 1.0 / self.base ** (channels / self.dim)
+        angles = (position_ids[..., None, None].float() / self.position_divisor) * inv_freq
+        angles = angles.repeat_interleave(2, dim=-1)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the first channels of states [batch, length, heads, head_dim], as many as `cos` and `sin` have."""
+    turned, rest = states.tensor_split((cos.shape[-1],), dim=-1)
+    across = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    return torch.cat((turned * cos + across * sin, rest), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Attention over one packed projection: rows q | k | v with multi-query attention, q | k | v per head without."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        projection_size = self.num_heads * self.head_dim
+        qkv_size = projection_size + 2 * self.num_key_value_heads * self.head_dim
+        self.query_key_value = nn.Linear(
+            config.hidden_size, qkv_size, bias=config.add_bias_linear or config.add_qkv_bias
+        )
+        self.dense = nn.Linear(projection_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        mixed = self.query_key_value(hidden_states)
+        query_states, key_states, value_states = self._rotated_heads(mixed, *position_embeddings)
+
+        if prefix is not None:
+            key_states = torch.cat((prefix[0], key_states), dim=-2)
+            value_states = torch.cat((prefix[1], value_states), dim=-2)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.dense(attn_output), attn_weights
+
+    def _rotated_heads(self, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(batch, length, rows) -> query, key, value, each (batch, its heads, length, head_dim)."""
+        if not self.config.multi_query_attention:
+            by_head = mixed.unflatten(-1, (self.num_heads, 3, self.head_dim))
+            mixed = by_head.transpose(-2, -3).flatten(-3)
+        states = mixed.unflatten(-1, (-1, self.head_dim))
+        # Queries and keys lie side by side and turn in one go.
+        turning, value = states.tensor_split((self.num_heads + self.num_key_value_heads,), dim=-2)
+        query, key = apply_rotary_pos_emb(turning, cos, sin).tensor_split((self.num_heads,), dim=-2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """silu(first half) * second half of one packed projection."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, value = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        return self.dense_4h_to_h(nn.functional.silu(gate) * value)
+
+
+def make_norm(config: ChatGLMConfig) -> nn.Module:
+    norm_class = nn.RMSNorm if config.rmsnorm else nn.LayerNorm
+    return norm_class(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+        self.hidden_dropout = config.hidden_dropout
+        self.residual_after_norm = config.apply_residual_connection_post_layernorm
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attention(
+            normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            prefix=prefix,
+            **kwargs,
+        )
+        hidden_states = self._add(attn_output, hidden_states, normed)
+
+        normed = self.post_attention_layernorm(hidden_states)
+        return self._add(self.mlp(normed), hidden_states, normed)
+
+    def _add(self, output: torch.Tensor, hidden_states: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        residual = normed if self.residual_after_norm else hidden_states
+        return residual + nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.word_embeddings(input_ids)
+
+
+class GLMTransformer(nn.Module):
+    """The layers and the final norm, under the original's name in the state dict."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
+
+
+def is_packed(position_ids: torch.Tensor | None) -> bool:
+    return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
+
+
+class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
+    architecture = "chatglm2"
+    _no_split_modules = ["GLMBlock"]
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+    # Stored by the originals: a buffer that the configuration determines, and, in the backbone, the output projection.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq", r"output_layer\.weight"]
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
+    """The backbone."""
+
+    output_layer: nn.Module  # which a model with a head puts there
+    # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
+    _tp_plan = {
+        "encoder.layers.*.self_attention.query_key_value": "colwise_gather_output",
+        "encoder.layers.*.self_attention.dense": "rowwise_split_input",
+        "encoder.layers.*.mlp.dense_h_to_4h": "colwise_gather_output",
+        "encoder.layers.*.mlp.dense_4h_to_h": "rowwise_split_input",
+    }
+    _fsdp_plan = {
+        "embedding": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+        "encoder.final_layernorm": "keep_full_weight",
+    }
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.rotary_pos_emb = RotaryEmbedding(config)
+        self.encoder = GLMTransformer(config)
+        self.prefix_encoder = None
+        if config.pre_seq_len is not None:
+            all_layers = config.num_layers * 2 * config.num_key_value_heads * config.head_dim
+            self.prefix_encoder = PrefixEncoder(config, projection_size=all_layers)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embedding.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding, or a 4-D mask as transformers'
+                mask functions make it. A P-tuning prefix is not counted in the 2-D form.
+            position_ids: (batch, length). Without mask and cache, a restart from 0 begins a packed sequence.
+
+        Returns:
+            `hidden_states`, if asked for, are the embeddings and each layer's output, before the final norm.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embedding(input_ids)
+        check_length(inputs_embeds)
+        batch_size, length = inputs_embeds.shape[:2]
+        if length > self.config.seq_length:
+            logger.warning_once(
+                f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        check_cache(
+            past_key_values, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
+        )
+
+        check_mask(attention_mask, batch_size, cached_length(past_key_values, self.config.pre_seq_len), length)
+
+        prefix, past = None, past_key_values
+        if self.prefix_encoder is not None:
+            if kwargs.get("cache") is not None:  # transformers' paged cache
+                raise ValueError(
+                    "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
+                )
+            if past_key_values is None and attention_mask is None and is_packed(position_ids):
+                raise ValueError(
+                    "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
+                    "together; train without packing"
+                )
+            if self.gradient_checkpointing and self.training:
+                past_key_values = None  # the layers would drop it, and the prefix with it
+            prefix, past = self.prefix_encoder.place(past_key_values, batch_size, inputs_embeds.dtype)
+        if position_ids is None:
+            position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=with_prefix_columns(attention_mask, self.config.pre_seq_len),
+            past_key_values=past,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_pos_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states = inputs_embeds
+        for layer_idx, layer in enumerate(self.encoder.layers):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                prefix=None if prefix is None else prefix[layer_idx],
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        hidden_states = self.encoder.final_layernorm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _default_positions(
+        self, length: int, device: torch.device, attention_mask: torch.Tensor | None, past: Cache | None
+    ) -> torch.Tensor:
+        """Positions of the last `length` tokens, (1 or batch, length), as the original's tokenizer gives them: padding
+        and a P-tuning prefix do not count. (Next to a prefix, which is not rotated, a shift of the row would matter.)"""
+        if attention_mask is not None and len(attention_mask.shape) == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        past_length = past.get_seq_length() - (self.config.pre_seq_len or 0) if past is not None else 0
+        return (torch.arange(length, device=device) + past_length).unsqueeze(0)
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration):
+    transformer: ChatGLMModel
+    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+    _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
+    _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        # The checkpoints keep it inside the backbone, which has no use for it by itself.
+        self.transformer.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.transformer.output_layer = new_embeddings
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
+        is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
+        if config._attn_implementation not in ("eager", "sdpa"):
+            return attention_mask
+        if config.pre_seq_len is not None and is_empty(past_key_values):
+            return attention_mask
+        attention_mask = with_prefix_columns(attention_mask, config.pre_seq_len)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
+    pass
+
+
+__all__ = [
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
+    "ChatGLMModel",
+    "ChatGLMPreTrainedModel",
+]

@@ -1,0 +1,188 @@
+"""ChatGLM's own weight-only INT8/INT4 checkpoints, as a quantization method of transformers.
+
+The originals' configurations only say `quantization_bit`; `ChatGLMConfig` turns that into the `quantization_config`
+below, and `from_pretrained` finds the quantizer under the method's name. `model.quantize(4)` makes such a model from a
+float one, `from_pretrained(..., quantization_config=ChatGLMQuantizationConfig(bits=4))` while loading one, and
+`model.dequantize()` goes back.
+"""
+
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantized_linear import QuantizedEmbedding, QuantizedLinear
+
+QUANT_METHOD = "chatglm"
+# What the originals quantise in each layer; embeddings, norms, biases and heads stay floats.
+LAYER_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+@register_quantization_config(QUANT_METHOD)
+class ChatGLMQuantizationConfig(QuantizationConfigMixin):
+    """How a ChatGLM checkpoint is quantised.
+
+    Args:
+        bits: 8 or 4.
+        quantize_embeddings: whether the word embeddings are quantised too and serve as the output projection
+            (`quantization_embeddings` in ChatGLM-6B's configuration).
+    """
+
+    def __init__(self, bits: int = 8, quantize_embeddings: bool = False, **kwargs):
+        if bits not in (4, 8):
+            raise ValueError(f"ChatGLM weights are quantised to 4 or 8 bits, not {bits}")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own methods only
+        self.bits = bits
+        self.quantize_embeddings = quantize_embeddings
+
+
+@register_quantizer(QUANT_METHOD)
+class ChatGLMQuantizer(HfQuantizer):
+    """Loads, makes, saves and undoes `ChatGLMQuantizationConfig` quantization on any device."""
+
+    quantization_config: ChatGLMQuantizationConfig
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """What is not quantised may be trained, as the originals' P-tuning scripts do over INT4 weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
+        if self.pre_quantized:
+            self._replace(model, lambda module, quantized: quantized)
+            if checkpoint_files := kwargs.get("checkpoint_files"):
+                self._check_files(model, checkpoint_files)
+        return model
+
+    def _check_files(self, model: PreTrainedModel, checkpoint_files: list[str]):
+        """Says what is wrong with a quantised checkpoint before anything is loaded from it."""
+        prefix = f"{model.base_model_prefix}."  # a headless model loads from a checkpoint with a head, and vice versa
+        stored = {name.removeprefix(prefix): tensor for name, tensor in stored_tensors(checkpoint_files).items()}
+        tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
+        for module_name, module in model.named_modules():
+            if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                continue
+            for name in ("weight", "weight_scale"):
+                full_name, expected = f"{module_name}.{name}", getattr(module, name)
+                key = full_name.removeprefix(prefix)
+                if key not in stored:
+                    if key in tied:
+                        continue
+                    raise ValueError(
+                        f"the checkpoint has no `{full_name}`, which `quantization_bit` {module.bits} needs"
+                    )
+                shape, integers = stored[key]
+                if (shape, integers) != (tuple(expected.shape), not expected.is_floating_point()):
+                    raise ValueError(
+                        f"`{full_name}` holds {'integers' if integers else 'floats'} of shape {shape} in the checkpoint, but "
+                        f"`quantization_bit` {module.bits} needs {'integers' if name == 'weight' else 'floats'} of shape "
+                        f"{tuple(expected.shape)}"
+                    )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        config = self.quantization_config
+        if not self.pre_quantized:
+            self._replace(model, lambda module, quantized: quantized.quantize_from(module))
+            self.pre_quantized = True
+            model.tie_weights(recompute_mapping=False)
+        model.config.quantization_bit = config.bits
+        if config.quantize_embeddings:
+            model.config.quantization_embeddings = True
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                module.requires_grad_(False)  # loading makes every float a trainable parameter
+        return model
+
+    def _replace(self, model: PreTrainedModel, fill):
+        """Puts `fill(module, empty quantised module)` in the place of every module that the method quantises."""
+        bits = self.quantization_config.bits
+        for name, module in list(model.named_modules()):
+            if name.rpartition(".")[2] in LAYER_LINEARS and isinstance(module, nn.Linear):
+                model.set_submodule(name, fill(module, QuantizedLinear.like(module, bits)))
+        if self.quantization_config.quantize_embeddings:
+            self._replace_embeddings(model, fill)
+
+    def _replace_embeddings(self, model: PreTrainedModel, fill):
+        names = {id(module): name for name, module in model.named_modules()}
+        embedding, head = cast(nn.Embedding, model.get_input_embeddings()), model.get_output_embeddings()
+        embedding_name = names[id(embedding)]
+        model.set_submodule(
+            embedding_name, fill(embedding, QuantizedEmbedding.like(embedding, self.quantization_config.bits))
+        )
+        if head is not None:
+            head_name = names[id(head)]
+            model.set_submodule(head_name, QuantizedLinear.like(head, self.quantization_config.bits))
+            for parameter in ("weight", "weight_scale"):
+                model.all_tied_weights_keys[f"{head_name}.{parameter}"] = f"{embedding_name}.{parameter}"
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Back to float layers, in the model's dtype as it is now; another `dtype` is for the whole model."""
+        if dtype is not None:
+            model.to(dtype)  # type: ignore[arg-type]  # its decorator hides that this is a method
+        return super().dequantize(model, dtype=model.dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                model.set_submodule(name, module.dequantize(dtype))
+        model.all_tied_weights_keys = {
+            target: source
+            for target, source in model.all_tied_weights_keys.items()
+            if not target.endswith("weight_scale")
+        }
+        model.tie_weights(recompute_mapping=False)
+        model.config.quantization_bit = 0
+        if self.quantization_config.quantize_embeddings:
+            model.config.quantization_embeddings = False
+            model.config.tie_word_embeddings = model.get_output_embeddings() is not None
+        return model
+
+
+def stored_tensors(checkpoint_files: list[str]) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> (shape, whether it holds integers) of the tensors in weight files, without reading their values."""
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for file in checkpoint_files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+                found |= {name: (tuple(s.get_shape()), s.get_dtype()[0] in "IU") for name, s in slices.items()}
+        else:
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            found |= {name: (tuple(t.shape), not t.is_floating_point()) for name, t in tensors.items()}
+    return found
+
+
+def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = False) -> PreTrainedModel:
+    """Quantises a loaded float model in place and returns it.
+
+    Raises:
+        ValueError: `bits` is not 4 or 8, or the model is quantised in another way already.
+    """
+    config = ChatGLMQuantizationConfig(bits=bits, quantize_embeddings=quantize_embeddings)
+    if getattr(model, "is_quantized", False):
+        found = model.config.quantization_config
+        if found.to_dict() == config.to_dict():
+            return model
+        raise ValueError(f"this model is quantised already ({found.to_dict()}); call model.dequantize() first")
+    quantizer = ChatGLMQuantizer(config, pre_quantized=False)
+    model.is_quantized = True  # type: ignore[assignment]  # torch declares tensors and modules only
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    quantizer.postprocess_model(model)
+    return model

@@ -1,0 +1,179 @@
+"""ChatGLM3's tool calls: what the model reads and writes, to and from the messages and tools of today's chats.
+
+ChatGLM3 calls a tool in an assistant's turn whose metadata is the tool's name and whose content is Python:
+
+    <|assistant|>get_weather
+     ```python
+    tool_call(city='北京')
+    ```<|observation|>
+
+The original runs `eval` on it. Here it is parsed, and only literals are values: nothing that a model writes is run.
+"""
+
+import ast
+import json
+import keyword
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from transformers.utils import get_json_schema
+
+from ...tokenization.chat import plain_messages
+
+
+class ToolCallError(ValueError):
+    """A model's output is no well-formed tool call; `text` is the output."""
+
+    def __init__(self, problem: str, text: str):
+        shown = text if len(text) <= 200 else f"{text[:200]}…"
+        super().__init__(f"{problem}: {shown!r}. Expected tool_call(name=value, …) with literal values.")
+        self.text = text
+
+
+def parse_tool_call(code: str) -> dict[str, Any]:
+    """The arguments of `tool_call(name=value, …)`; names that are no identifiers come as `**{"name": value}`.
+
+    Values are Python literals: strings, bytes, numbers, booleans, None, and tuples, lists, dicts and sets of those.
+
+    Raises:
+        ToolCallError: anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd escapes in the model's strings
+            call = ast.parse(code.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ToolCallError(f"the tool call is not valid Python ({str(error) or 'too deep'})", code) from None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call"):
+        raise ToolCallError("the tool call is something other than a call of tool_call", code)
+    if call.args:
+        raise ToolCallError("the tool call has an argument without a name", code)
+    arguments: dict[str, Any] = {}
+    for given in call.keywords:
+        try:
+            value = ast.literal_eval(given.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise ToolCallError(f"the argument {given.arg or '**'} of the tool call is no literal", code) from None
+        named = {given.arg: value} if given.arg is not None else value
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named):
+            raise ToolCallError("the tool call unpacks something that has no names", code)
+        if twice := arguments.keys() & named.keys():
+            raise ToolCallError(f"the tool call gives the argument {min(twice)} twice", code)
+        arguments |= named
+    return arguments
+
+
+def format_tool_call(arguments: Mapping[str, Any]) -> str:
+    """The content of a turn that calls a tool with `arguments`, as ChatGLM3 writes it: `parse_tool_call`'s inverse.
+
+    Raises:
+        ValueError: the values are no literals.
+    """
+    plain = {name: value for name, value in arguments.items() if _is_parameter(name)}
+    given = [f"{name}={value!r}" for name, value in plain.items()]
+    if others := {name: value for name, value in arguments.items() if name not in plain}:
+        given.append(f"**{others!r}")
+    code = f"tool_call({', '.join(given)})"
+    if parse_tool_call(code) != arguments:
+        raise ValueError(f"the arguments of a tool call must be literals, but are {arguments!r}.")
+    return f"```python\n{code}\n```"
+
+
+def _is_parameter(name: str) -> bool:
+    # Python reads identifiers in their NFKC form.
+    return name.isidentifier() and not keyword.iskeyword(name) and unicodedata.is_normalized("NFKC", name)
+
+
+def read_answer(
+    output: str, history: Sequence[Mapping[str, Any]]
+) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
+    """What ChatGLM3 generated after `<|assistant|>`, as (response, history with the turns in it added).
+
+    The response is the last turn: its text or, for a tool call, `{"name": …, "parameters": {…}}` if `history` begins
+    with a system message that has tools, else `{"name": …, "content": …}`.
+
+    Raises:
+        ToolCallError: the history has tools, and the last turn is a malformed call of one.
+    """
+    turns = [dict(deepcopy(message)) for message in history]
+    for text in output.split("<|assistant|>"):
+        metadata, newline, content = text.partition("\n")
+        if not newline:
+            metadata, content = "", text
+        turn = {"role": "assistant", "metadata": metadata, "content": content if metadata.strip() else content.strip()}
+        turns.append(turn)
+    name, content = turn["metadata"].strip(), turn["content"]
+    if not name:
+        return content.replace("[[训练时间]]", "2023年"), turns
+    if turns[0]["role"] == "system" and "tools" in turns[0]:
+        code = "\n".join(content.split("\n")[1:-1])  # between the fences
+        return {"name": name, "parameters": parse_tool_call(code)}, turns
+    return {"name": name, "content": content}, turns
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# today's messages and tools
+
+
+def as_chatglm3_messages(conversation: Any) -> list[dict[str, Any]]:
+    """Messages in the usual form as ChatGLM3's: `tool_calls` become turns of their own, the role tool observation.
+
+    ChatGLM3's own keys `metadata` (of any message) and `tools` (of a system message) stay.
+
+    Raises:
+        ValueError: a tool call without name or arguments, or `tools` that are not JSON-serialisable.
+    """
+    messages: list[dict[str, Any]] = []
+    for message in plain_messages(conversation):
+        calls = message.pop("tool_calls", None) or []
+        if message.get("role") == "tool":
+            message["role"] = "observation"
+        if message.get("role") == "observation" and isinstance(message.get("content"), (Mapping, list)):
+            message["content"] = json.dumps(message["content"], ensure_ascii=False)
+        if "tools" in message:
+            _check_json(message["tools"])
+        if message.get("content") or not calls:
+            messages.append(message)
+        messages += [
+            {"role": message["role"], "metadata": name, "content": format_tool_call(arguments)}
+            for name, arguments in map(_call, calls)
+        ]
+    return messages
+
+
+def _call(call: Any) -> tuple[str, dict[str, Any]]:
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    name, arguments = function.get("name"), function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise ValueError(f"a tool call has the keys name and arguments (an object), but here is {call!r}.")
+    return name, dict(arguments)
+
+
+def as_chatglm3_tools(tools: Sequence[Mapping[str, Any] | Callable] | None) -> list[Mapping[str, Any]] | None:
+    """Tools as ChatGLM3 knows them, `{"name", "description", "parameters"}`, from those, JSON schemas or functions.
+
+    Raises:
+        ValueError: one of them is not JSON-serialisable.
+    """
+    if not tools:
+        return None
+    schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+    schemas = [schema.get("function", schema) if isinstance(schema, Mapping) else schema for schema in schemas]
+    _check_json(schemas)
+    return schemas
+
+
+def _check_json(tools: Any) -> None:
+    for index, tool in enumerate(tools if isinstance(tools, (list, tuple)) else [tools]):
+        try:
+            json.dumps(tool)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"tools[{index}] is not JSON-serialisable: {error}. The tool is {tool!r}.") from error

@@ -1,0 +1,433 @@
+"""Chats as token ids: only the template writes control tokens, whatever a message says.
+
+The originals let a user who types `</s>`, `<reserved_106>` or `<|im_end|>` forge turns. Here a chat template stays an
+ordinary Jinja template, rendered by transformers' own sandbox, but the rendered text is encoded in sections:
+
+    <reserved_106>·你好</s>再见·<reserved_107>          · marks the border of a message (a private-use character)
+    ^ control     ^ plain text    ^ control
+
+Text sections go through a backend that has no control tokens at all (`without_control_tokens`), so there is no string
+that yields one. Encoding each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
+
+To plug a family in: subclass `ChatTokenizer` (a `TokenizersBackend` that also loads and saves the original vocabulary
+file), set `self.chat_template` unless the checkpoint brings one (`read_template` gives the files in `templates/`), and say
+
+* `encodes_messages_alone`: whether a message is encoded apart from the template's text around it (True), or the text
+  between two control tokens is encoded as one (False), unless the template itself writes `border` where a text ends
+  (a variable that is empty everywhere but here);
+* `chat_control_pieces()`: control tokens that are ordinary pieces of the vocabulary. The special added tokens, those
+  in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import resources
+from itertools import accumulate, chain
+from typing import Any, ClassVar, NamedTuple
+
+from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
+from transformers import BatchEncoding
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
+
+from .original_vocabulary import OriginalVocabularyTokenizer, naming_surrogates
+from .regex import any_of
+
+
+def read_template(name: str) -> str:
+    """The chat template `templates/<name>.jinja`."""
+    return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def without_control_tokens(backend: Tokenizer, control: Collection[str]) -> Tokenizer:
+    """A backend that shares `backend`'s model and steps but can yield none of the `control` tokens.
+
+    Control tokens that were added to the vocabulary are simply not added here. Those that the model makes of their own
+    text are also kept from it: the first character of that text becomes a pre-token of its own.
+    """
+    plain = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    pieces = [token for token in control if any(made.value == token for made in backend.model.tokenize(token))]
+    if pieces:
+        steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
+    if steps:
+        plain.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    plain.add_tokens([token for token in backend.get_added_tokens_decoder().values() if token.content not in control])
+    return plain
+
+
+class ChatBackends(NamedTuple):
+    """What encodes the sections of a rendered chat, for one set of control tokens."""
+
+    control: str  # pattern of the control tokens that a template may write
+    control_ids: Tokenizer  # a whole control token -> its id
+    plain: Tokenizer  # any other text
+
+    @classmethod
+    def build(cls, plain: Tokenizer, control: Mapping[str, int]) -> "ChatBackends":
+        words = models.WordLevel(dict(control), unk_token="")
+        return cls(any_of(control) or "(?!)", Tokenizer(words), plain)
+
+
+class Marks(NamedTuple):
+    """Two characters that occur nowhere in the chat: `border` splits text, `glue` breaks up a control token."""
+
+    border: str
+    glue: str
+
+    @classmethod
+    def unused_in(cls, texts: Iterable[str]) -> "Marks":
+        used = set().union(*texts)
+        free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
+        return cls(next(free), next(free))
+
+    def break_up(self, value: Any, control: re.Pattern) -> Any:
+        """`value` with every control token in its strings, keys included, broken by glue after its first character."""
+        if isinstance(value, str):
+            return control.sub(lambda match: match[1] + self.glue, value)
+        if isinstance(value, Mapping):
+            return {self.break_up(key, control): self.break_up(item, control) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.break_up(item, control) for item in value]
+        return value
+
+
+def as_data(value: Any) -> Any:
+    """`value` in containers, numbers and strings, as a template prints it: no text is left inside other objects."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {as_data(key): as_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_data(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return as_data(value.model_dump())
+    return str(value)
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings in nested containers, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(strings_in, chain(value.keys(), value.values())))
+    elif isinstance(value, (list, tuple)):
+        yield from chain.from_iterable(map(strings_in, value))
+
+
+def plain_messages(conversation: Any) -> list[dict[str, Any]]:
+    """The messages without empty keys, and with lists of text parts joined into one string."""
+    messages = []
+    for message in getattr(conversation, "messages", conversation):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"a chat is a list of messages with 'role' and 'content', but one of them is {message!r}")
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            foreign = [part for part in content if not (isinstance(part, Mapping) and part.get("type") == "text")]
+            if foreign:
+                raise ValueError(f"this model reads text only, but a message's content has the part {foreign[0]!r}")
+            message["content"] = "".join(part["text"] for part in content)
+        messages.append(message)
+    return messages
+
+
+class ChatTokenizer(OriginalVocabularyTokenizer):
+    """A fast tokenizer whose chats never take control tokens from message contents, tools or documents."""
+
+    encodes_messages_alone: bool = True
+
+    def chat_control_pieces(self) -> Iterable[str]:
+        """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
+        return ()
+
+    def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
+        """The messages of one chat as the template takes them."""
+        return plain_messages(conversation)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool | str | TruncationStrategy = False,
+        max_length: int | None = None,
+        return_tensors=None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """As [`~PreTrainedTokenizerBase.apply_chat_template`], with every argument's meaning unchanged.
+
+        `sanitize_control_tokens` is accepted and always on. Contents may be lists of `{"type": "text", "text": …}`.
+        """
+        kwargs.pop("sanitize_control_tokens", None)
+        is_batched = (
+            isinstance(conversation, (list, tuple))
+            and len(conversation) > 0
+            and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
+        )
+        chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
+        if not tokenize:
+            return super().apply_chat_template(
+                chats if is_batched else chats[0],
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **kwargs,
+            )
+        if not all(chats):
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt are not compatible: choose one.")
+        if return_assistant_tokens_mask and continue_final_message:
+            raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask.")
+        if return_assistant_tokens_mask and not return_dict:
+            raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
+
+        template = self.get_chat_template(chat_template, tools)
+        backends = self._chat_backends(template)
+        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
+        chats, inputs = as_data(chats), as_data({"tools": schemas, "documents": documents, **kwargs})
+        marks = Marks.unused_in(chain([template], strings_in(chats), strings_in(inputs)))
+        occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
+        chats = marks.break_up(chats, occurrence)
+        if self.encodes_messages_alone:
+            for message in chain.from_iterable(chats):
+                if message.get("content"):
+                    message["content"] = f"{marks.border}{message['content']}{marks.border}"
+        rendered: list[str]
+        spans: list[list[tuple[int, int]]]
+        rendered, spans = render_jinja_template(  # type: ignore[str-unpack, assignment]
+            conversations=chats,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special_tokens_map, **marks.break_up(inputs, occurrence), "border": marks.border},
+        )
+        encoding_kwargs = dict(tokenizer_kwargs or {})
+        with_offsets = encoding_kwargs.pop("return_offsets_mapping", False)
+        rows = [
+            encode_chat(text, marks, backends, generated, with_offsets)
+            for text, generated in zip(rendered, spans or [None] * len(rendered), strict=True)
+        ]
+        batch = self._chat_batch(
+            rows,
+            is_batched,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **encoding_kwargs,
+        )
+        return batch if return_dict else batch["input_ids"]
+
+    def encode_message(self, content: str) -> list[int]:
+        """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
+        template = self.chat_template if isinstance(self.chat_template, str) else ""
+        with naming_surrogates(content):
+            return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+
+    def _chat_backends(self, template: str) -> ChatBackends:
+        """The backends for the control tokens of now; built again when tokens are added or the template changes."""
+        listed = tuple(getattr(self, "chat_control_tokens", None) or ())
+        added = self.added_tokens_decoder
+        key = (template, listed, tuple((index, repr(token)) for index, token in added.items()))
+        cached = self.__dict__.get("_chat_backends_cache")
+        if cached is None or cached[0] != key or cached[1] is not self._tokenizer:
+            control = {
+                token.content: index
+                for index, token in added.items()
+                if token.special
+                or token.content in listed
+                or (token.content in template and not token.content.isspace())
+            }
+            control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
+            plain = self._without_control_tokens(control)
+            # One character cannot be broken up to keep it out of messages, so it stays text in templates, too.
+            for token in [token for token in control if len(token) == 1]:
+                if token in template:
+                    raise ValueError(f"the chat template has {token!r}: control tokens need more than one character.")
+                del control[token]
+            cached = (key, self._tokenizer, ChatBackends.build(plain, control))
+            self.__dict__["_chat_backends_cache"] = cached
+        return cached[2]
+
+    def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
+        return without_control_tokens(self._tokenizer, control)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Caches stay out of pickles: datasets fingerprints a tokenizer by its pickle.
+        return {key: value for key, value in self.__dict__.items() if key != "_chat_backends_cache"}
+
+    def _chat_batch(
+        self,
+        rows: "list[EncodedChat]",
+        is_batched: bool,
+        padding,
+        truncation,
+        max_length: int | None,
+        return_tensors,
+        stride: int = 0,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_overflowing_tokens: bool = False,
+        verbose: bool = True,
+        add_special_tokens: bool = False,
+        **flags,
+    ) -> BatchEncoding:
+        """Truncates, pads and packs encoded chats as `tokenizer(...)` would; `flags` are its `return_*` arguments."""
+        padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
+            padding, truncation, max_length, pad_to_multiple_of, verbose, **flags
+        )
+        if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
+            for row in rows:
+                row.truncate(max_length, stride, self.truncation_side)
+        source = list(range(len(rows)))
+        if return_overflowing_tokens:
+            source = [index for index, row in enumerate(rows) for _ in range(1 + len(row.encoding.overflowing))]
+            rows = [part for row in rows for part in (row, *row.overflowing())]
+        for row in rows:
+            self._eventual_warn_about_too_long_sequence(row.encoding.ids, max_length, verbose)
+        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
+            if padding_strategy == PaddingStrategy.LONGEST:
+                max_length = max(len(row.encoding) for row in rows)
+            multiple = pad_to_multiple_of or 1
+            for row in rows:
+                row.pad(
+                    -(-max_length // multiple) * multiple,
+                    direction=padding_side or self.padding_side,
+                    pad_id=self.pad_token_id,
+                    pad_type_id=self.pad_token_type_id,
+                    pad_token=self.pad_token,
+                )
+        # char_to_token and the like are there when they can be right.
+        encodings = [row.encoding for row in rows] if all(row.has_exact_offsets for row in rows) else None
+        data: dict[str, list] = {}
+        for row in rows:
+            backend_columns, _ = self._convert_encoding(row.encoding, verbose=verbose, **flags)
+            for name, values in backend_columns.items():
+                data.setdefault(name, []).extend(values)
+            for name, values in row.columns.items():
+                data.setdefault(name, []).append(values)
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = source
+        elif not is_batched and return_tensors is None:
+            data = {name: values[0] if isinstance(values[0], list) else values for name, values in data.items()}
+        return BatchEncoding(data, encodings, tensor_type=return_tensors)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# one rendered chat
+
+
+class Section(NamedTuple):
+    """A stretch of a rendered chat that is one control token, or is encoded as one plain text."""
+
+    text: str
+    start: int
+    is_control: bool
+
+
+def sections(rendered: str, marks: Marks, control: str) -> Iterator[Section]:
+    last = 0
+    for match in re.finditer(f"{marks.border}|({control})", rendered):
+        if last < match.start():
+            yield Section(rendered[last : match.start()], last, False)
+        if match[1]:
+            yield Section(match[1], match.start(), True)
+        last = match.end()
+    if last < len(rendered):
+        yield Section(rendered[last:], last, False)
+
+
+@dataclass
+class EncodedChat:
+    """The tokens of one chat: the backend's encoding, and what it cannot know, with an entry for every token."""
+
+    PADDING: ClassVar[dict[str, Any]] = {"assistant_masks": 0, "offset_mapping": (0, 0)}
+
+    encoding: Encoding
+    columns: dict[str, list]
+    has_exact_offsets: bool  # whether the offsets in `encoding` are those in the chat
+
+    def truncate(self, max_length: int, stride: int, side: str) -> None:
+        excess = max(len(self.encoding) - max_length, 0)
+        self.encoding.truncate(max_length, stride=stride, direction=side)
+        for values in self.columns.values():
+            del values[slice(excess) if side == "left" else slice(max_length, None)]
+
+    def overflowing(self) -> "list[EncodedChat]":
+        """What `truncate` cut off."""
+        if self.columns and self.encoding.overflowing:
+            raise ValueError(f"return_overflowing_tokens is not compatible with {' and '.join(self.columns)}.")
+        return [EncodedChat(encoding, {}, self.has_exact_offsets) for encoding in self.encoding.overflowing]
+
+    def pad(self, length: int, direction: str, **tokens: Any) -> None:
+        missing = max(length - len(self.encoding), 0)
+        self.encoding.pad(length, direction=direction, **tokens)
+        for name, values in self.columns.items():
+            at = 0 if direction == "left" else len(values)
+            values[at:at] = [self.PADDING[name]] * missing
+
+
+def encode_chat(
+    rendered: str,
+    marks: Marks,
+    backends: ChatBackends,
+    generated: list[tuple[int, int]] | None,
+    with_offsets: bool,
+) -> EncodedChat:
+    """Encodes a rendered chat section by section.
+
+    Args:
+        generated: the characters of `rendered` that the assistant generates, as (start, end); adds the column
+            `assistant_masks`, 1 for the tokens that lie in one of them.
+        with_offsets: add the column `offset_mapping`, in characters of the chat without the marks.
+    """
+    parts = list(sections(rendered, marks, backends.control))
+    texts = [part.text.replace(marks.glue, "") for part in parts if not part.is_control]
+    with naming_surrogates(texts):
+        plain = iter(backends.plain.encode_batch(texts, add_special_tokens=False))
+    encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in parts]
+
+    columns: dict[str, list] = {}
+    if generated is not None or with_offsets:
+        places = [place for pair in zip(parts, encodings, strict=True) for place in token_places(*pair, marks.glue)]
+        if generated is not None:
+            columns["assistant_masks"] = [
+                int(any(low < max(end, start + 1) and start < high for low, high in generated))
+                for start, end in places
+            ]
+        if with_offsets:
+            shown = list(accumulate((char not in marks for char in rendered), initial=0))
+            columns["offset_mapping"] = [(shown[start], shown[end]) for start, end in places]
+    # Merging counts on from the end of each section's last token, which may stand before the end of the section.
+    lengths = [len(part.text.replace(marks.glue, "")) for part in parts]
+    ends = [encoding.offsets[-1][1] if len(encoding) else 0 for encoding in encodings]
+    return EncodedChat(Encoding.merge(encodings, growing_offsets=True), columns, lengths == ends)
+
+
+def token_places(section: Section, encoding: Encoding, glue: str) -> Iterator[tuple[int, int]]:
+    """The characters of the rendered chat that each token of a section stands for, as (start, end)."""
+    places = [section.start + index for index, char in enumerate(section.text) if char != glue]
+    for start, end in encoding.offsets:
+        first = places[min(start, len(places) - 1)]
+        yield first, first if end <= start else places[end - 1] + 1

@@ -1,0 +1,331 @@
+"""SentencePiece models (BPE and Unigram) as Rust `tokenizers.Tokenizer` objects with the original's exact ids.
+
+    model = SentencePieceModel.from_file("tokenizer.model")
+    backend = build_tokenizer(model)      # no special tokens yet: the transformers class adds its own
+
+How each part of SentencePiece (https://github.com/google/sentencepiece) is expressed:
+
+| SentencePiece                                    | here                                                       |
+|--------------------------------------------------|------------------------------------------------------------|
+| normaliser (compiled rules, spaces, `▁` prefix)  | `build_normalizer`, rules in `charsmap`                    |
+| BPE: merge the neighbours whose union has the    | merges = every split of each normal piece, best score      |
+| best score, whatever they were made of           | first                                                      |
+| BPE: user-defined symbols leave before any merge | a `Split` isolates them, `ignore_merges` looks them up     |
+| Unigram: a symbol always wins                    | its score is `length * best - 0.1`, as in the original     |
+| control and byte pieces never match text         | BPE: no merges lead there; Unigram: scores too low to win  |
+| byte fallback                                    | the models' own `byte_fallback`                            |
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from itertools import groupby
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .charsmap import CharsMap
+from .regex import any_of
+
+SPACE = "▁"  # SentencePiece's visible space, U+2581
+_MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
+
+
+class PieceType(IntEnum):
+    """The `type` field of a piece in `sentencepiece_model.proto`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class ModelType(IntEnum):
+    """The `model_type` field of the trainer in `sentencepiece_model.proto`."""
+
+    UNIGRAM = 1
+    BPE = 2
+    WORD = 3
+    CHAR = 4
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a `.model` file says: piece `i` is `texts[i]` with `scores[i]` and `types[i]`; identity has no `charsmap`."""
+
+    texts: list[str]
+    scores: list[float]
+    types: list[int]
+    model_type: ModelType
+    byte_fallback: bool
+    charsmap: CharsMap | None
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "SentencePieceModel":
+        """Reads `path`. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+
+        path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: there is no such SentencePiece vocabulary file.")
+        with open(path, "rb") as file:
+            data = file.read()
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a git-lfs pointer, not the vocabulary itself. Run `git lfs pull` there.")
+        proto = sentencepiece_model_pb2.ModelProto()
+        broken = f"{path} is not a SentencePiece model, or is damaged ({{}}). Download the file again."
+        try:
+            proto.ParseFromString(data)
+        except DecodeError as error:
+            raise ValueError(broken.format(error)) from error
+        # A file cut between two fields still parses, so look for the fields that every writer puts at its end.
+        for field in ("trainer_spec", "normalizer_spec"):
+            if not proto.HasField(field):
+                raise ValueError(broken.format(f"{len(data)} bytes without `{field}`"))
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        for unsupported, fault in (
+            (trainer.model_type not in (ModelType.BPE, ModelType.UNIGRAM), "model_type other than BPE and Unigram"),
+            (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
+            (not normalizer.escape_whitespaces, "escape_whitespaces = false"),
+            (bool(proto.denormalizer_spec.precompiled_charsmap), "a denormalizer"),
+            (any(piece.type == PieceType.UNUSED for piece in proto.pieces), "unused pieces"),
+        ):
+            if unsupported:
+                raise ValueError(f"{path}: SentencePiece models with {fault} are not supported.")
+        try:
+            charsmap = CharsMap(normalizer.precompiled_charsmap) if normalizer.precompiled_charsmap else None
+        except ValueError as error:
+            raise ValueError(broken.format(error)) from error
+        model = cls(
+            texts=[piece.piece for piece in proto.pieces],
+            scores=[piece.score for piece in proto.pieces],
+            types=[piece.type for piece in proto.pieces],
+            model_type=ModelType(trainer.model_type),
+            byte_fallback=trainer.byte_fallback,
+            charsmap=charsmap,
+            add_dummy_prefix=normalizer.add_dummy_prefix,
+            remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        )
+        if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
+            raise ValueError(broken.format("no unknown piece or no normal pieces"))
+        if len(model.ids) != len(model.texts):
+            raise ValueError(broken.format("a piece occurs twice"))
+        if model.byte_fallback and len(model.of_type(PieceType.BYTE)) != 256:
+            raise ValueError(broken.format("byte fallback without 256 byte pieces"))
+        return model
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Piece text -> id."""
+        return {text: index for index, text in enumerate(self.texts)}
+
+    def of_type(self, wanted: PieceType) -> dict[str, float]:
+        """Text -> score of the pieces of one type, in the order of their ids."""
+        return {
+            text: score
+            for text, score, kind in zip(self.texts, self.scores, self.types, strict=True)
+            if kind == wanted
+        }
+
+    @cached_property
+    def normal(self) -> dict[str, float]:
+        return self.of_type(PieceType.NORMAL)
+
+    @cached_property
+    def symbols(self) -> list[str]:
+        """The user-defined symbols."""
+        return list(self.of_type(PieceType.USER_DEFINED))
+
+    @cached_property
+    def unknown(self) -> str:
+        return next(iter(self.of_type(PieceType.UNKNOWN)))
+
+
+def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
+    """A `tokenizers.Tokenizer` whose ids equal `SentencePieceProcessor.encode(text)`; it has no added tokens."""
+    engine, cuts = _bpe(model) if model.model_type is ModelType.BPE else _unigram(model)
+    tokenizer = Tokenizer(engine)
+    tokenizer.normalizer = build_normalizer(model)
+    if cuts:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cuts]
+        )
+    tokenizer.decoder = build_decoder(model)
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# normaliser and decoder
+
+
+def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
+    """Compiled rules (user-defined symbols are exempt), white space, the `▁` in front, and spaces shown as `▁`."""
+    steps: list[normalizers.Normalizer] = []
+    rules = model.charsmap.normalizers(model.symbols) if model.charsmap else []
+    if model.remove_extra_whitespaces:
+        # The original trims what ends up as `▁` at the end, so a literal ▁ there goes as well.
+        steps += [
+            *rules,
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""),
+        ]
+        if model.add_dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+    else:
+        # The prefix comes first: a text whose characters are all deleted by the rules still leaves its ▁.
+        if model.add_dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+        steps += rules
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def build_decoder(
+    model: SentencePieceModel, silent: str | None = None, texts: Mapping[str, str] | None = None
+) -> decoders.Decoder:
+    """Pieces to text; the white space that the normaliser puts in front goes.
+
+    Args:
+        silent: pattern of the pieces that have no text.
+        texts: pieces that have another text than their own. White space there is text: it stays in front.
+    """
+    texts = dict(texts or {})
+    if model.byte_fallback:
+        texts["<0x20>"] = " "
+    steps: list[decoders.Decoder] = []
+    if silent:
+        steps.append(decoders.Replace(Regex(rf"\A(?:{silent})\z"), ""))
+    if texts:
+        steps.append(decoders.Replace(Regex(rf"\A(?={any_of(texts)}\z)"), _MARK))
+    steps.append(decoders.Replace(SPACE, " "))
+    if model.byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if model.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", len(max(model.ids, key=len)), 0))
+    elif model.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    steps += [decoders.Replace(_MARK + piece, text) for piece, text in texts.items()]
+    return decoders.Sequence(steps)
+
+
+BYTE_PIECE = re.compile(r"<0x(?!20)[0-9A-F]{2}>")  # a space stands by itself: the decoder keeps it in front
+
+
+def mend_bytes(tokens: list[str]) -> list[str]:
+    """The tokens, with every run of byte pieces that is not UTF-8 replaced by the text SentencePiece makes of it.
+
+    It loses only the bytes at fault, each to one U+FFFD, where the Rust decoder gives up the whole run.
+    """
+    mended: list[str] = []
+    for is_byte, run in groupby(tokens, key=lambda token: BYTE_PIECE.fullmatch(token) is not None):
+        pieces = list(run)
+        if is_byte:
+            data = bytes(int(piece[3:5], 16) for piece in pieces)
+            text = decode_bytes(data)
+            mended += pieces if text.encode() == data else [text]
+        else:
+            mended += pieces
+    return mended
+
+
+def decode_bytes(data: bytes) -> str:
+    """UTF-8 with one U+FFFD for every byte that has no place in a character."""
+    text = ""
+    while True:
+        try:
+            return text + data.decode()
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode() + "\ufffd"
+            data = data[error.start + 1 :]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# BPE
+
+
+def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
+    """The model, and the patterns that its text is to be cut by beforehand."""
+    scores = model.normal
+    # Of two ways to build one piece the original takes the leftmost, so the longer left part goes first.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    bpe = models.BPE(
+        vocab=model.ids, merges=merges, unk_token=model.unknown, byte_fallback=model.byte_fallback, fuse_unk=True
+    )
+    if not model.symbols:
+        return bpe, []
+    cuts = [any_of(model.symbols)]
+    guarded = _never_from_text(model, bpe)
+    if guarded:
+        halves = "|".join(f"{re.escape(left)}(?={re.escape(right)}\\z)" for left, right in guarded)
+        cuts.append(rf"\A(?:{halves})")
+    bpe.ignore_merges = True
+    return bpe, cuts
+
+
+def _never_from_text(model: SentencePieceModel, bpe: models.BPE) -> list[tuple[str, str]]:
+    """Pieces that merging never produces although they are in the vocabulary: control, byte and unknown pieces, and
+    normal ones whose parts the merges spend otherwise. Each comes cut in two at a boundary of its real segmentation,
+    so that `ignore_merges`, which takes a whole pre-token from the vocabulary, does not see it."""
+    symbol = re.compile(any_of(model.symbols))
+    texts = [text for text in model.texts if len(text) > 1 and not symbol.search(text)]
+    pairs = []
+    for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
+        cuts = sorted({start for start, _ in encoding.offsets if start})
+        halves = [(text[:cut], text[cut:]) for cut in cuts]
+        # Neither half may be looked up as a whole either, unless it is one token anyway.
+        good = [
+            (left, right)
+            for left, right in halves
+            if (left not in model.ids or left == halves[0][0]) and (right not in model.ids or right == halves[-1][1])
+        ]
+        if halves and not good:
+            raise ValueError(f"the SentencePiece model's piece {text!r} cannot be kept out of texts.")
+        pairs += good[:1]
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Unigram
+
+
+def _unigram(model: SentencePieceModel) -> tuple[models.Unigram, list[str]]:
+    """The model, and the patterns that its text is to be cut by beforehand."""
+    best, worst = max(model.normal.values()), min(model.normal.values())
+    # unigram_model.cc: a user-defined symbol scores above anything that could be put in its place.
+    scores = model.normal | {symbol: len(symbol.encode()) * best - 0.1 for symbol in model.symbols}
+    # Control, byte and unknown pieces must not match text: score them below the pieces their text really splits into.
+    # A character that no piece has costs more than any score can be low, but it is a boundary anyway: cut there.
+    known = set().union(*scores)
+    foreign = {text: next((i for i, char in enumerate(text) if char not in known), None) for text in model.texts}
+    never = {text: _best_path(text, scores, worst - 10.0) - 1e-3 for text in model.texts if text not in scores}
+    cuts = [
+        f"(?<={re.escape(text[:at])}){re.escape(text[at])}(?={re.escape(text[at + 1 :])})"
+        for text in never
+        if (at := foreign[text]) is not None
+    ]
+    vocab = list((scores | never | {text: worst for text in never if foreign[text] is not None}).items())
+    vocab.sort(key=lambda item: model.ids[item[0]])
+    engine = models.Unigram(vocab, unk_id=model.ids[model.unknown], byte_fallback=model.byte_fallback)
+    return engine, ["|".join(cuts)] if cuts else []
+
+
+def _best_path(text: str, scores: dict[str, float], unknown: float) -> float:
+    """Score of the best segmentation of `text`: a piece scored below it is never chosen, in any context."""
+    best = [0.0]
+    for end in range(1, len(text) + 1):
+        paths = (best[start] + scores[text[start:end]] for start in range(end) if text[start:end] in scores)
+        best.append(max(paths, default=best[end - 1] + unknown))
+    return best[-1]

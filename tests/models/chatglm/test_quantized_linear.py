@@ -1,0 +1,123 @@
+"""The integer layers against their definition: packing, rounding, outputs and gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_cnllm.models.chatglm.quantized_linear import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    dequantize_rows,
+    pack_int4,
+    quantize_rows,
+    unpack_int4,
+)
+
+
+def reference_unpack(byte: int) -> tuple[int, int]:
+    """Two's complement of the high and of the low nibble, the slow way."""
+    nibbles = (byte >> 4) & 15, byte & 15
+    return tuple(nibble - 16 if nibble > 7 else nibble for nibble in nibbles)
+
+
+def test_every_byte_unpacks_by_definition():
+    packed = torch.arange(-128, 128, dtype=torch.int8)
+    expected = torch.tensor([reference_unpack(byte) for byte in range(-128, 128)], dtype=torch.int8)
+    assert torch.equal(unpack_int4(packed[:, None]), expected)
+    assert torch.equal(pack_int4(expected)[:, 0], packed)
+
+
+@given(st.lists(st.integers(-8, 7), min_size=2, max_size=20).filter(lambda values: len(values) % 2 == 0))
+def test_packing_round_trips(values):
+    integers = torch.tensor([values], dtype=torch.int8)
+    assert torch.equal(unpack_int4(pack_int4(integers)), integers)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([4, 8]), st.sampled_from([torch.float16, torch.float32]))
+def test_quantised_rows_are_within_half_a_step(seed, bits, dtype):
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    quantized, scale = quantize_rows(weight, bits)
+    assert quantized.dtype == torch.int8 and quantized.shape == (5, 8 * bits // 8)
+    error = (dequantize_rows(quantized, scale, bits, torch.float32) - weight.float()).abs()
+    assert (error <= scale.float()[:, None] * 0.54 + 1e-6).all()  # row / scale is itself rounded, in fp16 to 1/16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_of_zeros_stays_zero(bits):
+    weight = torch.zeros(2, 4)
+    weight[1] = 1.0
+    quantized, scale = quantize_rows(weight, bits)
+    assert torch.equal(dequantize_rows(quantized, scale, bits, torch.float32)[0], torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantising_rounds_the_exact_product_once(bits, dtype):
+    quantized, scale = quantize_rows(torch.randn(6, 8).half(), bits)
+    integers = unpack_int4(quantized) if bits == 4 else quantized
+    exact = integers.double() * scale.double()[:, None]
+    assert torch.equal(dequantize_rows(quantized, scale, bits, dtype), exact.to(dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_layer_is_a_linear_layer_with_the_dequantised_weight(bits, bias):
+    linear = nn.Linear(16, 6, bias=bias).double()
+    layer = QuantizedLinear.like(linear, bits).quantize_from(linear)
+    naive = layer.dequantize(torch.float64)
+    inputs = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    expected = naive(inputs)
+    torch.testing.assert_close(layer(inputs), expected, atol=1e-12, rtol=0)
+    (grad_expected,) = torch.autograd.grad(expected.square().sum(), inputs)
+    (grad,) = torch.autograd.grad(layer(inputs).square().sum(), inputs)
+    torch.testing.assert_close(grad, grad_expected, atol=1e-12, rtol=0)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    if bias:  # frozen by default, yet right if somebody trains it
+        layer.bias.requires_grad_(True)
+        layer(inputs).square().sum().backward()
+        naive(inputs).square().sum().backward()
+        torch.testing.assert_close(layer.bias.grad, naive.bias.grad, atol=1e-12, rtol=0)
+
+
+def test_backward_keeps_the_integers_and_not_the_floats():
+    layer = QuantizedLinear.like(nn.Linear(64, 64), 4).quantize_from(nn.Linear(64, 64))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        layer(torch.randn(1, 64, requires_grad=True))
+    assert sum(tensor.numel() * tensor.element_size() for tensor in saved) < 64 * 64
+
+
+def test_under_autocast_forward_and_backward():
+    layer = QuantizedLinear.like(nn.Linear(8, 4), 8).quantize_from(nn.Linear(8, 4))
+    inputs = torch.randn(2, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(inputs)
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16 and inputs.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_embedding_looks_up_the_dequantised_rows(bits):
+    embedding = nn.Embedding(10, 8)
+    layer = QuantizedEmbedding.like(embedding, bits).quantize_from(embedding)
+    ids = torch.tensor([[3, 0, 9]])
+    assert torch.equal(layer(ids), layer.dequantize(torch.float32)(ids))
+    assert layer.half()(ids).dtype == torch.float16
+
+
+def test_an_odd_number_of_inputs_does_not_pack():
+    with pytest.raises(ValueError, match="INT4 packs 2 inputs into a byte, but the layer has 7"):
+        QuantizedLinear.like(nn.Linear(7, 3), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cuda_dequantises_as_the_cpu_does(bits, dtype):
+    quantized, scale = quantize_rows(torch.randn(64, 32).half(), bits)
+    on_cpu = dequantize_rows(quantized, scale, bits, dtype)
+    assert torch.equal(dequantize_rows(quantized.cuda(), scale.cuda(), bits, dtype).cpu(), on_cpu)

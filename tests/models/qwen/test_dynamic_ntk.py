@@ -1,0 +1,157 @@
+"""Dynamic NTK: the table against the original's formula, true lengths, and factors that follow the rows of a cache."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from hf_cnllm.models.qwen.dynamic_ntk import (
+    DOUBLINGS,
+    DynamicNtkRotaryEmbedding,
+    carried_inv_freq,
+    carry,
+    inverse_frequencies,
+    ntk_alpha,
+    true_lengths,
+)
+
+CONFIG = LlamaConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=2)
+
+
+@given(seq_length=st.integers(1, 40_000), factor=st.floats(0.01, 300), dim=st.sampled_from([4, 8, 64, 128]))
+def test_the_table_holds_the_originals_formula(seq_length, factor, dim):
+    length = max(1, round(seq_length * factor))
+    rotary = DynamicNtkRotaryEmbedding(dim, 10_000, seq_length)
+    selected = rotary.for_lengths(torch.tensor([[length]]))
+    assert torch.equal(selected[0, 0], inverse_frequencies(dim, 10_000, ntk_alpha(length, seq_length)))
+
+
+@pytest.mark.parametrize("doublings", range(DOUBLINGS))
+def test_factors_change_right_after_each_doubling(doublings):
+    rotary = DynamicNtkRotaryEmbedding(16, 10_000, 32)
+    limit = 32 * 2**doublings
+    below, above = rotary.for_lengths(torch.tensor([limit, limit + 1])[:, None])
+    assert torch.equal(below[0], inverse_frequencies(16, 10_000, 2 ** (doublings + 1) - 1))
+    assert torch.equal(above[0], inverse_frequencies(16, 10_000, 2 ** (doublings + 2) - 1))
+
+
+def test_plain_frequencies_are_llamas():
+    rotary = DynamicNtkRotaryEmbedding(16, 10_000)
+    assert rotary.inv_freq.shape[0] == 1
+    assert torch.equal(rotary.plain[0, 0], 1.0 / (10_000 ** (torch.arange(0, 16, 2).float() / 16)))
+
+
+def test_the_table_stays_exact_whatever_happens_to_the_model():
+    expected = DynamicNtkRotaryEmbedding(16, 10_000, 32).inv_freq
+    for change in (torch.nn.Module.half, torch.nn.Module.bfloat16, lambda module: module.to(torch.float64)):
+        assert torch.equal(change(DynamicNtkRotaryEmbedding(16, 10_000, 32)).inv_freq, expected)
+    with torch.device("meta"):
+        empty = DynamicNtkRotaryEmbedding(16, 10_000, 32)
+    assert torch.equal(empty.to_empty(device="cpu").inv_freq, expected)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
+def test_true_lengths_of_every_kind_of_mask(lengths, side):
+    width = max(lengths)
+    embeds = torch.zeros(len(lengths), width, 1)
+    columns = torch.arange(width)
+    limits = torch.tensor(lengths)[:, None]
+    mask = columns >= width - limits if side == "left" else columns < limits
+    expected = [[length] for length in lengths]
+    assert true_lengths(embeds, mask.long()).tolist() == expected
+    assert true_lengths(embeds, mask.float()).tolist() == expected
+    visible = (mask[:, None, :] & (columns[:, None] >= columns))[:, None]
+    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    assert true_lengths(embeds, visible).tolist() == true_lengths(embeds, additive).tolist() == expected
+
+
+@given(documents=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_true_lengths_of_packed_documents(documents):
+    positions = torch.cat([torch.arange(length) for length in documents])[None]
+    embeds = torch.zeros(1, positions.shape[1], 1)
+    expected = [length for length in documents for _ in range(length)]
+    assert true_lengths(embeds, None, positions)[0].tolist() == expected
+    assert true_lengths(embeds).tolist() == [[len(expected)]]
+
+
+def test_a_mask_that_does_not_tell_lengths_is_refused():
+    with pytest.raises(ValueError, match="prompt_lengths"):
+        true_lengths(torch.zeros(1, 3, 1), attention_mask=object())
+
+
+def filled_cache(kind: str):
+    cache = {
+        "dynamic": lambda: DynamicCache(config=CONFIG),
+        "lazy": lambda: DynamicCache(),
+        "static": lambda: StaticCache(config=CONFIG, max_cache_len=8),
+    }[kind]()
+    for layer in range(2):
+        states = torch.arange(3.0)[:, None, None, None].expand(3, 2, 5, 8).clone()
+        cache.update(states, states, layer)
+    carry(cache, torch.arange(3.0)[:, None, None].expand(3, 1, 4))
+    return cache
+
+
+def assert_rows(cache, rows):
+    """Keys and frequencies were both filled with the number of their row."""
+    assert carried_inv_freq(cache)[:, 0, 0].tolist() == rows
+    assert cache.layers[0].keys[:, 0, 0, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "lazy", "static"])
+def test_frequencies_follow_the_rows_of_the_cache(kind):
+    cache = filled_cache(kind)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert_rows(cache, [2, 0, 0])
+    assert isinstance(cache, DynamicCache if kind != "static" else StaticCache)
+    for duplicate in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert type(duplicate) is type(cache)
+        assert_rows(duplicate, [2, 0, 0])
+        duplicate.reorder_cache(torch.tensor([1, 1, 1]))
+    assert_rows(cache, [2, 0, 0])
+    if kind != "static":
+        cache.batch_repeat_interleave(2)
+        assert_rows(cache, [2, 2, 0, 0, 0, 0])
+        cache.batch_select_indices(torch.tensor([1, 3]))
+        assert_rows(cache, [2, 0])
+        cache.crop(-2)
+        assert_rows(cache, [2, 0])
+        cache.crop(-3)
+        assert carried_inv_freq(cache) is None
+    cache.reset()
+    assert carried_inv_freq(cache) is None and carried_inv_freq(None) is None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_what_a_call_decides_is_carried_from_then_on(kind):
+    rotary = DynamicNtkRotaryEmbedding(8, 10_000, 4)
+    prompt = torch.zeros(2, 9, 1)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :6] = 0
+    cache = DynamicCache(config=CONFIG) if kind == "dynamic" else StaticCache(config=CONFIG, max_cache_len=20)
+    decided = rotary.select(prompt, mask, past_key_values=cache)
+    assert torch.equal(decided, rotary.for_lengths(torch.tensor([[9], [3]])))
+    step = torch.zeros(2, 1, 1)
+    assert (
+        rotary.select(step, torch.ones(2, 10), past_key_values=cache).data_ptr() == carried_inv_freq(cache).data_ptr()
+    )
+    with pytest.raises(ValueError, match="2 sequences, but the inputs are 3"):
+        rotary.select(torch.zeros(3, 1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_begun_within_the_trained_length_stays_plain(kind):
+    rotary = DynamicNtkRotaryEmbedding(8, 10_000, 4)
+    cache = DynamicCache(config=CONFIG) if kind == "dynamic" else StaticCache(config=CONFIG, max_cache_len=20)
+    kind_of_cache = type(cache)
+    assert torch.equal(rotary.select(torch.zeros(1, 4, 1), past_key_values=cache), rotary.plain)
+    states = torch.zeros(1, 2, 4, 8)
+    cache.update(states, states, 0)
+    cache.update(states, states, 1)
+    assert type(cache) is kind_of_cache
+    # Later calls, however long, continue what was begun; only a cache that carries `prompt_lengths` is told otherwise.
+    assert torch.equal(rotary.select(torch.zeros(1, 9, 1), past_key_values=cache), rotary.plain)

@@ -1,0 +1,56 @@
+"""Inputs that cannot be right get one message that says why."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_cnllm.models.validation import check_cache, check_mask, check_token_ids
+
+
+@pytest.mark.parametrize("token", [-1, 10, 99])
+def test_token_ids_outside_the_vocabulary(token):
+    check_token_ids(torch.tensor([[0, 9]]), 10)
+    check_token_ids(torch.zeros(1, 0, dtype=torch.long), 10)
+    with pytest.raises(ValueError, match=rf"input_ids\[1, 2\]` is {token}.*ids 0 to 9 \(`vocab_size`\)"):
+        check_token_ids(torch.tensor([[1, 2, 3], [1, 2, token]]), 10)
+
+
+def cache_of(layers=2, batch=2, heads=3, head_dim=4):
+    cache = DynamicCache()
+    states = torch.zeros(batch, heads, 5, head_dim)
+    for layer in range(layers):
+        cache.update(states, states, layer)
+    return cache
+
+
+def test_caches_that_fit():
+    for cache in (None, DynamicCache(), cache_of(), cache_of(layers=1)):  # a growing cache may have fewer layers
+        check_cache(cache, batch_size=2, num_layers=2, num_heads=3, head_dim=4)
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        ({"layers": 3}, "has 3 layers, but the model has 2"),
+        ({"heads": 2}, "holds 2 heads of 4 dimensions, but the model has 3 of 4"),
+        ({"head_dim": 8}, "holds 3 heads of 8 dimensions"),
+        ({"batch": 1}, "holds 1 sequences, but the inputs are 2"),
+    ],
+)
+def test_caches_of_another_model_or_batch(other, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        check_cache(cache_of(**other), batch_size=2, num_layers=2, num_heads=3, head_dim=4)
+
+
+def test_tuples_are_no_cache():
+    with pytest.raises(ValueError, match="`past_key_values` is of type tuple, but must be a transformers `Cache`"):
+        check_cache(((torch.zeros(2, 3, 5, 4),) * 2,) * 2, batch_size=2, num_layers=2, num_heads=3, head_dim=4)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 9), (1, 8), (2, 8, 8), (8,)])
+def test_masks_of_another_shape(shape):
+    check_mask(torch.ones(2, 8), batch_size=2, past_length=5, length=3)
+    for other in (None, torch.ones(2, 1, 3, 8), {"full_attention": None}):
+        check_mask(other, batch_size=2, past_length=5, length=3)
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape .*2 sequences of 8 tokens"):
+        check_mask(torch.ones(shape), batch_size=2, past_length=5, length=3)
