@@ -90,7 +90,7 @@ def check_decode(model, case: Case):
             result = model(
                 ids[:, start:stop],
                 position_ids=positions[..., start - prefill : stop - prefill],
-                past_key_values=result.past_key_values,
+                cache=result.cache,
                 use_cache=True,
             )
             logits.append(result.logits)

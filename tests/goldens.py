@@ -172,10 +172,10 @@ def check_decode(model, case: Case, atol: float = TOLERANCE):
         result = model(
             ids[:, start:stop],
             attention_mask=None if mask is None else mask[:, :stop],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache, start = result.past_key_values, stop
+        cache, start = result.cache, stop
         logits.append(result.logits)
     logits = torch.cat(logits, dim=1)
     logits = logits[:, -outputs["logits"].shape[1] :]

@@ -143,8 +143,8 @@ def test_two_interleaved_generations_do_not_disturb_each_other(row):
                 all_of_them = model.positions_of_prompt(states[index], None, check=False)
                 positions = {"position_ids": all_of_them[..., -ids.shape[1] :]}
             mask = torch.ones_like(states[index])
-            output = model(ids, attention_mask=mask, past_key_values=caches[index], use_cache=True, **positions)
-            caches[index] = output.past_key_values
+            output = model(ids, attention_mask=mask, cache=caches[index], use_cache=True, **positions)
+            caches[index] = output.cache
             states[index] = torch.cat([states[index], output.logits[:, -1:].argmax(-1)], dim=1)
     for state, want in zip(states, expected, strict=True):
         assert torch.equal(state, want)
@@ -290,9 +290,9 @@ def test_a_mask_that_does_not_fit_is_refused(row, shape):
 @torch.no_grad()
 def test_a_mask_shorter_than_the_cache_is_refused(row):
     model = load(row)
-    cache = model(prompt(row, 8), use_cache=True).past_key_values
+    cache = model(prompt(row, 8), use_cache=True).cache
     with pytest.raises(ValueError, match=r"`attention_mask` has shape .*9"):
-        model(torch.tensor([[20]]), attention_mask=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+        model(torch.tensor([[20]]), attention_mask=torch.ones(1, 4, dtype=torch.long), cache=cache)
 
 
 @families

@@ -47,7 +47,7 @@ def test_each_query_sees_its_window(backend, cache_kind, seen, length):
         config,
         inputs_embeds=torch.zeros(2, length, 16),
         attention_mask=padding,
-        past_key_values=cache,
+        cache=cache,
     )
     assert set(masks) == {"full_attention", "sliding_attention", "sliding_attention_3"}
     new = positions[:, :, seen : seen + length]
@@ -66,6 +66,6 @@ def test_each_query_sees_its_window(backend, cache_kind, seen, length):
 
 def test_without_windows_there_is_one_causal_mask():
     config = config_with(None, "sdpa")
-    masks = create_window_masks(config, inputs_embeds=torch.zeros(1, 4, 16), attention_mask=None, past_key_values=None)
+    masks = create_window_masks(config, inputs_embeds=torch.zeros(1, 4, 16), attention_mask=None, cache=None)
     assert masks == {"full_attention": None}  # the kernel's own causal mode
     assert {mask_name(config, layer) for layer in range(4)} == {"full_attention"}

@@ -43,7 +43,7 @@ def test_caches_of_another_model_or_batch(other, complaint):
 
 
 def test_tuples_are_no_cache():
-    with pytest.raises(ValueError, match="`past_key_values` is of type tuple, but must be a transformers `Cache`"):
+    with pytest.raises(ValueError, match="`cache` is of type tuple, but must be a transformers `Cache`"):
         check_cache(((torch.zeros(2, 3, 5, 4),) * 2,) * 2, batch_size=2, num_layers=2, num_heads=3, head_dim=4)
 
 

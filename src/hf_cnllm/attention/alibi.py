@@ -188,7 +188,7 @@ def create_alibi_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> AlibiMask:
@@ -200,7 +200,7 @@ def create_alibi_mask(
         attention_mask: None; [batch, keys] with 0 for padding and equal numbers for the tokens of one packed document;
             [batch, queries, keys] 0/1, to which causality is added; or [batch, 1, queries, keys], bool or additive,
             taken as it is.
-        past_key_values: the cache, before this forward pass.
+        cache: the cache, before this forward pass.
         position_ids: [batch, queries]; without mask and cache, restarts in it separate packed documents.
 
     Raises:
@@ -214,10 +214,10 @@ def create_alibi_mask(
     dtype = torch.get_autocast_dtype(device.type) if autocast else inputs_embeds.dtype
     queries = inputs_embeds.shape[1]
     offset, keys = 0, queries
-    if past_key_values is not None:
-        offset, keys = past_key_values.get_query_offset(0), past_key_values.get_mask_sizes(queries, 0)[0]
+    if cache is not None:
+        offset, keys = cache.get_query_offset(0), cache.get_mask_sizes(queries, 0)[0]
     _check_mask(attention_mask, inputs_embeds.shape[0], queries, keys, offset)
-    if attention_mask is None and past_key_values is None and position_ids is not None:
+    if attention_mask is None and cache is None and position_ids is not None:
         attention_mask = _documents(position_ids, inputs_embeds.shape[0])
     slopes = alibi_slopes(config.num_attention_heads).to(device)
     if backend == "flash_attention_2":
@@ -226,7 +226,7 @@ def create_alibi_mask(
     key_positions = torch.arange(keys, device=device)
     query_positions = torch.arange(queries, device=device) + offset
     if backend == "flex_attention":
-        blocks = _block_mask(inputs_embeds, attention_mask, past_key_values, query_positions, key_positions)
+        blocks = _block_mask(inputs_embeds, attention_mask, cache, query_positions, key_positions)
         return AlibiMask(slopes, visible=blocks, positions=fixed_size(query_positions))
 
     plain = backend == "sdpa" and queries > 1 and _is_padding_only(attention_mask, offset)
@@ -328,7 +328,7 @@ def _visible(
 def _block_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
 ) -> BlockMask:
@@ -344,7 +344,7 @@ def _block_mask(
     return causal_block_mask(
         inputs_embeds,
         None,
-        past_key_values,
+        cache,
         or_mask_function=rule if complete else None,
         and_mask_function=rule,
     )

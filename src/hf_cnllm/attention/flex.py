@@ -26,7 +26,7 @@ def create_causal_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None = None,
     or_mask_function: Callable | None = None,
     and_mask_function: Callable | None = None,
@@ -41,21 +41,21 @@ def create_causal_mask(
             config,
             inputs_embeds,
             attention_mask,
-            past_key_values,
+            cache,
             position_ids,
             or_mask_function=or_mask_function,
             and_mask_function=and_mask_function,
         )
-    if position_ids is not None and attention_mask is None and past_key_values is None:
+    if position_ids is not None and attention_mask is None and cache is None:
         documents = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
         and_mask_function = and_mask_function if documents is None else same_document(documents + 1)
-    return causal_block_mask(inputs_embeds, attention_mask, past_key_values, or_mask_function, and_mask_function)
+    return causal_block_mask(inputs_embeds, attention_mask, cache, or_mask_function, and_mask_function)
 
 
 def causal_block_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     or_mask_function: Callable | None = None,
     and_mask_function: Callable | None = None,
 ) -> BlockMask:
@@ -64,15 +64,15 @@ def causal_block_mask(
     Args:
         inputs_embeds: [batch, queries, ...]; only shape and device are read.
         attention_mask: [batch, past + queries], 0 for padding; or None.
-        past_key_values: the cache before this forward pass.
+        cache: the cache before this forward pass.
         or_mask_function, and_mask_function: as those of transformers' mask makers, of absolute positions.
     """
     batch, queries = inputs_embeds.shape[:2]
     past, keys = 0, queries
-    if past_key_values is not None:
+    if cache is not None:
         # Layers with windows keep less; this is the mask of those without.
-        layer_idx = past_key_values.is_sliding.index(False) if False in past_key_values.is_sliding else 0
-        past, keys = past_key_values.get_query_offset(layer_idx), past_key_values.get_mask_sizes(queries, layer_idx)[0]
+        layer_idx = cache.is_sliding.index(False) if False in cache.is_sliding else 0
+        past, keys = cache.get_query_offset(layer_idx), cache.get_mask_sizes(queries, layer_idx)[0]
     positions = fixed_size(torch.arange(queries, device=inputs_embeds.device) + past)
     mask_function = causal_mask_function
     if or_mask_function is not None:

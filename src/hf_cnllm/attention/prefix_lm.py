@@ -79,7 +79,7 @@ def create_prefix_lm_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     prefix: torch.Tensor | None,
     learned_keys: int = 0,
 ) -> torch.Tensor | BlockMask | PrefixLMLayout | None:
@@ -91,7 +91,7 @@ def create_prefix_lm_mask(
         attention_mask: None; [batch, past + queries] with 0 for padding and 1 for tokens, or equal numbers from 1 for
             the tokens of one packed text; or [batch or 1, 1, queries, keys], bool (True: visible) or additive, which
             then says everything.
-        past_key_values: the cache before this forward pass. All queries see what it holds, but for its padding.
+        cache: the cache before this forward pass. All queries see what it holds, but for its padding.
         prefix: [batch, queries], True for the queries that every query of their text sees. None: there are none, as in
             decoding.
         learned_keys: how many of the cache's first keys are learned (P-tuning): `attention_mask` does not count them.
@@ -108,14 +108,14 @@ def create_prefix_lm_mask(
             f"{', '.join(MASK_BACKENDS)}, or flash attention."
         )
     if attention_mask is not None and attention_mask.ndim == 4:
-        return _given_mask(backend, inputs_embeds, attention_mask, past_key_values, learned_keys)
+        return _given_mask(backend, inputs_embeds, attention_mask, cache, learned_keys)
 
     queries = inputs_embeds.shape[1]
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (learned_keys, 0), value=1)
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    past = cache.get_seq_length() if cache is not None else 0
     _check_mask(attention_mask, inputs_embeds.shape[0], queries, past)
-    mask_like = partial(_backend_mask, config, inputs_embeds, attention_mask, past_key_values)
+    mask_like = partial(_backend_mask, config, inputs_embeds, attention_mask, cache)
     if queries == 1:
         return mask_like()
 
@@ -137,7 +137,7 @@ def create_prefix_lm_mask(
             "flash attention takes no prefix-LM mask: tokens with padding between them, padding in the cache and "
             'torch.compile need attn_implementation="sdpa", "flex_attention" or "eager".'
         )
-    keys = past_key_values.get_mask_sizes(queries, 0)[0] if past_key_values is not None else queries
+    keys = cache.get_mask_sizes(queries, 0)[0] if cache is not None else queries
     prefix = _at_keys(prefix, past, keys, before=False, after=False)
     if packed:
         documents = _at_keys(documents, past, keys, before=EVERYONES, after=0)
@@ -148,7 +148,7 @@ def _backend_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     prefix: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor | BlockMask | None:
@@ -157,7 +157,7 @@ def _backend_mask(
         config,
         inputs_embeds,
         attention_mask,
-        past_key_values,
+        cache,
         or_mask_function=None if prefix is None else prefix_mask_function(prefix),
         and_mask_function=None if documents is None else packed_mask_function(documents),
     )
@@ -208,7 +208,7 @@ def _given_mask(
     backend: str,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     learned_keys: int,
 ) -> torch.Tensor | BlockMask:
     """A 4-D mask in the form that the backend reads, as long as the keys."""
@@ -218,7 +218,7 @@ def _given_mask(
             f"{', '.join(MASK_BACKENDS)}."
         )
     queries = inputs_embeds.shape[1]
-    keys = past_key_values.get_mask_sizes(queries, 0)[0] if past_key_values is not None else queries
+    keys = cache.get_mask_sizes(queries, 0)[0] if cache is not None else queries
     if attention_mask.shape[-2] != queries or attention_mask.shape[-1] > keys:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the cache and the input together ask for "

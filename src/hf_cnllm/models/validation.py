@@ -51,7 +51,7 @@ def check_mask(attention_mask: object, batch_size: int, past_length: int | Tenso
     if attention_mask.shape != (batch_size, keys):
         raise ValueError(
             f"`attention_mask` has shape {list(attention_mask.shape)}, but the inputs are {batch_size} sequences of "
-            f"{keys} tokens, those in `past_key_values` included. Pass a mask of shape [{batch_size}, {keys}]."
+            f"{keys} tokens, those in `cache` included. Pass a mask of shape [{batch_size}, {keys}]."
         )
 
 
@@ -63,7 +63,7 @@ def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads
     """
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
-            f"`past_key_values` is of type {type(cache).__name__}, but must be a transformers `Cache`, such as "
+            f"`cache` is of type {type(cache).__name__}, but must be a transformers `Cache`, such as "
             "`DynamicCache()`, which a forward pass with `use_cache=True` returns."
         )
     if cache is None or not cache.layers:
@@ -71,7 +71,7 @@ def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads
     grows = getattr(cache, "layer_class_to_replicate", None) is not None
     if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):
         raise ValueError(
-            f"`past_key_values` has {len(cache.layers)} layers, but the model has {num_layers}. "
+            f"`cache` has {len(cache.layers)} layers, but the model has {num_layers}. "
             "Was the cache filled by another model?"
         )
     keys = getattr(cache.layers[0], "keys", None)
@@ -79,11 +79,11 @@ def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads
         return
     if (keys.shape[1], keys.shape[3]) != (num_heads, head_dim):
         raise ValueError(
-            f"`past_key_values` holds {keys.shape[1]} heads of {keys.shape[3]} dimensions, but the model has {num_heads} "
+            f"`cache` holds {keys.shape[1]} heads of {keys.shape[3]} dimensions, but the model has {num_heads} "
             f"of {head_dim}. Was the cache filled by another model?"
         )
     if keys.shape[0] != batch_size:
         raise ValueError(
-            f"`past_key_values` holds {keys.shape[0]} sequences, but the inputs are {batch_size}. "
+            f"`cache` holds {keys.shape[0]} sequences, but the inputs are {batch_size}. "
             "Pass the cache of these sequences, or expand it with its own methods."
         )

@@ -121,7 +121,7 @@ def test_document_numbers_in_the_mask(name):
     alone = model(ids[:, 4:]).logits
     assert_close(packed[:, 4:], alone)
     prefill = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
-    last = model(ids[:, 8:], attention_mask=mask, past_key_values=prefill.past_key_values)
+    last = model(ids[:, 8:], attention_mask=mask, cache=prefill.cache)
     assert_close(last.logits, alone[:, -1:])
 
 

@@ -217,7 +217,7 @@ def test_batches_generate_as_their_rows_do_with_every_cache(name, backend):
     for variant in (
         {"use_cache": False},
         {"cache_implementation": "static", "disable_compile": True},
-        {"past_key_values": StaticCache(config=model.config, max_cache_len=40)},
+        {"cache": StaticCache(config=model.config, max_cache_len=40)},
     ):
         assert torch.equal(model.generate(ids, attention_mask=mask, **variant, **GREEDY), expected), variant
     beams = {"num_beams": 3, "attention_mask": mask}

@@ -50,7 +50,7 @@ def test_golden(case, backend):
 @torch.no_grad()
 def test_golden_keys_and_values_in_the_cache(name):
     case = cases_of(name)["decode"]
-    cache = load(name)(case.inputs["input_ids"], use_cache=True).past_key_values
+    cache = load(name)(case.inputs["input_ids"], use_cache=True).cache
     for states, key in ((cache.layers[0].keys, "past_key_0"), (cache.layers[0].values, "past_value_0")):
         assert_close(states.permute(2, 0, 1, 3), case.outputs[key])
 
@@ -141,9 +141,9 @@ def test_longer_than_the_trained_length_is_allowed_and_mentioned_once(caplog):
 
 def test_a_cache_of_another_batch_is_refused():
     model = load("chatglm2_6b")
-    cache = model(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    cache = model(torch.tensor([[5, 6]]), use_cache=True).cache
     with pytest.raises(ValueError, match="holds 1 sequences, but the inputs are 2"):
-        model(torch.tensor([[5], [6]]), past_key_values=cache)
+        model(torch.tensor([[5], [6]]), cache=cache)
 
 
 def test_text_generation_pipeline(tmp_path):
@@ -227,7 +227,7 @@ def test_p_tuned_batches_generate_as_their_rows_do_with_every_cache(name, backen
     for variant in (
         {"use_cache": False},
         {"cache_implementation": "static", "disable_compile": True},
-        {"past_key_values": StaticCache(config=model.config, max_cache_len=40)},
+        {"cache": StaticCache(config=model.config, max_cache_len=40)},
     ):
         assert torch.equal(model.generate(ids, attention_mask=mask, **variant, **GREEDY), expected), variant
     beams = {"num_beams": 3, "attention_mask": mask}
@@ -240,9 +240,9 @@ def test_a_static_cache_that_was_reset_gets_the_prefix_again():
     model = load("chatglm2_6b_ptuning")
     cache = StaticCache(config=model.config, max_cache_len=40)
     ids = torch.arange(5, 11)[None]
-    first = model.generate(ids, past_key_values=cache, **GREEDY)
+    first = model.generate(ids, cache=cache, **GREEDY)
     cache.reset()
-    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), first)
+    assert torch.equal(model.generate(ids, cache=cache, **GREEDY), first)
 
 
 def test_continuous_batching_gives_greedy_ids_and_refuses_a_prefix():

@@ -86,7 +86,7 @@ def test_golden_decode(backend):
             result = model(
                 ids[:, start:stop],
                 position_ids=positions[..., start:stop],
-                past_key_values=result.past_key_values,
+                cache=result.cache,
                 use_cache=True,
             )
             logits.append(result.logits)
@@ -198,8 +198,8 @@ def test_without_block_positions_there_is_one_row():
     logits = model(ids, attention_mask=context, position_ids=positions).logits
     assert_close(model(ids, attention_mask=context, position_ids=positions[:, 0]).logits, logits)
     assert_close(model(ids, attention_mask=torch.ones_like(ids)).logits, logits)
-    cache = model(ids[:, :5], attention_mask=context, position_ids=positions[..., :5], use_cache=True).past_key_values
-    rest = model(ids[:, 5:], position_ids=positions[..., 5:], past_key_values=cache).logits
+    cache = model(ids[:, :5], attention_mask=context, position_ids=positions[..., :5], use_cache=True).cache
+    rest = model(ids[:, 5:], position_ids=positions[..., 5:], cache=cache).logits
     assert_close(rest, logits[:, 5:])
     mask = torch.ones_like(ids)
     assert_close(model(ids, attention_mask=mask, position_ids=positions).logits, logits)
@@ -255,9 +255,9 @@ def test_malformed_prompts_are_named(text, complaint):
 def test_a_text_behind_a_cache_is_a_whole_one_or_has_positions():
     model = load()
     ids = torch.tensor([TEXTS[0]])
-    cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True).cache
     with pytest.raises(ValueError, match=r"has no start token .* Or pass 2-row `position_ids`"):
-        model(torch.tensor([[22]]), attention_mask=torch.ones(1, 9, dtype=torch.long), past_key_values=cache)
+        model(torch.tensor([[22]]), attention_mask=torch.ones(1, 9, dtype=torch.long), cache=cache)
 
 
 def test_without_control_tokens_positions_must_be_given():
@@ -295,7 +295,7 @@ def test_batches_generate_as_their_rows_do_with_every_cache(backend):
     for variant in (
         {"use_cache": False},
         {"cache_implementation": "static", "disable_compile": True},
-        {"past_key_values": StaticCache(config=model.config, max_cache_len=40)},
+        {"cache": StaticCache(config=model.config, max_cache_len=40)},
     ):
         assert torch.equal(model.generate(ids, attention_mask=mask, **variant, **GREEDY), expected), variant
     beams = {"num_beams": 3, "attention_mask": mask}

@@ -133,14 +133,14 @@ def test_what_a_call_decides_is_carried_from_then_on(kind):
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :6] = 0
     cache = DynamicCache(config=CONFIG) if kind == "dynamic" else StaticCache(config=CONFIG, max_cache_len=20)
-    decided = rotary.select(prompt, mask, past_key_values=cache)
+    decided = rotary.select(prompt, mask, cache=cache)
     assert torch.equal(decided, rotary.for_lengths(torch.tensor([[9], [3]])))
     step = torch.zeros(2, 1, 1)
     assert (
-        rotary.select(step, torch.ones(2, 10), past_key_values=cache).data_ptr() == carried_inv_freq(cache).data_ptr()
+        rotary.select(step, torch.ones(2, 10), cache=cache).data_ptr() == carried_inv_freq(cache).data_ptr()
     )
     with pytest.raises(ValueError, match="2 sequences, but the inputs are 3"):
-        rotary.select(torch.zeros(3, 1, 1), past_key_values=cache)
+        rotary.select(torch.zeros(3, 1, 1), cache=cache)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -148,10 +148,10 @@ def test_a_cache_begun_within_the_trained_length_stays_plain(kind):
     rotary = DynamicNtkRotaryEmbedding(8, 10_000, 4)
     cache = DynamicCache(config=CONFIG) if kind == "dynamic" else StaticCache(config=CONFIG, max_cache_len=20)
     kind_of_cache = type(cache)
-    assert torch.equal(rotary.select(torch.zeros(1, 4, 1), past_key_values=cache), rotary.plain)
+    assert torch.equal(rotary.select(torch.zeros(1, 4, 1), cache=cache), rotary.plain)
     states = torch.zeros(1, 2, 4, 8)
     cache.update(states, states, 0)
     cache.update(states, states, 1)
     assert type(cache) is kind_of_cache
     # Later calls, however long, continue what was begun; only a cache that carries `prompt_lengths` is told otherwise.
-    assert torch.equal(rotary.select(torch.zeros(1, 9, 1), past_key_values=cache), rotary.plain)
+    assert torch.equal(rotary.select(torch.zeros(1, 9, 1), cache=cache), rotary.plain)

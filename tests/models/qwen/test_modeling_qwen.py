@@ -86,7 +86,7 @@ def test_a_chunk_with_a_cache_answers_like_the_full_forward(name, backend):
     case, model = cases_of(name)["chunked_orig_bug"], load(name, backend)
     ids, prefill = case.inputs["input_ids"], case.inputs["prefill"]
     first = model(ids[:, :prefill], use_cache=True)
-    rest = model(ids[:, prefill:], past_key_values=first.past_key_values).logits
+    rest = model(ids[:, prefill:], cache=first.cache).logits
     full = model(ids).logits
     assert_close(torch.cat([first.logits, rest], dim=1), full)
     assert_close(full[:, :prefill], case.outputs["logits"][:, :prefill])
@@ -187,7 +187,7 @@ def test_a_loop_by_hand_equals_generate_while_others_run(batch):
             token = output.logits[:, -1:].argmax(-1)
             sequences[index] = torch.cat([sequences[index], token], dim=1)
             if step < NEW_TOKENS - 1:
-                outputs[index] = model(token, past_key_values=output.past_key_values)
+                outputs[index] = model(token, cache=output.cache)
     for sequence, want in zip(sequences, expected, strict=True):
         assert torch.equal(sequence, want)
 
@@ -206,11 +206,11 @@ def new_cache(kind: str, model):
 def test_rows_take_their_factor_along_when_a_cache_is_rearranged(kind, batch):
     model = load()
     ids, mask = batch
-    cache = model(ids, attention_mask=mask, past_key_values=new_cache(kind, model), use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, cache=new_cache(kind, model), use_cache=True).cache
     tokens, mask = torch.tensor([[5], [6], [7]]), torch.cat([mask, mask.new_ones(3, 1)], dim=1)
 
     def step(cache, rows):
-        return model(tokens[rows], attention_mask=mask[rows], past_key_values=cache).logits
+        return model(tokens[rows], attention_mask=mask[rows], cache=cache).logits
 
     expected = step(copy.deepcopy(cache), torch.arange(3))
     operations = {"reorder_cache": (torch.tensor([2, 0, 1]),) * 2}
@@ -229,19 +229,19 @@ def test_a_generation_keeps_the_factor_of_its_first_call(kind, batch):
     model, ids = load(), batch[0][:1]
     for first in (20, 50):  # the factor is 1 resp. 3, that of the whole is 7
         cache = new_cache(kind, model)
-        model(ids[:, :first], past_key_values=cache)
-        rest = model(ids[:, first:], past_key_values=cache).logits
+        model(ids[:, :first], cache=cache)
+        rest = model(ids[:, first:], cache=cache).logits
         assert_close(rest, model(ids, prompt_lengths=first).logits[:, first:])
         if kind == "static":  # `reset` does not empty a dynamic cache before transformers 5.17 or so
             cache.reset()
-            assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+            assert_close(model(ids, cache=cache).logits, model(ids).logits)
 
 
 def test_a_conversation_continues_on_its_cache(batch):
     model, ids = load(), batch[0][:1]
     first = generate(model, ids[:, :40], return_dict_in_generate=True)
     turn = torch.cat([first.sequences, ids[:, 40:60]], dim=1)
-    continued = generate(model, turn, past_key_values=first.past_key_values)
+    continued = generate(model, turn, cache=first.cache)
     recomputed = generate(model, turn, prompt_lengths=torch.tensor([40]))
     assert torch.equal(continued, recomputed)
 
@@ -316,12 +316,12 @@ def test_forward_compiles_to_one_graph(batch):
         )
         cache, reference = (StaticCache(config=model.config, max_cache_len=90) for _ in range(2))
         for filled in (cache, reference):
-            model(ids, attention_mask=mask, past_key_values=filled)
+            model(ids, attention_mask=mask, cache=filled)
         for token in range(3):
             tokens = torch.full((3, 1), token)
             mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
-            step = compiled(tokens, attention_mask=mask, past_key_values=cache).logits
-            assert_close(step, model(tokens, attention_mask=mask, past_key_values=reference).logits)
+            step = compiled(tokens, attention_mask=mask, cache=cache).logits
+            assert_close(step, model(tokens, attention_mask=mask, cache=reference).logits)
         mask = batch[1]
 
 
@@ -365,7 +365,7 @@ def test_windows_hide_what_is_behind_them(windows, backend, batch):
 def test_windows_in_every_way_of_generating(windows, backend, batch):
     model = load(backend=backend, window_sizes=windows)
     expected = generate(model, *batch, use_cache=False)
-    cache = generate(model, *batch, return_dict_in_generate=True).past_key_values
+    cache = generate(model, *batch, return_dict_in_generate=True).cache
     kept = max(window for window in windows if window)
     assert [layer.keys.shape[-2] for layer in cache.layers] == [
         kept - 1 if window else WIDTH + NEW_TOKENS - 1 for window in windows
@@ -572,11 +572,11 @@ def test_ids_and_caches_that_do_not_belong_to_the_model_are_refused(batch):
     other = LlamaForCausalLM(LlamaConfig(vocab_size=151, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
                                          num_attention_heads=4, num_key_value_heads=4))  # fmt: skip
     with pytest.raises(ValueError, match="filled by another model"):
-        model(ids, past_key_values=other(ids, use_cache=True).past_key_values)
+        model(ids, cache=other(ids, use_cache=True).cache)
     with pytest.raises(ValueError, match="`prompt_lengths` holds 3 lengths, but the inputs are 1 sequences"):
         model(ids, prompt_lengths=torch.tensor([9, 9, 9]))
     with pytest.raises(ValueError, match="holds 1 sequences, but the inputs are 2"):
-        model(ids[:, :1].repeat(2, 1), past_key_values=model(ids, use_cache=True).past_key_values)
+        model(ids[:, :1].repeat(2, 1), cache=model(ids, use_cache=True).cache)
 
 
 @torch.no_grad()
@@ -590,9 +590,9 @@ def test_far_past_its_positions_a_model_works_and_warns_once_without_ntk(batch, 
     model = load(use_dynamic_ntk=False)
     cache = None
     for step in (ids, ids[:, :1], ids[:, :2]):
-        outputs = model(step, past_key_values=cache, use_cache=True)
+        outputs = model(step, cache=cache, use_cache=True)
         assert outputs.logits.isfinite().all()
-        cache = outputs.past_key_values
+        cache = outputs.cache
     assert len(warnings) == 1 and "past `max_position_embeddings` (256)" in warnings[0]
 
 

@@ -55,7 +55,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
     base_model_tp_plan = {
         "layers.*.self_attn.W_pack": "colwise_gather_output",

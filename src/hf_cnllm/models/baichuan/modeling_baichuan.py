@@ -79,7 +79,7 @@ class BaichuanAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | AlibiMask | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         blind_rows: BlindRows | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -89,8 +89,8 @@ class BaichuanAttention(nn.Module):
 
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface = self._attention_interface()
         attn_output, attn_weights = attention_interface(
@@ -126,7 +126,7 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | AlibiMask | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
@@ -134,7 +134,7 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -149,7 +149,7 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -168,16 +168,16 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, cache, **kwargs):
         """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
         if config._attn_implementation == "flex_attention":
             return attention_mask  # `generate` cannot handle a BlockMask; the forward pass makes it
         if config.position_embedding != "alibi":
             documents = packed_documents(config, attention_mask)
             return create_masks_for_generate(
-                config, inputs_embeds, attention_mask, past_key_values, and_mask_function=documents, **kwargs
+                config, inputs_embeds, attention_mask, cache, and_mask_function=documents, **kwargs
             )
-        return create_alibi_mask(config, inputs_embeds, attention_mask, past_key_values)._asdict()
+        return create_alibi_mask(config, inputs_embeds, attention_mask, cache)._asdict()
 
 
 class BaichuanModel(BaichuanPreTrainedModel):
@@ -204,7 +204,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -226,13 +226,13 @@ class BaichuanModel(BaichuanPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         heads = self.config.num_attention_heads
-        check_cache(past_key_values, batch_size, len(self.layers), heads, self.config.hidden_size // heads)
+        check_cache(cache, batch_size, len(self.layers), heads, self.config.hidden_size // heads)
 
         if self.config.position_embedding == "alibi":
-            if "cache" in kwargs:  # only continuous batching has it
+            if is_paged(cache):
                 raise ValueError(
                     "continuous batching (`generate_batch`) packs requests into one row with a mask that does not say "
                     "how far apart tokens are, which ALiBi needs; use `generate` with a padded batch"
@@ -241,9 +241,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
             if isinstance(attention_mask, dict):  # made by `create_masks_for_generate`
                 mask: AlibiMask | BlockMask | torch.Tensor | None = AlibiMask(**attention_mask)
             else:
-                mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+                mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         else:
-            past_length = cached_length(past_key_values)
+            past_length = cached_length(cache)
             check_mask(attention_mask, batch_size, past_length, length)
             if position_ids is None:
                 position_ids = torch.arange(length, device=inputs_embeds.device) + past_length
@@ -252,7 +252,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
                 and_mask_function=packed_documents(self.config, attention_mask),
             )
@@ -267,12 +267,12 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 blind_rows=blind_rows,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
 
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
     def _find_blind_rows(self, attention_mask: torch.Tensor | dict | None, queries: int) -> BlindRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
@@ -311,7 +311,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -338,7 +338,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -355,7 +355,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -148,7 +148,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
 
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # each architecture's backbone has its own plans

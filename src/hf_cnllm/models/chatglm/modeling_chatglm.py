@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -96,8 +96,8 @@ class SelfAttention(nn.Module):
         if prefix is not None:
             key_states = torch.cat((prefix[0], key_states), dim=-2)
             value_states = torch.cat((prefix[1], value_states), dim=-2)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
@@ -141,7 +141,7 @@ class GLMBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -151,7 +151,7 @@ class GLMBlock(GradientCheckpointingLayer):
             normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             prefix=prefix,
             **kwargs,
         )
@@ -216,7 +216,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -245,27 +245,27 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             inputs_embeds = self.word_embeddings(input_ids)
         check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
-        check_mask(attention_mask, batch_size, cached_length(past_key_values, self.config.pre_seq_len), length)
-        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, past_key_values)
+        check_mask(attention_mask, batch_size, cached_length(cache, self.config.pre_seq_len), length)
+        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, cache)
         tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
         position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         check_cache(
-            past_key_values, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
+            cache, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
         )
 
-        prefix, past = None, past_key_values
+        prefix, past = None, cache
         if self.prefix_encoder is not None:
             if self.gradient_checkpointing and self.training:
-                past_key_values = None  # the layers would drop it, and the prefix with it
-            prefix, past = self.prefix_encoder.place(past_key_values, batch_size, inputs_embeds.dtype)
+                cache = None  # the layers would drop it, and the prefix with it
+            prefix, past = self.prefix_encoder.place(cache, batch_size, inputs_embeds.dtype)
 
         mask = create_prefix_lm_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past,
+            cache=past,
             prefix=context,
             learned_keys=self.config.pre_seq_len or 0,
         )
@@ -277,14 +277,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 prefix=None if prefix is None else prefix[layer_idx],
                 use_cache=use_cache,
                 **kwargs,
             )
 
         hidden_states = self.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
     def find_blanks(self, input_ids: torch.Tensor, tokens: torch.Tensor | None, check: bool) -> Blanks:
         """The blanks of (batch, length) texts, of which [gMASK] is preferred to [MASK], and that to [sMASK].

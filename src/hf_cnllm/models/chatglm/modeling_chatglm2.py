@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -97,8 +97,8 @@ class SelfAttention(nn.Module):
         if prefix is not None:
             key_states = torch.cat((prefix[0], key_states), dim=-2)
             value_states = torch.cat((prefix[1], value_states), dim=-2)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -161,7 +161,7 @@ class GLMBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -170,7 +170,7 @@ class GLMBlock(GradientCheckpointingLayer):
             normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             prefix=prefix,
             **kwargs,
         )
@@ -256,7 +256,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -281,28 +281,28 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             logger.warning_once(
                 f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         check_cache(
-            past_key_values, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
+            cache, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
         )
 
-        check_mask(attention_mask, batch_size, cached_length(past_key_values, self.config.pre_seq_len), length)
+        check_mask(attention_mask, batch_size, cached_length(cache, self.config.pre_seq_len), length)
 
-        prefix, past = None, past_key_values
+        prefix, past = None, cache
         if self.prefix_encoder is not None:
             if kwargs.get("cache") is not None:  # transformers' paged cache
                 raise ValueError(
                     "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
                 )
-            if past_key_values is None and attention_mask is None and is_packed(position_ids):
+            if cache is None and attention_mask is None and is_packed(position_ids):
                 raise ValueError(
                     "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
                     "together; train without packing"
                 )
             if self.gradient_checkpointing and self.training:
-                past_key_values = None  # the layers would drop it, and the prefix with it
-            prefix, past = self.prefix_encoder.place(past_key_values, batch_size, inputs_embeds.dtype)
+                cache = None  # the layers would drop it, and the prefix with it
+            prefix, past = self.prefix_encoder.place(cache, batch_size, inputs_embeds.dtype)
         if position_ids is None:
             position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
 
@@ -310,7 +310,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=with_prefix_columns(attention_mask, self.config.pre_seq_len),
-            past_key_values=past,
+            cache=past,
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_pos_emb(inputs_embeds, position_ids=position_ids)
@@ -322,14 +322,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 prefix=None if prefix is None else prefix[layer_idx],
                 use_cache=use_cache,
                 **kwargs,
             )
 
         hidden_states = self.encoder.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
     def _default_positions(
         self, length: int, device: torch.device, attention_mask: torch.Tensor | None, past: Cache | None
@@ -362,15 +362,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         self.transformer.output_layer = new_embeddings
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
         is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
         if config._attn_implementation not in ("eager", "sdpa"):
             return attention_mask
-        if config.pre_seq_len is not None and is_empty(past_key_values):
+        if config.pre_seq_len is not None and is_empty(cache):
             return attention_mask
         attention_mask = with_prefix_columns(attention_mask, config.pre_seq_len)
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):

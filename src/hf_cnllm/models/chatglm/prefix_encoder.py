@@ -56,7 +56,7 @@ class PrefixEncoder(nn.Module):
         return [(layer[0], layer[1]) for layer in states.permute(2, 3, 0, 4, 1, 5)]
 
     def place(
-        self, past_key_values: Cache | None, batch_size: int, dtype: torch.dtype
+        self, cache: Cache | None, batch_size: int, dtype: torch.dtype
     ) -> tuple[list[tuple[Tensor, Tensor]] | None, Cache]:
         """Puts the prefix where this forward pass finds it: into the cache if that is empty, or else, without a cache,
         into the layers' hands.
@@ -65,32 +65,32 @@ class PrefixEncoder(nn.Module):
             What the layers are to put in front of their keys and values (None if the cache holds it), and the past
             that masks and positions are to be made for, which has the prefix in front either way.
         """
-        if past_key_values is None:
+        if cache is None:
             prefix = self(batch_size, dtype)
             return prefix, write_prefix(DynamicCache(), prefix[:1])
-        if not is_empty(past_key_values):
-            return None, past_key_values
-        write_prefix(past_key_values, self(batch_size, dtype))
-        return None, with_fixed_length(past_key_values)
+        if not is_empty(cache):
+            return None, cache
+        write_prefix(cache, self(batch_size, dtype))
+        return None, with_fixed_length(cache)
 
 
-def is_empty(past_key_values: Cache) -> bool:
-    length = past_key_values.get_seq_length()
+def is_empty(cache: Cache) -> bool:
+    length = cache.get_seq_length()
     if isinstance(length, Tensor) and torch.compiler.is_compiling():
         return False  # a static cache that counts on the device has been through its prefill, which is not compiled
     return int(length) == 0
 
 
-def write_prefix(past_key_values: Cache, prefix: list[tuple[Tensor, Tensor]]) -> Cache:
+def write_prefix(cache: Cache, prefix: list[tuple[Tensor, Tensor]]) -> Cache:
     for layer_idx, (keys, values) in enumerate(prefix):
-        past_key_values.update(keys, values, layer_idx)
-    return past_key_values
+        cache.update(keys, values, layer_idx)
+    return cache
 
 
-def with_fixed_length(past_key_values: Cache) -> Cache:
+def with_fixed_length(cache: Cache) -> Cache:
     """A view that keeps its present length: flex attention asks for it when the layers have already moved it on."""
-    view = copy.copy(past_key_values)
-    view.layers = [copy.copy(layer) for layer in past_key_values.layers]
+    view = copy.copy(cache)
+    view.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in view.layers:
         if isinstance(length := getattr(layer, "cumulative_length", None), Tensor):
             layer.cumulative_length = length.clone()

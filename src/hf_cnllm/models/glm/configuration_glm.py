@@ -55,7 +55,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "glm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
 
     vocab_size: int = 30592

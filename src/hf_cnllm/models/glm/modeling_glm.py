@@ -55,15 +55,15 @@ class SelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         mixed = self.query_key_value(hidden_states).view(*input_shape, 3, -1, self.head_dim)
         query_states, key_states, value_states = (states.transpose(1, 2) for states in mixed.unbind(-3))
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
@@ -105,14 +105,14 @@ class GLMBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
         hidden_states, _ = self.attention(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -147,7 +147,7 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "glm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -187,7 +187,7 @@ class GLMModel(GLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -221,24 +221,24 @@ class GLMModel(GLMPreTrainedModel):
             check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.word_embeddings(input_ids)
         check_length(inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         heads = self.config.num_attention_heads
         check_cache(
-            past_key_values, inputs_embeds.shape[0], self.config.num_layers, heads, self.config.hidden_size // heads
+            cache, inputs_embeds.shape[0], self.config.num_layers, heads, self.config.hidden_size // heads
         )
 
-        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, past_key_values)
+        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, cache)
         attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
-        check_mask(attention_mask, inputs_embeds.shape[0], cached_length(past_key_values), inputs_embeds.shape[1])
+        check_mask(attention_mask, inputs_embeds.shape[0], cached_length(cache), inputs_embeds.shape[1])
         position_ids, context = self._positions_and_context(
-            input_ids, attention_mask, position_ids, context_length, inputs_embeds, past_key_values
+            input_ids, attention_mask, position_ids, context_length, inputs_embeds, cache
         )
         mask = create_prefix_lm_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             prefix=context,
         )
 
@@ -248,13 +248,13 @@ class GLMModel(GLMPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
 
         hidden_states = self.transformer.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
     @property
     def rows_of_positions(self) -> int:
@@ -286,12 +286,12 @@ class GLMModel(GLMPreTrainedModel):
         position_ids: torch.Tensor | None,
         context_length: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Positions (batch or 1, rows, length), and which tokens are context, (batch, length) or None for none."""
         batch_size, length = inputs_embeds.shape[:2]
         rows = self.rows_of_positions
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
         context = None
         if position_ids is None and tokens is not None:
@@ -362,7 +362,7 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -379,7 +379,7 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -388,7 +388,7 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -24,7 +24,7 @@ def take_positions(
     position_ids: torch.Tensor | None,
     input_ids: torch.Tensor | None,
     start_id: int | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> torch.Tensor | None:
     """The positions of a forward pass, from `generate` (which are taken out of `kwargs`) or else the caller's own.
 
@@ -41,10 +41,10 @@ def take_positions(
         return generated
     if position_ids is None or position_ids.ndim != 3 or position_ids.shape[1] != 2 or input_ids is None:
         return position_ids
-    if start_id is None or past_key_values is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+    if start_id is None or cache is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
         return position_ids
     shifted = (input_ids == start_id) & (position_ids[:, -1] > 1)
-    if int(past_key_values.get_seq_length()) > 0 and shifted.any():
+    if int(cache.get_seq_length()) > 0 and shifted.any():
         raise ValueError(
             "the start token has block position "
             f"{int(position_ids[:, -1].expand_as(shifted)[shifted][0])} in `position_ids`, but must have 1: PEFT's prefix "
@@ -73,7 +73,7 @@ class PrefixLMGenerationMixin:
             raise ValueError(
                 "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         if cache is None or int(cache.get_seq_length()) == 0:
             self.positions_of_prompt(inputs_tensor, model_kwargs.get("attention_mask"), check=True)
         return None
@@ -104,7 +104,7 @@ class PrefixLMGenerationMixin:
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -120,12 +120,12 @@ class PrefixLMGenerationMixin:
             position_ids = self.positions_of_prompt(input_ids, tokens, check=False)
         kwargs["position_ids"] = position_ids
         learned_keys = getattr(self.config, "pre_seq_len", None)
-        if learned_keys and next_sequence_length is not None and (past := int(past_key_values.get_seq_length())) > 0:
+        if learned_keys and next_sequence_length is not None and (past := int(cache.get_seq_length())) > 0:
             next_sequence_length = length - (past - learned_keys)  # `generate` took the learned keys for tokens
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -135,14 +135,14 @@ class PrefixLMGenerationMixin:
         return model_inputs
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
         """For static caches: after the prompt the mask is causal and made outside the compiled step; the prompt's own is
         made in the forward pass, which is not compiled then. So is every one of flex attention: `generate` cannot handle
         a BlockMask."""
         if inputs_embeds.shape[1] > 1 or config._attn_implementation == "flex_attention":
             return attention_mask
         learned_keys = getattr(config, "pre_seq_len", None) or 0
-        mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, past_key_values, None, learned_keys)
+        mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, cache, None, learned_keys)
         # As bool: an additive mask of zeros could be taken for a 0/1 one.
         return mask == 0 if isinstance(mask, torch.Tensor) and mask.is_floating_point() else mask
 

@@ -62,7 +62,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {
         "head_dim": "kv_channels",
         "num_key_value_heads": "num_attention_heads",

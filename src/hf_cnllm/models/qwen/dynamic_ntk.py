@@ -89,7 +89,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         inputs_embeds: Tensor,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prompt_lengths: Tensor | int | None = None,
     ) -> Tensor:
         """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2).
@@ -104,11 +104,11 @@ class DynamicNtkRotaryEmbedding(nn.Module):
             prompt_lengths: (batch,) or one number: tokens in each row's prompt.
         """
         batch_size, length = inputs_embeds.shape[:2]
-        carried = carried_inv_freq(past_key_values)
+        carried = carried_inv_freq(cache)
         if carried is not None:
             if carried.shape[0] != batch_size:
                 raise ValueError(
-                    f"`past_key_values` belongs to a generation of {carried.shape[0]} sequences, but the inputs are "
+                    f"`cache` belongs to a generation of {carried.shape[0]} sequences, but the inputs are "
                     f"{batch_size}. Pass the cache of these sequences, or change its rows with its own methods."
                 )
             return carried
@@ -121,16 +121,16 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                 )
         elif length <= self.seq_length:
             return self.plain
-        elif past_key_values is None:
+        elif cache is None:
             lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
             # A static cache counts in a tensor, hence no `if`.
-            is_prefill = past_key_values.get_seq_length() == 0
+            is_prefill = cache.get_seq_length() == 0
             lengths = true_lengths(inputs_embeds, attention_mask) * is_prefill
         inv_freq = self.for_lengths(lengths)
-        if past_key_values is not None:
-            carry(past_key_values, inv_freq.expand(batch_size, -1, -1))
+        if cache is not None:
+            carry(cache, inv_freq.expand(batch_size, -1, -1))
         return inv_freq
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ class QWenGenerationMixin:
         **model_kwargs,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Besides: how long each prompt is, while there is nothing but the prompt."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         starts = cache is None or int(cache.get_seq_length()) == 0
         if self.config.use_dynamic_ntk and starts and model_kwargs.get("prompt_lengths") is None:
             prompts = model_kwargs.get("inputs_embeds")
@@ -47,7 +47,7 @@ class QWenGenerationMixin:
         prepared = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         if cache is None or (prompt_lengths := model_kwargs.pop("prompt_lengths", None)) is None or self.training:
             return prepared
         is_long = int(prompt_lengths.max()) > self.config.seq_length

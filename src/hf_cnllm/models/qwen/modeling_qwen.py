@@ -88,7 +88,7 @@ class QWenAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
         blind_rows: BlindRows | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -98,8 +98,8 @@ class QWenAttention(nn.Module):
         query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
         if query_scale is not None:
             query_states = query_states * query_scale
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -145,7 +145,7 @@ class QWenBlock(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_scale: torch.Tensor | None = None,
         blind_rows: BlindRows | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
@@ -155,7 +155,7 @@ class QWenBlock(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             query_scale=query_scale,
             blind_rows=blind_rows,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -171,7 +171,7 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -199,7 +199,7 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(
-        config: QWenConfig, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+        config: QWenConfig, inputs_embeds, attention_mask, cache, position_ids=None, **kwargs
     ) -> Any:
         """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
         if config._attn_implementation == "flex_attention":
@@ -208,7 +208,7 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
 
@@ -232,7 +232,7 @@ class QWenModel(QWenPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prompt_lengths: torch.Tensor | int | None = None,
@@ -253,17 +253,17 @@ class QWenModel(QWenPreTrainedModel):
             inputs_embeds = self.wte(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
         check_length(inputs_embeds)
-        check_cache(past_key_values, batch_size, len(self.h), self.config.num_attention_heads, self.config.kv_channels)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        check_cache(cache, batch_size, len(self.h), self.config.num_attention_heads, self.config.kv_channels)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         check_mask(attention_mask, batch_size, past_length, length)
         inv_freq = self.rotary_emb.plain
         is_served = any(kwargs.get(argument) is not None for argument in ENGINE_ARGUMENTS)
         if self.config.use_dynamic_ntk and not self.training and not is_served:
             inv_freq = self.rotary_emb.select(
-                inputs_embeds, attention_mask, position_ids, past_key_values, prompt_lengths
+                inputs_embeds, attention_mask, position_ids, cache, prompt_lengths
             )
         # How far the positions reach, where that is known without looking at tensors.
         reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
@@ -280,7 +280,7 @@ class QWenModel(QWenPreTrainedModel):
                 self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
             )
         blind_rows = blind_padding(attention_mask, length)
@@ -294,12 +294,12 @@ class QWenModel(QWenPreTrainedModel):
                 query_scale=query_scale,
                 blind_rows=blind_rows,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
 
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
 
     def _warn_beyond_positions(self, reach: int | None):
         limit = self.config.max_position_embeddings
@@ -332,7 +332,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -361,7 +361,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prompt_lengths=prompt_lengths,
@@ -371,7 +371,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
