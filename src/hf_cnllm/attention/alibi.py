@@ -28,13 +28,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
-from transformers.integrations.flex_attention import compile_friendly_flex_attention, repeat_kv
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import find_packed_sequence_indices
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers import Cache, PreTrainedConfig
 
+from .._compat import (
+    compile_friendly_flex_attention,
+    eager_attention_forward,
+    find_packed_sequence_indices,
+    repeat_kv,
+    sdpa_attention_forward,
+)
 from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
 from .flex import causal_block_mask
 from .packing import fixed_size, lookup_mask, same_document

@@ -3,11 +3,9 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, BloomModel, BloomPreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
+from transformers import AttentionInterface, AttentionMaskInterface, BloomModel, BloomPreTrainedModel, Cache
 
+from .._compat import BloomAttention, dropout_add, sdpa_attention_forward
 from .alibi import AlibiMask, alibi_sdpa_attention, alibi_slopes, fold_alibi
 
 # The attention implementation under which transformers passes BLOOM's layers the 2-D mask and makes no dense one.

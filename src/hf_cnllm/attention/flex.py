@@ -9,16 +9,16 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedConfig, masking_utils
-from transformers.cache_utils import Cache
-from transformers.masking_utils import (
+from transformers import Cache, PreTrainedConfig
+
+from .. import _compat
+from .._compat import (
     and_masks,
     causal_mask_function,
     find_packed_sequence_indices,
     or_masks,
     padding_mask_function,
 )
-
 from .packing import fixed_size, same_document
 
 
@@ -37,7 +37,7 @@ def create_causal_mask(
     """
     is_2d = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
     if config._attn_implementation != "flex_attention" or not is_2d:
-        return masking_utils.create_causal_mask(
+        return _compat.create_causal_mask(
             config,
             inputs_embeds,
             attention_mask,

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.utils.generic import is_flash_attention_requested
+
+from .._compat import is_flash_attention_requested
 
 
 def fixed_size(lookup: torch.Tensor) -> torch.Tensor:

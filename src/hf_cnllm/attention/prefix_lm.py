@@ -29,13 +29,15 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
-from transformers.utils.generic import is_flash_attention_requested
-from transformers.utils.import_utils import is_tracing
+from transformers import Cache, PreTrainedConfig
 
+from .._compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    eager_attention_forward,
+    is_flash_attention_requested,
+    is_tracing,
+    repeat_kv,
+)
 from .flex import block_mask, create_causal_mask
 from .packing import fixed_size, lookup_mask
 

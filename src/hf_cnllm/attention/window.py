@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_sliding_window_causal_mask
 
+from .._compat import create_sliding_window_causal_mask
 from .flex import create_causal_mask
 
 FULL = "full_attention"

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
-from transformers.modeling_utils import PreTrainedModel
+from transformers import PreTrainedModel
 
+from .._compat import ForCausalLMLoss, ForMaskedLMLoss
 from ..models.baichuan.norm_head import NormHead
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .lazy_logits import deferred_logits

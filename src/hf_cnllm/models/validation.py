@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache, PreTrainedConfig
+
+from .._compat import is_paged
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -22,6 +24,31 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def validate_inputs(
+    config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None
+) -> None:
+    """Refuses what a forward pass cannot begin with, before any work.
+
+    Args:
+        input_ids: [batch, length], or None.
+        inputs_embeds: [batch, length, hidden_size], or None; one of the two is given.
+        cache: the keys and values so far, or None.
+
+    Raises:
+        ValueError: naming the argument and what to pass instead.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if input_ids is not None:
+        check_token_ids(input_ids, config.vocab_size)
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    check_length(inputs)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    check_cache(cache, inputs.shape[0], config.num_hidden_layers, heads, head_dim)
+
+
 def check_length(inputs_embeds: Tensor) -> None:
     """Refuses sequences of no tokens.
 
@@ -34,7 +61,9 @@ def check_length(inputs_embeds: Tensor) -> None:
 
 def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int | Tensor:
     """How many tokens `cache` holds; the learned keys of P-tuning, which come with the first of them, are none."""
-    length = cache.get_seq_length() if cache is not None else 0
+    if cache is None or is_paged(cache):
+        return 0
+    length = cache.get_seq_length()
     return length - learned_keys if learned_keys and isinstance(length, int) and length else length
 
 
@@ -61,6 +90,8 @@ def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads
     Raises:
         ValueError: naming what differs.
     """
+    if is_paged(cache):
+        return
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
             f"`cache` is of type {type(cache).__name__}, but must be a transformers `Cache`, such as "

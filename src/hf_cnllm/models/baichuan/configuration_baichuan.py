@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
+from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import CheckpointConfigMixin
 
@@ -55,7 +55,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = [CACHE]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
     base_model_tp_plan = {
         "layers.*.self_attn.W_pack": "colwise_gather_output",

@@ -6,25 +6,31 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import (
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+
+from ..._compat import (
+    ACT2FN,
+    ALL_ATTENTION_FUNCTIONS,
+    SKIP_KEYS_DEVICE_PLACEMENT,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    GenerationHooks,
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
+    LlamaRMSNorm,
+    TransformersKwargs,
+    Unpack,
+    can_return_tuple,
+    capture_outputs,
+    eager_attention_forward,
+    init,
+    is_paged,
+    merge_with_config_defaults,
+    one_cache_keyword,
+    update_cache,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
-
 from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
 from ...attention.flex import create_causal_mask
 from ...attention.fully_masked_rows import BlindRows, blind_padding, fill_blind_rows
@@ -33,7 +39,7 @@ from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
-from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
+from ..validation import cached_length, check_mask, validate_inputs
 from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
 from .norm_head import NormHead, rows_around_mean
@@ -90,7 +96,7 @@ class BaichuanAttention(nn.Module):
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
 
         attention_interface = self._attention_interface()
         attn_output, attn_weights = attention_interface(
@@ -149,7 +155,7 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanDecoderLayer"]
-    _skip_keys_device_placement = ["cache"]
+    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -167,17 +173,6 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             init.kaiming_uniform_(module.raw_weight, a=5**0.5)
         else:
             super()._init_weights(module)
-
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, cache, **kwargs):
-        """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # `generate` cannot handle a BlockMask; the forward pass makes it
-        if config.position_embedding != "alibi":
-            documents = packed_documents(config, attention_mask)
-            return create_masks_for_generate(
-                config, inputs_embeds, attention_mask, cache, and_mask_function=documents, **kwargs
-            )
-        return create_alibi_mask(config, inputs_embeds, attention_mask, cache)._asdict()
 
 
 class BaichuanModel(BaichuanPreTrainedModel):
@@ -197,6 +192,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @one_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -219,17 +215,12 @@ class BaichuanModel(BaichuanPreTrainedModel):
             padded rows too, the rotation being relative. ALiBi has no use for them, except that without mask and cache
             a restart begins a packed document, as everywhere in transformers.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        validate_inputs(self.config, input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        heads = self.config.num_attention_heads
-        check_cache(cache, batch_size, len(self.layers), heads, self.config.hidden_size // heads)
 
         if self.config.position_embedding == "alibi":
             if is_paged(cache):
@@ -289,7 +280,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return blind._replace(tokens=tokens) if blind is not None and self.config.norm_head else blind
 
 
-class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, GenerationMixin):
+class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
@@ -305,6 +296,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
         self.loss_function = causal_lm_loss
         self.post_init()
 
+    @one_cache_keyword
     @can_return_tuple
     def forward(
         self,
@@ -358,6 +350,20 @@ class BaichuanForCausalLM(BaichuanChatMixin, BaichuanPreTrainedModel, Generation
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
+        if config._attn_implementation == "flex_attention":
+            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask
+        if config.position_embedding == "alibi":
+            return create_alibi_mask(config, inputs_embeds, attention_mask, cache)._asdict()
+        return create_causal_mask(
+            config,
+            inputs_embeds,
+            attention_mask,
+            cache,
+            position_ids,
+            and_mask_function=packed_documents(config, attention_mask),
         )
 
     def get_parameter(self, target: str) -> nn.Parameter:

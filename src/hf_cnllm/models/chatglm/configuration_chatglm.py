@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import CheckpointConfigMixin
 
@@ -148,7 +149,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
 
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # each architecture's backbone has its own plans

@@ -4,22 +4,26 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers import Cache, DynamicCache
 
+from ..._compat import (
+    ACT2FN,
+    ALL_ATTENTION_FUNCTIONS,
+    BaseModelOutputWithPast,
+    GradientCheckpointingLayer,
+    TransformersKwargs,
+    Unpack,
+    capture_outputs,
+    eager_attention_forward,
+    merge_with_config_defaults,
+    one_cache_keyword,
+    update_cache,
+)
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ..glm_line.blank_positions import Blanks, BlankTokens, check_blanks, find_blanks
 from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
 from ..rotary import rotate_half
-from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
+from ..validation import cached_length, check_mask, validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
 from .prefix_encoder import PrefixEncoder
@@ -97,7 +101,7 @@ class SelfAttention(nn.Module):
             key_states = torch.cat((prefix[0], key_states), dim=-2)
             value_states = torch.cat((prefix[1], value_states), dim=-2)
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
@@ -209,6 +213,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.word_embeddings = value
 
+    @one_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -238,12 +243,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Raises:
             ValueError: `input_ids` are not as said, or `position_ids` have the wrong shape.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        validate_inputs(self.config, input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.word_embeddings(input_ids)
-        check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
         check_mask(attention_mask, batch_size, cached_length(cache, self.config.pre_seq_len), length)
         position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, cache)
@@ -251,9 +253,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        check_cache(
-            cache, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
-        )
 
         prefix, past = None, cache
         if self.prefix_encoder is not None:

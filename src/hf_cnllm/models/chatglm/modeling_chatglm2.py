@@ -5,19 +5,25 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers import Cache, DynamicCache
 
+from ..._compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    BaseModelOutputWithPast,
+    GradientCheckpointingLayer,
+    TransformersKwargs,
+    Unpack,
+    capture_outputs,
+    eager_attention_forward,
+    find_packed_sequence_indices,
+    is_paged,
+    logging,
+    merge_with_config_defaults,
+    one_cache_keyword,
+    update_cache,
+)
 from ...attention.flex import create_causal_mask
-from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
+from ..validation import cached_length, check_mask, validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
 from .prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
@@ -98,7 +104,7 @@ class SelfAttention(nn.Module):
             key_states = torch.cat((prefix[0], key_states), dim=-2)
             value_states = torch.cat((prefix[1], value_states), dim=-2)
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -249,6 +255,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
 
+    @one_cache_keyword
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -270,12 +277,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Returns:
             `hidden_states`, if asked for, are the embeddings and each layer's output, before the final norm.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        validate_inputs(self.config, input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embedding(input_ids)
-        check_length(inputs_embeds)
         batch_size, length = inputs_embeds.shape[:2]
         if length > self.config.seq_length:
             logger.warning_once(
@@ -283,15 +287,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        check_cache(
-            cache, batch_size, self.config.num_layers, self.config.num_key_value_heads, self.config.head_dim
-        )
 
         check_mask(attention_mask, batch_size, cached_length(cache, self.config.pre_seq_len), length)
 
         prefix, past = None, cache
         if self.prefix_encoder is not None:
-            if kwargs.get("cache") is not None:  # transformers' paged cache
+            if is_paged(cache):
                 raise ValueError(
                     "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
                 )
@@ -361,8 +362,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.transformer.output_layer = new_embeddings
 
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
+    def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
         is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
         if config._attn_implementation not in ("eager", "sdpa"):
@@ -370,7 +370,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         if config.pre_seq_len is not None and is_empty(cache):
             return attention_mask
         attention_mask = with_prefix_columns(attention_mask, config.pre_seq_len)
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
+        return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):

@@ -23,17 +23,19 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+from ..._compat import (
+    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    GenerationHooks,
     SequenceClassifierOutputWithPast,
+    TransformersKwargs,
+    Unpack,
+    can_return_tuple,
+    one_cache_keyword,
 )
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from .chat import ChatGLMChatMixin
@@ -59,7 +61,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["cache"]
+    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -160,11 +162,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         raise NotImplementedError
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMChatMixin, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLMPreTrainedModel, GenerationMixin):
     """Door to the language models, and what they share: logits and the shifted cross entropy."""
 
     transformer: ChatGLMModel
 
+    @one_cache_keyword
     @can_return_tuple
     def forward(
         self,
@@ -207,11 +210,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMChatMixin, 
             attentions=outputs.attentions,
         )
 
-    def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
-        """A P-tuning prefix takes its place in the cache besides the tokens that `generate` counts."""
-        return super()._prepare_static_cache(
-            *args, max_cache_len=max_cache_len + (self.config.pre_seq_len or 0), **kwargs
-        )
+    @property
+    def learned_keys(self) -> int:
+        return self.config.pre_seq_len or 0
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
@@ -225,6 +226,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.post_init()
 
+    @one_cache_keyword
     @can_return_tuple
     def forward(
         self,

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 PREFIX_KEY = "prefix_encoder."
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -12,10 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..._compat import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 QUANT_METHOD = "chatglm"

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GlmConfig, PreTrainedConfig
 
+from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import CheckpointConfigMixin
 
@@ -55,7 +56,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "glm"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
 
     vocab_size: int = 30592

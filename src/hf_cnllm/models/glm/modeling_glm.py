@@ -4,29 +4,32 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+
+from ..._compat import (
+    ACT2FN,
+    ALL_ATTENTION_FUNCTIONS,
+    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    GradientCheckpointingLayer,
     MultipleChoiceModelOutput,
+    TransformersKwargs,
+    Unpack,
+    can_return_tuple,
+    capture_outputs,
+    eager_attention_forward,
+    init,
+    merge_with_config_defaults,
+    one_cache_keyword,
+    update_cache,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
-
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import BlankTokens, check_blanks, find_blanks
 from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
 from ..loading import CheckpointLoadingMixin
-from ..validation import cached_length, check_cache, check_length, check_mask, check_token_ids
+from ..validation import cached_length, check_mask, validate_inputs
 from .configuration_glm import GLMConfig
 
 
@@ -63,7 +66,7 @@ class SelfAttention(nn.Module):
         query_states, key_states, value_states = (states.transpose(1, 2) for states in mixed.unbind(-3))
 
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
@@ -147,7 +150,7 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "glm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["cache"]
+    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -180,6 +183,7 @@ class GLMModel(GLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.word_embeddings = value
 
+    @one_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -215,18 +219,11 @@ class GLMModel(GLMPreTrainedModel):
             ValueError: a text is longer than the table of positions; `attention_mask` or `position_ids` have the wrong
                 form; positions cannot be worked out.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        validate_inputs(self.config, input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.word_embeddings(input_ids)
-        check_length(inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        heads = self.config.num_attention_heads
-        check_cache(
-            cache, inputs_embeds.shape[0], self.config.num_layers, heads, self.config.hidden_size // heads
-        )
 
         position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, cache)
         attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
@@ -356,6 +353,7 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
         self.loss_type = "ForMaskedLM"  # not shifted: `<|startofpiece|>` predicts the span's first token
         self.post_init()
 
+    @one_cache_keyword
     @can_return_tuple
     def forward(
         self,
@@ -444,6 +442,7 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @one_cache_keyword
     @can_return_tuple
     def forward(
         self,

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers import Cache
 
+from ..._compat import CACHE, GenerationHooks, is_paged
 from ...attention.prefix_lm import create_prefix_lm_mask
+from ..validation import cached_length
 
 # What `generate` calls `position_ids` on their way to the forward pass: PEFT's prefix tuning adds the number of its virtual
 # tokens to whatever has that name, and of a context whose block positions are not 0 nothing would be left.
@@ -32,7 +34,7 @@ def take_positions(
         ValueError: the caller's own were shifted by PEFT's prefix tuning; or continuous batching asks, which knows neither
             2-D positions nor a prefix.
     """
-    if kwargs.get("cache") is not None:  # transformers' paged cache
+    if is_paged(cache):
         raise ValueError(
             "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model; "
             "use `generate`"
@@ -53,7 +55,7 @@ def take_positions(
     return position_ids
 
 
-class PrefixLMGenerationMixin:
+class PrefixLMGenerationMixin(GenerationHooks):
     """Stands in front of `GenerationMixin`; the model defines `positions_of_prompt`, and its backbone calls
     [`take_positions`]."""
 
@@ -68,43 +70,33 @@ class PrefixLMGenerationMixin:
         """
         raise NotImplementedError
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        if inputs_tensor.is_floating_point():
+    def prompt_position_ids(self, inputs, arguments):
+        if inputs.is_floating_point():
             raise ValueError(
                 "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
             )
-        cache = model_kwargs.get("cache")
-        if cache is None or int(cache.get_seq_length()) == 0:
-            self.positions_of_prompt(inputs_tensor, model_kwargs.get("attention_mask"), check=True)
+        if int(cached_length(arguments.get(CACHE))) == 0:
+            self.positions_of_prompt(inputs, arguments.get("attention_mask"), check=True)
         return None
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    def add_generation_arguments(self, input_ids, arguments):
         # Out of the way of the loop, which would take the rows for a batch and count them up.
-        if (position_ids := model_kwargs.pop("position_ids", None)) is not None:
-            if model_kwargs.get("inputs_embeds") is not None and input_ids.shape[1] > 0:
+        if (position_ids := arguments.pop("position_ids", None)) is not None:
+            if arguments.get("inputs_embeds") is not None and input_ids.shape[1] > 0:
                 raise ValueError("pass `input_ids` or `inputs_embeds` together with `position_ids`, not both")
-            model_kwargs["prompt_position_ids"] = position_ids.expand(input_ids.shape[0], *position_ids.shape[1:])
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+            arguments["prompt_position_ids"] = position_ids.expand(input_ids.shape[0], *position_ids.shape[1:])
 
-    def _prefill(self, input_ids, generation_config, *args, **kwargs):
+    def check_prefill(self, input_ids, generation_config):
         if (generation_config.prefill_chunk_size or input_ids.shape[1]) < input_ids.shape[1]:
             raise ValueError(
                 "`prefill_chunk_size` is not possible here: the context of a prefix language model sees all of itself, so "
                 "it must be computed at once."
             )
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -120,12 +112,11 @@ class PrefixLMGenerationMixin:
             position_ids = self.positions_of_prompt(input_ids, tokens, check=False)
         kwargs["position_ids"] = position_ids
         learned_keys = getattr(self.config, "pre_seq_len", None)
-        if learned_keys and next_sequence_length is not None and (past := int(cache.get_seq_length())) > 0:
+        if learned_keys and next_sequence_length is not None and (past := int(cached_length(kwargs.get(CACHE)))) > 0:
             next_sequence_length = length - (past - learned_keys)  # `generate` took the learned keys for tokens
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -134,8 +125,7 @@ class PrefixLMGenerationMixin:
         model_inputs[POSITIONS] = model_inputs.pop("position_ids")
         return model_inputs
 
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
+    def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """For static caches: after the prompt the mask is causal and made outside the compiled step; the prompt's own is
         made in the forward pass, which is not compiled then. So is every one of flex attention: `generate` cannot handle
         a BlockMask."""

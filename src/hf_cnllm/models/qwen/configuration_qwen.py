@@ -4,8 +4,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
+from ..._compat import CACHE, logging
 from ...attention.window import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import CheckpointConfigMixin
@@ -62,7 +62,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "head_dim": "kv_channels",
         "num_key_value_heads": "num_attention_heads",

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 DOUBLINGS = 24
 """Rows of the frequency table after the first: prompts up to 2^24 times the trained length are told apart."""

@@ -3,61 +3,60 @@
 from typing import Any
 
 import torch
-from transformers.generation.configuration_utils import GenerationMode
 
+from ..._compat import CACHE, GenerationHooks
+from ...attention.window import create_window_masks
+from ..validation import cached_length
 from .dynamic_ntk import carry
 
 
-class QWenGenerationMixin:
+class QWenGenerationMixin(GenerationHooks):
     """Stands before `GenerationMixin` among the bases of a model whose backbone is `transformer`."""
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+    def prompt_position_ids(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> None:
         """None: without `position_ids` the model counts columns, as the original does, also in padded rows."""
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Besides: how long each prompt is, while there is nothing but the prompt."""
-        cache = model_kwargs.get("cache")
-        starts = cache is None or int(cache.get_seq_length()) == 0
-        if self.config.use_dynamic_ntk and starts and model_kwargs.get("prompt_lengths") is None:
-            prompts = model_kwargs.get("inputs_embeds")
-            batch_size, length = (input_ids if prompts is None else prompts).shape[:2]
-            mask = model_kwargs.get("attention_mask")
-            if mask is None:
-                model_kwargs["prompt_lengths"] = torch.full((batch_size,), length, device=input_ids.device)
-            else:
-                model_kwargs["prompt_lengths"] = (mask != 0).sum(-1)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
+    def add_generation_arguments(self, input_ids, arguments):
+        """How long each prompt is, from which dynamic NTK takes its factor."""
+        starts = int(cached_length(arguments.get(CACHE))) == 0
+        if not (self.config.use_dynamic_ntk and starts and arguments.get("prompt_lengths") is None):
+            return
+        prompts = arguments.get("inputs_embeds")
+        batch_size, length = (input_ids if prompts is None else prompts).shape[:2]
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            arguments["prompt_lengths"] = torch.full((batch_size,), length, device=input_ids.device)
+        else:
+            arguments["prompt_lengths"] = (mask != 0).sum(-1)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        """Besides: the cache takes the prompts' NTK factors.
+    def prepare_cache(self, arguments, is_assisted):
+        """The cache takes the prompts' NTK factors.
 
         If all prompts are within the trained length, it needs to be told only where the first step holds more than the
         prompt, as with the candidates of assisted decoding. `prompt_lengths` goes into every step where there is no
         cache, or may soon be another (PEFT's prefix tuning); an assistant, which gets copies of all arguments, might
         not know it.
         """
-        prepared = super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, *args, **kwargs
-        )
-        cache = model_kwargs.get("cache")
-        if cache is None or (prompt_lengths := model_kwargs.pop("prompt_lengths", None)) is None or self.training:
-            return prepared
+        cache = arguments.get(CACHE)
+        if cache is None or (prompt_lengths := arguments.pop("prompt_lengths", None)) is None or self.training:
+            return
         is_long = int(prompt_lengths.max()) > self.config.seq_length
-        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if is_long or is_assisted:
             rotary_emb = self.transformer.rotary_emb
             carry(cache, rotary_emb.for_lengths(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
         if is_long and not is_assisted:
-            model_kwargs["prompt_lengths"] = prompt_lengths
-        return prepared
+            arguments["prompt_lengths"] = prompt_lengths
+
+    def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
+        if config._attn_implementation == "flex_attention":
+            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask
+        return create_window_masks(
+            config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache=cache,
+            position_ids=position_ids,
+        )
 
     def init_continuous_batching(self, *args, workload_hints=None, **kwargs):
         """As transformers', for what it can serve right: it packs requests into one row and does not say where their

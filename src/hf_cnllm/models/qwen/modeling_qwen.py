@@ -6,22 +6,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.modeling_layers import (
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+
+from ..._compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    SKIP_KEYS_DEVICE_PLACEMENT,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
+    LlamaRMSNorm,
+    TransformersKwargs,
+    Unpack,
+    can_return_tuple,
+    capture_outputs,
+    eager_attention_forward,
+    init,
+    is_paged,
+    logging,
+    merge_with_config_defaults,
+    one_cache_keyword,
+    update_cache,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
-
 from ...attention.fully_masked_rows import BlindRows, blind_padding, fill_blind_rows
 from ...attention.logn import logn_scale
 from ...attention.window import create_window_masks, mask_name
@@ -29,17 +36,13 @@ from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from ..rotary import apply_rotary_pos_emb
-from ..validation import check_cache, check_length, check_mask, check_token_ids
+from ..validation import cached_length, check_mask, validate_inputs
 from .chat import QWenChatMixin
 from .configuration_qwen import QWenConfig
 from .dynamic_ntk import DynamicNtkRotaryEmbedding
 from .generation_qwen import QWenGenerationMixin
 
 logger = logging.get_logger(__name__)
-
-# What transformers' continuous batching and vLLM pass down to attention. They pack requests into one row and do not say
-# how long the prompts were, so dynamic NTK stays off there; the former lets no prompt in that would need it.
-ENGINE_ARGUMENTS = ("cache", "attention_instances")
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -99,7 +102,7 @@ class QWenAttention(nn.Module):
         if query_scale is not None:
             query_states = query_states * query_scale
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -171,7 +174,7 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = ["cache"]
+    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -197,21 +200,6 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.c_proj.weight, mean=0.0, std=std)
 
-    @staticmethod
-    def create_masks_for_generate(
-        config: QWenConfig, inputs_embeds, attention_mask, cache, position_ids=None, **kwargs
-    ) -> Any:
-        """Masks of a fixed shape for `generate` with a static cache, made outside the compiled forward pass."""
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # `generate` cannot handle a BlockMask; the forward pass makes it
-        return create_window_masks(
-            config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
-
 
 class QWenModel(QWenPreTrainedModel):
     def __init__(self, config: QWenConfig):
@@ -225,6 +213,7 @@ class QWenModel(QWenPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @one_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -246,25 +235,21 @@ class QWenModel(QWenPreTrainedModel):
             `[batch]`, tokens in the prompt of each row, from which dynamic NTK takes its factor. By default the number
             of tokens at prefill. `generate` sets it; a loop without a cache should.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        validate_inputs(self.config, input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.wte(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
-        check_length(inputs_embeds)
-        check_cache(cache, batch_size, len(self.h), self.config.num_attention_heads, self.config.kv_channels)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        past_length = cache.get_seq_length() if cache is not None else 0
+        past_length = cached_length(cache)
         check_mask(attention_mask, batch_size, past_length, length)
         inv_freq = self.rotary_emb.plain
-        is_served = any(kwargs.get(argument) is not None for argument in ENGINE_ARGUMENTS)
+        # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
+        # stays off there; the former lets no prompt in that would need it.
+        is_served = is_paged(cache) or kwargs.get("attention_instances") is not None
         if self.config.use_dynamic_ntk and not self.training and not is_served:
-            inv_freq = self.rotary_emb.select(
-                inputs_embeds, attention_mask, position_ids, cache, prompt_lengths
-            )
+            inv_freq = self.rotary_emb.select(inputs_embeds, attention_mask, position_ids, cache, prompt_lengths)
         # How far the positions reach, where that is known without looking at tensors.
         reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
         if position_ids is None:
@@ -326,6 +311,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         self.loss_function = causal_lm_loss
         self.post_init()
 
+    @one_cache_keyword
     @can_return_tuple
     def forward(
         self,

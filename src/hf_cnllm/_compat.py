@@ -1,0 +1,263 @@
+"""transformers' insides: the only file that imports them or knows about versions.
+
+Everything else imports `transformers`' documented top level, or from here, and reads as if only the newest release
+existed. An entry without a version is the same in all supported ones; the others say from or until which version they
+are needed. `_contract.py` checks what is relied on here when the installed release is newer than `NEWEST_TESTED`.
+"""
+
+# ruff: noqa: F401  (others import these from here)
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import Tensor
+
+OLDEST = Version("5.16.1")
+NEWEST_TESTED = Version("5.24.0")
+INSTALLED = Version(transformers.__version__)
+
+TESTED = f"transformers {OLDEST} to {NEWEST_TESTED}"
+PIP_INSTALL = f'pip install "transformers>={OLDEST},<={NEWEST_TESTED}"'
+
+if INSTALLED < OLDEST:
+    raise ImportError(f"hf_cnllm needs transformers {OLDEST} or newer, but {INSTALLED} is installed: {PIP_INSTALL}")
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import GenerationMixin as _GenerationMixin
+    from transformers import initialization as init
+    from transformers import masking_utils as _masking
+    from transformers import modeling_layers as _layers
+    from transformers import modeling_outputs as _outputs
+    from transformers.activations import ACT2FN
+    from transformers.cache_utils import Cache, DynamicCache
+    from transformers.generation.configuration_utils import GenerationMode
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+    from transformers.masking_utils import (
+        and_masks,
+        causal_mask_function,
+        find_packed_sequence_indices,
+        or_masks,
+        padding_mask_function,
+    )
+    from transformers.modeling_layers import (
+        GenericForQuestionAnswering,
+        GenericForSequenceClassification,
+        GenericForTokenClassification,
+    )
+    from transformers.modeling_outputs import MultipleChoiceModelOutput
+    from transformers.modeling_rope_utils import RopeParameters
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
+    from transformers.models.llama.modeling_llama import (
+        LlamaRMSNorm,
+        LlamaRotaryEmbedding,
+        apply_rotary_pos_emb,
+        eager_attention_forward,
+        repeat_kv,
+        rotate_half,
+    )
+    from transformers.processing_utils import Unpack
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils import TransformersKwargs, can_return_tuple, logging
+    from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+    from transformers.utils.import_utils import is_tracing
+    from transformers.utils.output_capturing import capture_outputs
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise ImportError(
+        f"transformers {INSTALLED} has changed what hf_cnllm builds on ({error}). It works with {TESTED}: {PIP_INSTALL}"
+    ) from error
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+# What `generate` calls the cache. 5.24 renamed it everywhere.
+CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")
+_RENAMED = CACHE == "past_key_values"
+
+
+def is_paged(cache: object) -> bool:
+    """Whether this is continuous batching's cache (`generate_batch`), which packs the requests into one row."""
+    return isinstance(cache, PagedAttentionCache)
+
+
+def one_cache_keyword(forward: Callable) -> Callable:
+    """A forward pass that takes its `cache` under that name or as `past_key_values`, on every release.
+
+    Raises:
+        TypeError: a cache comes under another keyword. It would be ignored, and the answer silently wrong: this is how
+            5.24, which renamed the keyword, broke models that did not know.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, **kwargs):
+        if "past_key_values" in kwargs:
+            cache = kwargs.pop("past_key_values")
+            if cache is not None and kwargs.get("cache") is not None:
+                raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
+            kwargs["cache"] = kwargs.get("cache") if cache is None else cache
+        for name, value in kwargs.items():
+            if isinstance(value, Cache | PagedAttentionCache) and name != "cache":
+                raise TypeError(
+                    f"{type(self).__name__}.forward got a {type(value).__name__} as `{name}`, which it does not know: "
+                    f"pass it as `cache`. If this call is transformers' own, its release {INSTALLED} has renamed the "
+                    f"argument; hf_cnllm works with {TESTED}: {PIP_INSTALL}"
+                )
+        return forward(self, *args, **kwargs)
+
+    if _RENAMED:  # until 5.23: `generate` looks in the signature for the keywords it may pass
+        signature = inspect.signature(forward)
+        parameters = [*signature.parameters.values()]
+        parameters.insert(-1, inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None))
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def update_cache(cache: Cache, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]):
+    """The keys and values that a layer's queries see, those of this call stored in the cache.
+
+    Args:
+        kwargs: what goes on to the attention function; a paged cache leaves there what the kernel needs.
+    """
+    if not _RENAMED:
+        return cache.update(key, value, layer_idx, kwargs=kwargs)
+    if is_paged(cache):  # until 5.23: the attention function updates it
+        kwargs["cache"] = cache
+        return key, value
+    return cache.update(key, value, layer_idx)
+
+
+if _RENAMED:
+    # Until 5.23: outputs and layers know the cache by its old name.
+
+    class _CacheByItsNewName:
+        def __init__(self, *args, cache: Cache | None = None, **kwargs):
+            kwargs.setdefault("past_key_values", cache)
+            super().__init__(*args, **kwargs)
+
+        @property
+        def cache(self) -> Cache | None:
+            return self.past_key_values
+
+    class BaseModelOutputWithPast(_CacheByItsNewName, _outputs.BaseModelOutputWithPast):
+        pass
+
+    class CausalLMOutputWithPast(_CacheByItsNewName, _outputs.CausalLMOutputWithPast):
+        pass
+
+    class SequenceClassifierOutputWithPast(_CacheByItsNewName, _outputs.SequenceClassifierOutputWithPast):
+        pass
+
+    class GradientCheckpointingLayer(_layers.GradientCheckpointingLayer):
+        def __call__(self, *args, **kwargs):
+            if self.gradient_checkpointing and self.training and kwargs.get("cache") is not None:
+                kwargs["cache"] = None
+            return super().__call__(*args, **kwargs)
+
+else:
+    from transformers.modeling_layers import GradientCheckpointingLayer  # type: ignore[assignment]
+    from transformers.modeling_outputs import (  # type: ignore[assignment]
+        BaseModelOutputWithPast,
+        CausalLMOutputWithPast,
+        SequenceClassifierOutputWithPast,
+    )
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+# The cache is their fourth argument and goes by position, which no release has changed.
+
+
+def _without_pages(make_mask: Callable) -> Callable:
+    """Until 5.23 the mask functions did not know paged caches, whose masks come ready made."""
+
+    @functools.wraps(make_mask)
+    def wrapped(config, inputs_embeds, attention_mask, cache, *args, **kwargs):
+        cache = None if is_paged(cache) and _RENAMED else cache
+        return make_mask(config, inputs_embeds, attention_mask, cache, *args, **kwargs)
+
+    return wrapped
+
+
+create_causal_mask = _without_pages(_masking.create_causal_mask)
+create_sliding_window_causal_mask = _without_pages(_masking.create_sliding_window_causal_mask)
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+class GenerationHooks:
+    """Stands in front of `GenerationMixin`: its private hooks, under names of our own for models to override."""
+
+    def prompt_position_ids(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """Positions of the prompt, which `generate` counts on by one; None: the forward pass finds its own."""
+        return super()._prepare_position_ids_for_generation(inputs, arguments)
+
+    def add_generation_arguments(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        """Changes, in place, what goes into every step, while there is nothing but the prompts, one row each."""
+
+    def check_prefill(self, input_ids: Tensor, generation_config) -> None:
+        """Refuses a prompt that this model cannot begin with as `generation_config` says."""
+
+    def prepare_cache(self, arguments: dict[str, Any], is_assisted: bool) -> None:
+        """Sees the cache, `arguments[CACHE]`, before the first step."""
+
+    learned_keys = 0
+    """Places that a cache needs besides those of the tokens."""
+
+    def masks_for_generate(
+        self, config, inputs_embeds: Tensor, attention_mask, cache: Cache, position_ids=None
+    ) -> Any:
+        """The mask of a step with a static cache, of a fixed shape, made outside of the compiled forward pass;
+        `attention_mask` itself where the forward pass is to make it."""
+        return _masking.create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+
+    @functools.wraps(_GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        for name in CACHE_NAMES:
+            if name != CACHE and name in kwargs:
+                kwargs[CACHE] = kwargs.pop(name)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return self.prompt_position_ids(inputs_tensor, model_kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        self.add_generation_arguments(input_ids, model_kwargs)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _prefill(self, input_ids, generation_config, *args, **kwargs):
+        self.check_prefill(input_ids, generation_config)
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        self.prepare_cache(model_kwargs, generation_mode == GenerationMode.ASSISTED_GENERATION)
+
+    def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
+        return super()._prepare_static_cache(*args, max_cache_len=max_cache_len + self.learned_keys, **kwargs)
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
+        return self.masks_for_generate(config, inputs_embeds, attention_mask, kwargs[CACHE], position_ids)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+if hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+    from transformers.modeling_utils import slice_logits_to_keep
+else:  # until 5.20: the last positions and a list of positions only
+
+    def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, positions, :]
+
+
+# The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
+SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)
