@@ -6,7 +6,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.base import with_changes
+from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 from .chat import TURN_TOKEN_IDS
 
@@ -98,23 +99,6 @@ class BaichuanTokenizer(ChatTokenizer):
     def _join(self, tokens: list[str]) -> str:
         return self._tokenizer.decoder.decode(mend_bytes(tokens))
 
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs,
-    ) -> str:
-        ids, size = [token_ids] if isinstance(token_ids, int) else list(token_ids), len(self)
-        foreign = next((index for index in ids if not 0 <= index < size), None)
-        if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        text = self.convert_tokens_to_string([self._tokenizer.id_to_token(i) for i in ids if i not in skipped])
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
     def chat_control_pieces(self) -> list[str]:
         """The pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
@@ -131,9 +115,6 @@ class BaichuanTokenizer(ChatTokenizer):
         processor.Load(self.vocab_file)
         return processor
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "sp_model"}
-
 
 class BaiChuanTokenizer(BaichuanTokenizer):
     """The spelling in Baichuan-7B's files."""
@@ -143,4 +124,4 @@ def _found_anywhere(token: str | AddedToken | None) -> str | AddedToken | None:
     """A special token without `single_word` and `normalized`, which the checkpoints set and the original ignored."""
     if not isinstance(token, AddedToken):
         return token
-    return AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
+    return with_changes(token, single_word=False, normalized=False, special=True)

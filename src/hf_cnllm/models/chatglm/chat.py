@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from ..chat_history import as_messages
-from ..streaming import iterate_tokens
+from ..chat import as_messages, generated_ids, iterate_tokens, prompt_inputs
 from .tool_calls import ToolCallError, read_answer
 
 
@@ -73,7 +72,6 @@ class ChatGLMChatMixin:
 
     config: PreTrainedConfig
     device: torch.device
-    generate: Any
 
     def chat(
         self,
@@ -107,9 +105,8 @@ class ChatGLMChatMixin:
         arguments = self._chat_arguments(
             tokenizer, prompt, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
-        output = self.generate(num_beams=num_beams, **arguments)
-        sequence = getattr(output, "sequences", output)[0].tolist()
-        text = _text(tokenizer, sequence[len(prompt) :], arguments["eos_token_id"])
+        ids = generated_ids(self, num_beams=num_beams, **arguments)
+        text = _text(tokenizer, ids, arguments["eos_token_id"])
         return self._answer(text, tokenizer, query, history, messages)
 
     def stream_chat(
@@ -207,10 +204,8 @@ class ChatGLMChatMixin:
     ) -> dict[str, Any]:
         """The arguments of `generate`."""
         defaults = DEFAULTS[tokenizer.generation]
-        input_ids = torch.tensor([prompt], device=self.device)
         arguments = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
+            **prompt_inputs(prompt, self.device),
             "do_sample": do_sample,
             "eos_token_id": [tokenizer.get_command(end) for end in defaults.ends],
             "pad_token_id": tokenizer.pad_token_id,

@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from ...tokenization.original_vocabulary import OriginalVocabularyTokenizer
+from ...tokenization.base import OriginalVocabularyTokenizer, taking_spaces
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
@@ -313,44 +313,11 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         model = replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
         backend = build_tokenizer(model)
         backend.decoder = build_decoder(model, any_of(model.of_type(PieceType.CONTROL)), {model.unknown: " ⁇ "})
-        backend.add_special_tokens(
-            [
-                AddedToken(token, lstrip=True, rstrip=True, normalized=False)
-                for token in (model.unknown, *self.ADDED_TOKENS)
-            ]
-        )
+        backend.add_special_tokens([taking_spaces(token) for token in (model.unknown, *self.ADDED_TOKENS)])
         return backend
 
-    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # How its own special tokens are matched is settled when the backend is built.
-        own = self.added_tokens_encoder
-        new_tokens = [token for token in new_tokens if str(token) not in own]
-        return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
-
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        # The backend's own names for special tokens include the white space around them.
-        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
-        return list(self.convert_ids_to_tokens(ids))
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Raises IndexError for ids that are not in the vocabulary."""
-        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
-        foreign = next((index for index in ids if not 0 <= index < len(self)), None)
-        if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {len(self)}")
-        tokens = list(self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
-        text = self.convert_tokens_to_string(tokens)
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+    def is_settled(self, token: str) -> bool:
+        return token in self.added_tokens_encoder
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The texts of the tokens, and added tokens as they are, with spaces between."""
@@ -381,12 +348,7 @@ class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         gpt2 = {str(token) for token in (self.bos_token, self.eos_token, self.unk_token, self.pad_token)}
         ours = set(self.all_special_tokens) - gpt2
-        new_tokens = [
-            AddedToken(str(token), lstrip=True, rstrip=True, normalized=False, special=True)
-            if str(token) in ours
-            else token
-            for token in new_tokens
-        ]
+        new_tokens = [taking_spaces(str(token)) if str(token) in ours else token for token in new_tokens]
         return super()._add_tokens(new_tokens, special_tokens)
 
 
@@ -413,9 +375,14 @@ class GLMBertTokenizer(_OneKindOfBlank, GLMTokenizerMixin, BertTokenizer):
 
 
 class GLMRobertaTokenizer(_OneKindOfBlank, GLMTokenizerMixin, RobertaTokenizer):
-    """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`."""
+    """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`. `<mask>` takes the space in front of it with it."""
 
     model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, *args: Any, mask_token: str | AddedToken = "<mask>", **kwargs: Any):
+        if isinstance(mask_token, str):  # as the checkpoint's configuration gives it
+            mask_token = AddedToken(mask_token, lstrip=True, normalized=False, special=True)
+        super().__init__(*args, mask_token=mask_token, **kwargs)  # type: ignore[arg-type]
 
 
 __all__ = [
