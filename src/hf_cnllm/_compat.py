@@ -261,3 +261,9 @@ else:  # until 5.20: the last positions and a list of positions only
 
 # The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
 SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+# Chats are rendered here and encoded in sections by `tokenization.chat_sections`, so the halves of
+# `apply_chat_template` are needed one by one, and no release has them at the top level.
+
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template  # noqa: E402
