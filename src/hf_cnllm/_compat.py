@@ -39,6 +39,7 @@ try:
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
     from transformers.generation.streamers import BaseStreamer
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
+    from transformers.integrations.flash_attention import get_target_dtype
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
     from transformers.masking_utils import (
