@@ -180,7 +180,7 @@ def test_a_role_that_holds_a_control_token(tokenizer):
 
 
 def test_marks_never_collide():
-    marks = Marks.unused_in(["\U000f0000a", "\U000f0002"])
+    marks = Marks.unused_in("\U000f0000a", "\U000f0002")
     assert len({*marks, "\U000f0000", "\U000f0002"}) == 4
 
 

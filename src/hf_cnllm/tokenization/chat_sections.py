@@ -19,6 +19,7 @@ file), set `self.chat_template` unless the checkpoint brings one (`read_template
   in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -79,7 +80,7 @@ class Marks(NamedTuple):
     glue: str
 
     @classmethod
-    def unused_in(cls, texts: Iterable[str]) -> "Marks":
+    def unused_in(cls, *texts: str) -> "Marks":
         used = set().union(*texts)
         free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
         return cls(next(free), next(free))
@@ -110,16 +111,6 @@ def as_data(value: Any) -> Any:
     return str(value)
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    """All strings in nested containers, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from chain.from_iterable(map(strings_in, chain(value.keys(), value.values())))
-    elif isinstance(value, (list, tuple)):
-        yield from chain.from_iterable(map(strings_in, value))
-
-
 def plain_messages(conversation: Any) -> list[dict[str, Any]]:
     """The messages without empty keys, and with lists of text parts joined into one string."""
     messages = []
@@ -141,6 +132,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
     """A fast tokenizer whose chats never take control tokens from message contents, tools or documents."""
 
     encodes_messages_alone: bool = True
+    prompt_padding_side: str | None = None  # of prompts that are to be continued, if it is another than that of texts
 
     def chat_control_pieces(self) -> Iterable[str]:
         """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
@@ -149,6 +141,10 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         """The messages of one chat as the template takes them."""
         return plain_messages(conversation)
+
+    def read_tools(self, tools: Any) -> Any:
+        """The tools as the template takes them: JSON schemas, those of functions included."""
+        return [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
 
     def apply_chat_template(
         self,
@@ -182,38 +178,28 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
         )
         chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
-        if not tokenize:
-            return super().apply_chat_template(
-                chats if is_batched else chats[0],
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                **kwargs,
-            )
         if not all(chats):
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt are not compatible: choose one.")
         if return_assistant_tokens_mask and continue_final_message:
             raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask.")
-        if return_assistant_tokens_mask and not return_dict:
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
 
         template = self.get_chat_template(chat_template, tools)
-        backends = self._chat_backends(template)
-        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
-        chats, inputs = as_data(chats), as_data({"tools": schemas, "documents": documents, **kwargs})
-        marks = Marks.unused_in(chain([template], strings_in(chats), strings_in(inputs)))
-        occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
-        chats = marks.break_up(chats, occurrence)
-        if self.encodes_messages_alone:
-            for message in chain.from_iterable(chats):
-                if message.get("content"):
-                    message["content"] = f"{marks.border}{message['content']}{marks.border}"
+        inputs = {"tools": self.read_tools(tools), "documents": documents, "border": "", **kwargs}
+        if tokenize:
+            backends = self._chat_backends(template)
+            chats, inputs = as_data(chats), as_data(inputs)
+            marks = Marks.unused_in(template, json.dumps([chats, inputs], ensure_ascii=False))
+            occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
+            chats = marks.break_up(chats, occurrence)
+            inputs = marks.break_up(inputs, occurrence) | {"border": marks.border}
+            if self.encodes_messages_alone:
+                for message in chain.from_iterable(chats):
+                    if message.get("content"):
+                        message["content"] = f"{marks.border}{message['content']}{marks.border}"
         rendered: list[str]
         spans: list[list[tuple[int, int]]]
         rendered, spans = render_jinja_template(  # type: ignore[str-unpack, assignment]
@@ -222,8 +208,11 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens_map, **marks.break_up(inputs, occurrence), "border": marks.border},
+            **{**self.special_tokens_map, **inputs},
         )
+        if not tokenize:
+            return rendered if is_batched else rendered[0]
+        padding_side = self.prompt_padding_side if add_generation_prompt else None
         batch = self._batch_of_chats(
             [RenderedChat.encode(text, marks, backends) for text in rendered],
             spans if return_assistant_tokens_mask else None,
@@ -232,7 +221,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             truncation,
             max_length,
             return_tensors,
-            **(tokenizer_kwargs or {}),
+            **{"padding_side": padding_side, **(tokenizer_kwargs or {})},
         )
         return batch if return_dict else batch["input_ids"]
 

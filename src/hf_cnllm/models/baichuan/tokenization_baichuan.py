@@ -35,30 +35,23 @@ class BaichuanTokenizer(ChatTokenizer):
     def __init__(
         self,
         vocab_file=None,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token=None,
+        *,
         sp_model_kwargs: dict[str, Any] | None = None,
         add_bos_token: bool | None = None,
         add_eos_token: bool | None = None,
-        clean_up_tokenization_spaces: bool = False,
         **kwargs,
     ):
         is_converted = kwargs.get("tokenizer_object") is None and not os.path.isfile(
             kwargs.get("tokenizer_file") or ""
         )
-        self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
-        super().__init__(
-            vocab_file=vocab_file,
-            unk_token=_found_anywhere(unk_token),
-            bos_token=_found_anywhere(bos_token),
-            eos_token=_found_anywhere(eos_token),
-            pad_token=_found_anywhere(pad_token),
-            sp_model_kwargs=self.sp_model_kwargs,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **kwargs,
-        )
+        self.sp_model_kwargs = sp_model_kwargs or {}
+        settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None} | kwargs
+        for name, token in settings.items():
+            if name.endswith("_token") and isinstance(token, AddedToken):
+                # The checkpoints set `single_word` and `normalized`, which the original ignored.
+                settings[name] = with_changes(token, single_word=False, normalized=False, special=True)
+        settings.setdefault("clean_up_tokenization_spaces", False)
+        super().__init__(vocab_file=vocab_file, sp_model_kwargs=self.sp_model_kwargs, **settings)
         # tokenizer.json says what it adds to a text; for tokenizer.model these are the original's defaults.
         ends = [self.bos_token_id] if is_converted else self._tokenizer.encode("").ids
         self._add_bos_token = self.bos_token_id in ends[:1] if add_bos_token is None else add_bos_token
@@ -118,10 +111,3 @@ class BaichuanTokenizer(ChatTokenizer):
 
 class BaiChuanTokenizer(BaichuanTokenizer):
     """The spelling in Baichuan-7B's files."""
-
-
-def _found_anywhere(token: str | AddedToken | None) -> str | AddedToken | None:
-    """A special token without `single_word` and `normalized`, which the checkpoints set and the original ignored."""
-    if not isinstance(token, AddedToken):
-        return token
-    return with_changes(token, single_word=False, normalized=False, special=True)

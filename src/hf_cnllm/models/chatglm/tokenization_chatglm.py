@@ -42,6 +42,9 @@ class ChatGLMTokenizer(ChatTokenizer):
     In ChatGLM-6B special tokens may stand in text (`[MASK]`, `<eop>`, …), in ChatGLM2 and 3 they may not, as in the
     originals. In chats, messages never yield one.
 
+    ChatGLM3's chats: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages may
+    have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system message, `tools`.
+
     Args:
         vocab_file: `ice_text.model` or `tokenizer.model`.
         generation: `"chatglm_early"`, `"chatglm"`, `"chatglm2"` or `"chatglm3"`; by default recognized.
@@ -375,17 +378,8 @@ class ChatGLMTokenizer(ChatTokenizer):
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         return (as_chatglm3_messages if self.generation == "chatglm3" else plain_messages)(conversation)
 
-    def apply_chat_template(self, conversation, tools=None, *args: Any, **kwargs: Any):
-        """As [`~PreTrainedTokenizerBase.apply_chat_template`]; see the class for the formats.
-
-        ChatGLM3: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages
-        may have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system
-        message, `tools`.
-
-        Raises:
-            ValueError: a tool is not JSON-serializable.
-        """
-        return super().apply_chat_template(conversation, as_chatglm3_tools(tools), *args, **kwargs)
+    def read_tools(self, tools: Any) -> Any:
+        return as_chatglm3_tools(tools)
 
     def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
         """ChatGLM-6B and ChatGLM2: the text that asks `query` after `history`, (query, response) each."""

@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from transformers.utils import get_json_schema
-
+from ..._compat import get_json_schema
 from ...tokenization.chat_sections import plain_messages
 
 

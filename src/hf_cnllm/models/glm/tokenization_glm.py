@@ -34,6 +34,10 @@ class GLMBatchEncoding(BatchEncoding):
         return self
 
 
+def _id_of(token: str) -> property:
+    return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
+
+
 class GLMTokenizerMixin:
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
@@ -45,29 +49,9 @@ class GLMTokenizerMixin:
         # GLM-4, whatever its tokenizer_class, and never looks for ours.
         return {"AutoTokenizer": [f"THUDM/glm-10b--tokenization_glm.{type(self).__name__}", None]}
 
-    @property
-    def sop_token(self) -> str:
-        return "<|startofpiece|>"
-
-    @property
-    def sop_token_id(self) -> int:
-        return self.convert_tokens_to_ids(self.sop_token)
-
-    @property
-    def eop_token(self) -> str:
-        return "<|endofpiece|>"
-
-    @property
-    def eop_token_id(self) -> int:
-        return self.convert_tokens_to_ids(self.eop_token)
-
-    @property
-    def gmask_token_id(self) -> int:
-        return self.convert_tokens_to_ids("[gMASK]")
-
-    @property
-    def smask_token_id(self) -> int:
-        return self.convert_tokens_to_ids("[sMASK]")
+    sop_token, eop_token = "<|startofpiece|>", "<|endofpiece|>"
+    sop_token_id, eop_token_id = _id_of(sop_token), _id_of(eop_token)
+    gmask_token_id, smask_token_id = _id_of("[gMASK]"), _id_of("[sMASK]")
 
     @property
     def mask_token_ids(self) -> list[int]:
@@ -274,31 +258,20 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
     )
 
-    def __init__(
-        self,
-        vocab_file=None,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        unk_token="[UNK]",
-        clean_up_tokenization_spaces: bool = True,
-        **kwargs: Any,
-    ):
+    NAMED_TOKENS = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "unk_token": "[UNK]",
+    }
+
+    def __init__(self, vocab_file=None, **kwargs: Any):
         if "additional_special_tokens" not in kwargs and "extra_special_tokens" not in kwargs:
             kwargs["extra_special_tokens"] = list(self.ADDED_TOKENS[4:])
-        super().__init__(
-            vocab_file=vocab_file,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            cls_token=cls_token,
-            sep_token=sep_token,
-            mask_token=mask_token,
-            unk_token=unk_token,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **kwargs,
-        )
+        kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": True, **kwargs}
+        super().__init__(vocab_file=vocab_file, **kwargs)
         for index, token in kwargs.get("added_tokens_decoder", {}).items():
             if (ours := self.convert_tokens_to_ids(str(token))) != index:
                 raise ValueError(f"the checkpoint gives {token} the id {index}, but with {vocab_file} it has {ours}.")

@@ -53,6 +53,7 @@ class QWenTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
+    prompt_padding_side = "left"
     _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def __init__(
@@ -238,22 +239,6 @@ class QWenTokenizer(ChatTokenizer):
 
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         return self._in_normal_form(super().read_messages(conversation))
-
-    def apply_chat_template(
-        self,
-        conversation,
-        tools=None,
-        documents=None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        **kwargs,
-    ):
-        """ChatML, with every message encoded apart, as text. A batch of prompts to be continued is padded on the left."""
-        if add_generation_prompt:
-            kwargs["tokenizer_kwargs"] = {"padding_side": "left"} | (kwargs.get("tokenizer_kwargs") or {})
-        return super().apply_chat_template(
-            conversation, tools, documents, chat_template, add_generation_prompt, **kwargs
-        )
 
     # ---- ids to text ----
 
