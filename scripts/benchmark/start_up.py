@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo.dataset import SIGN_OFFS
 from hf_cnllm.demo.families import write_tiny_checkpoint
+from hf_cnllm.models.qwen.tiktoken_bpe import PRETOKENIZE_REGEX
 
 from .measure import CLOCKS, take_turns
 from .subjects import Subject, auto_class_for, llama_config
@@ -132,9 +133,8 @@ def _original_engine(folder: Path, texts: list[str]) -> Callable[[], None] | Non
         from tiktoken.load import load_tiktoken_bpe
     except ImportError:
         return None
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ranks = load_tiktoken_bpe(str(next(folder.glob("*.tiktoken"))))
-    encoding = tiktoken.Encoding("qwen", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("qwen", pat_str=PRETOKENIZE_REGEX, mergeable_ranks=ranks, special_tokens={})
 
     def encode_bytes() -> None:
         for text in texts:

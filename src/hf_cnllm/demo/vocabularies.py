@@ -5,7 +5,6 @@ the normaliser of the original and with its layout of special pieces, so that th
 Hub's vocabulary. Only the number of pieces differs.
 """
 
-import base64
 import io
 import json
 from collections.abc import Iterable
@@ -14,6 +13,8 @@ from typing import Any
 
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from ..models.qwen.tiktoken_bpe import PRETOKENIZE_REGEX, to_bytes, write_tiktoken
 
 ModelProto = Any  # protobuf makes its classes at run time, so type checkers do not see sp_pb2.ModelProto
 
@@ -50,10 +51,6 @@ GLM_SPECIALS = [
     *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
 ]
 
-# Qwen's pre-tokenisation: words with one leading mark, single digits, runs of punctuation, white space.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 QWEN_SPECIALS = 3 + 205  # <|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> … <|extra_204|> follow the ranks
 
 
@@ -145,21 +142,20 @@ def write_qwen(folder: Path, texts: Iterable[str], size: int = 2200) -> int:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    byte_of = _bytes_by_symbol()
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    tokens = [bytes(byte_of[symbol] for symbol in token) for token, _ in by_id]
+    tokens = [to_bytes(token) for token, _ in by_id]
     # A tiktoken file starts with the 256 single bytes; only then does a token's rank say when its merge applies.
     single, merged = [t for t in tokens if len(t) == 1], [t for t in tokens if len(t) > 1]
-    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate([*single, *merged])]
-    (folder / "qwen.tiktoken").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(lines) + QWEN_SPECIALS
+    ranks = {token: rank for rank, token in enumerate([*single, *merged])}
+    write_tiktoken(ranks, folder / "qwen.tiktoken")
+    return len(ranks) + QWEN_SPECIALS
 
 
 def _train(texts: Iterable[str], **options: Any) -> ModelProto:
@@ -175,10 +171,3 @@ def _train(texts: Iterable[str], **options: Any) -> ModelProto:
 def _write(model: ModelProto, path: Path) -> int:
     path.write_bytes(model.SerializeToString())
     return len(model.pieces)
-
-
-def _bytes_by_symbol() -> dict[str, int]:
-    """The byte that each printable symbol of GPT-2's byte-level alphabet stands for."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
