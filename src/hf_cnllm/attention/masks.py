@@ -13,7 +13,6 @@ Flash attention, which takes no mask for single queries and keys, knows packing 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
@@ -170,7 +169,7 @@ def check_mask(
     if not isinstance(attention_mask, torch.Tensor):
         return
     shape = list(attention_mask.shape)
-    tokens = past + queries if isinstance(past, int) else max(shape[-1:], default=queries)
+    tokens = past + queries if isinstance(past, int) else shape[-1] if shape else queries
     wanted = {2: [batch, tokens], 3: [batch, queries, tokens], 4: [batch, 1, queries, tokens]}
     if attention_mask.ndim not in forms:
         fits = False
@@ -214,6 +213,14 @@ def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cach
         return mask
     sequences = find_packed_sequence_indices(position_ids.expand(mask.batch, -1))
     return mask if sequences is None else replace(mask, sequences=sequences + 1, packed=True)
+
+
+@dataclass(frozen=True)
+class _OneWindow:
+    """All that transformers' mask functions read of a configuration, as if every layer had this window."""
+
+    _attn_implementation: str
+    sliding_window: int
 
 
 # --- plain causal attention ------------------------------------------------------------------------------------------
@@ -277,8 +284,7 @@ def make_mask(
         sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
     make = _compat.create_causal_mask
     if window is not None:
-        # All that transformers reads of a configuration, as if every layer had this window.
-        config = SimpleNamespace(_attn_implementation=backend, sliding_window=window)  # type: ignore[assignment]
+        config = _OneWindow(backend, window)  # type: ignore[assignment]
         make = _compat.create_sliding_window_causal_mask
     return make(
         config,
