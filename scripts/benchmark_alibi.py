@@ -3,8 +3,8 @@
     python scripts/benchmark_alibi.py                       # the table for 1k ... 16k tokens
     python scripts/benchmark_alibi.py --heads 12 --head-dim 128 --dtype bfloat16
 
-Every length runs the three forms in turns, so that a slow moment of the machine hits all of them; times are the best of
-the rounds. Memory is the growth of the process's peak (CPU) or of the allocator's (CUDA) over one forward pass, measured
+Every length runs the three forms in turns, so that a slow moment of the machine hits all of them; times are medians over
+the rounds, and so is the ratio of a round's own times. Memory is the growth of the process's peak (CPU) or of the allocator's (CUDA) over one forward pass, measured
 in a fresh process per cell on the CPU. The dense bias stops where it would pass --dense-limit GiB.
 """
 
@@ -12,12 +12,11 @@ import argparse
 import math
 import subprocess
 import sys
-import time
 
 import torch
-from hf_cnllm.benchmark.measure import peak_growth
 from torch import nn
 
+from benchmark.measure import peak_growth, take_turns
 from hf_cnllm import BaichuanConfig
 from hf_cnllm.attention.alibi import alibi_bias, alibi_sdpa_attention, alibi_slopes, create_alibi_mask
 
@@ -64,19 +63,6 @@ def peak_in_fresh_process(form: str, length: int, args: argparse.Namespace) -> f
     return float(subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout)
 
 
-@torch.no_grad()
-def best_times(runs: dict, rounds: int, device: str) -> dict[str, float]:
-    best = dict.fromkeys(runs, math.inf)
-    for _ in range(rounds):
-        for form, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best[form] = min(best[form], time.perf_counter() - start)
-    return best
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=10)
@@ -84,7 +70,7 @@ def main():
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dense-limit", type=float, default=4.0, help="GiB that the dense bias may take")
     parser.add_argument("--cell", choices=["plain", "folded", "dense"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,7 +84,9 @@ def main():
         return
 
     print(f"{args.heads} heads of {args.head_dim}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads")
-    print("| tokens | plain s | folded s | dense s | folded / plain | plain MiB | folded MiB | dense MiB |")
+    print(
+        "| tokens | plain s | folded s | dense s | folded / plain (quartiles) | plain MiB | folded MiB | dense MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     growth = []
     for length in args.lengths:
@@ -106,13 +94,14 @@ def main():
         if args.heads * length**2 * 4 * 2 < args.dense_limit * 2**30:
             forms.append("dense")
         runs = {form: make(form, args.heads, args.head_dim, length, args.dtype, args.device) for form in forms}
-        times = best_times(runs, args.rounds, args.device)
+        with torch.no_grad():
+            times = take_turns(runs, args.rounds, torch.device(args.device))
         del runs
         memory = {form: peak_in_fresh_process(form, length, args) for form in forms}
         growth.append((length, memory["folded"]))
-        cells = [f"{times[form]:.3f}" if form in times else "" for form in ("plain", "folded", "dense")]
+        cells = [f"{times.median(form):.3f}" if form in forms else "" for form in ("plain", "folded", "dense")]
         sizes = [f"{memory[form]:.0f}" if form in memory else "" for form in ("plain", "folded", "dense")]
-        ratio = f"{times['folded'] / times['plain']:.2f}"
+        ratio = "{1:.2f} ({0:.2f}-{2:.2f})".format(*times.ratio("folded", "plain"))
         print(f"| {length} | {' | '.join(cells)} | {ratio} | {' | '.join(sizes)} |", flush=True)
     if len(growth) > 1:
         (short, small), (long, large) = growth[0], growth[-1]

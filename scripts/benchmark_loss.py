@@ -3,7 +3,7 @@
     python scripts/benchmark_loss.py                                     # Baichuan2's head on 1,024 tokens
     python scripts/benchmark_loss.py --head linear --z-loss-weight 0 --tokens 2048 --hidden-size 4096 --device cuda
 
-Forward and backward of the loss alone, all forms in turns. Memory is the growth at its peak above hidden states, weight
+Forward and backward of the loss alone, all forms in turns: medians over the rounds. Memory is the growth at its peak above hidden states, weight
 and their gradients. `torch` is torch.nn.functional.linear_cross_entropy (torch 2.13) and `liger` Liger-Kernel's fused
 linear cross entropy (CUDA): they know neither max-z nor NormHead, so they are measured without max-z, and with NormHead
 on the normalised weight, whose gradient autograd then takes through the norms: exact, for two more tensors of its size.
@@ -13,9 +13,9 @@ on the normalised weight, whose gradient autograd then takes through the norms: 
 import argparse
 
 import torch
-from hf_cnllm.benchmark.measure import CLOCKS, peak_growth, take_turns
 from torch import nn
 
+from benchmark.measure import CLOCKS, peak_growth, take_turns
 from hf_cnllm.loss.causal_lm import chunked_causal_lm_loss, reference_causal_lm_loss
 from hf_cnllm.models.baichuan.norm_head import normalize_rows
 
@@ -91,11 +91,9 @@ def main():
     )
     print("| form | s | of naive | quartiles | peak MiB | of naive |\n|---|---|---|---|---|---|")
     for name in runs:
-        low, high = times.spread(name, "naive")
+        low, ratio, high = times.ratio(name, "naive")
         memory = f"{peaks[name]:.0f} | {peaks[name] / peaks['naive']:.2f}" if peaks[name] is not None else " | "
-        print(
-            f"| {name} | {times.best(name):.3f} | {times.ratio(name, 'naive'):.2f} | {low:.2f}-{high:.2f} | {memory} |"
-        )
+        print(f"| {name} | {times.median(name):.3f} | {ratio:.2f} | {low:.2f}-{high:.2f} | {memory} |")
 
 
 if __name__ == "__main__":

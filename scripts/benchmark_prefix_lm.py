@@ -4,19 +4,19 @@
 
 Both sides are what a model's layer runs: `prefix_lm_attention("sdpa")` with the mask that `create_prefix_lm_mask` makes,
 and the same function with the dense mask, which transformers' mask functions make. The mask is made once a forward pass
-and its time is in its own column. Times are the best of `--repeats`. Memory is what a fresh process grows by, at its
+and its time is in its own column. Both sides run in turns; times are medians over the rounds, and so is the gain, of a
+round's own times. Memory is what a fresh process grows by, at its
 peak, during mask, forward and backward pass (on CUDA: what torch allocates).
 """
 
 import argparse
 import multiprocessing
-import time
 
 import torch
-from hf_cnllm.benchmark.measure import peak_growth
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
+from benchmark.measure import peak_growth, take_turns
 from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask, prefix_lm_attention, prefix_mask_function
 
 FORMS = ("dense", "two calls")
@@ -37,35 +37,24 @@ def make_mask(args, form, length, share):
     return create_causal_mask(config, embeds, None, None, or_mask_function=prefix_mask_function(prefix))
 
 
-def timed(function, args):
-    best = float("inf")
-    for _ in range(args.repeats):
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = function()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best, result
-
-
-def measure_time(args, form, length, share):
-    """Seconds for the mask, for the forward pass alone, and for forward and backward."""
+def runs_of(args, form, length, share):
+    """Name -> function: the mask, the forward pass alone, and forward and backward."""
     inputs = make_inputs(args, length)
     attend = prefix_lm_attention("sdpa")
     module = torch.nn.Module()
-    mask_time, mask = timed(lambda: make_mask(args, form, length, share), args)
+    mask = make_mask(args, form, length, share)
 
     def forward():
         return attend(module, *inputs, mask, scaling=args.head_dim**-0.5)[0]
 
-    def forward_and_backward():
+    def both():
         forward().float().pow(2).sum().backward()
 
-    with torch.no_grad():
-        forward_time, _ = timed(forward, args)
-    return mask_time, forward_time, timed(forward_and_backward, args)[0]
+    return {
+        "mask": lambda: make_mask(args, form, length, share),
+        "forward": torch.no_grad()(forward),
+        "both": both,
+    }
 
 
 def measure_memory(args, form, length, share):
@@ -92,7 +81,7 @@ def main():
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
     print(
@@ -106,15 +95,16 @@ def main():
         for share in args.prefix:
             with spawn.Pool(1, maxtasksperchild=1) as pool:
                 memory = [pool.apply(measure_memory, (args, form, length, share)) for form in FORMS]
-            dense, ours = (measure_time(args, form, length, share) for form in FORMS)
-            mask, forward, both = ((1e3 * a, 1e3 * b) for a, b in zip(dense, ours, strict=True))
-            print(
-                f"| {length} | {share:.0%} | {mask[0]:.1f} -> {mask[1]:.1f} "
-                f"| {forward[0]:.0f} -> {forward[1]:.0f} | {forward[0] / forward[1]:.1f}x "
-                f"| {both[0]:.0f} -> {both[1]:.0f} | {both[0] / both[1]:.1f}x "
-                f"| {memory[0]:.0f} -> {memory[1]:.0f} |",
-                flush=True,
-            )
+            runs = {form: runs_of(args, form, length, share) for form in FORMS}
+            cells = [f"{length}", f"{share:.0%}"]
+            for part, digits in (("mask", 1), ("forward", 0), ("both", 0)):
+                turns = {form: runs[form][part] for form in FORMS}
+                times = take_turns(turns, args.rounds, torch.device(args.device))
+                cells.append(" -> ".join(f"{1e3 * times.median(form):.{digits}f}" for form in FORMS))
+                if part != "mask":
+                    cells.append("{1:.1f}x".format(*times.ratio(*FORMS)))
+            cells.append(" -> ".join(f"{size:.0f}" for size in memory))
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     tokenizer = golden.load(BaichuanTokenizer)
     assert differences(golden, tokenizer, "strings") == {}
 
-Families parametrise over `SECTIONS`. A chat's arguments are worded differently in every family, so each has its own
+Families parametrize over `SECTIONS`. A chat's arguments are worded differently in every family, so each has its own
 check of the golden's `chat` entries. Where the original raised an error, any error will do.
 """
 

@@ -3,8 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -47,9 +46,6 @@ class Machine:
     def bandwidth_share(self, bytes_per_second: float) -> float:
         """Of the data sheet's bandwidth on a known GPU, else of the measured one."""
         return bytes_per_second / (self.peak_bandwidth or self.bandwidth)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_machine(device: torch.device, dtypes: list[str], clock: Callable[[], float]) -> Machine:

@@ -24,31 +24,28 @@ class Times:
 
     seconds: dict[str, list[float]]
 
-    def best(self, name: str) -> float:
-        return min(self.seconds[name])
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
 
-    def ratio(self, name: str, reference: str) -> float:
-        """Best time by best time: what a quiet machine would show."""
-        return self.best(name) / self.best(reference)
-
-    def spread(self, name: str, reference: str) -> tuple[float, float]:
-        """Quartiles of the rounds' own ratios: how far to trust `ratio`."""
-        pairs = sorted(a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True))
-        if len(pairs) < 2:
-            return pairs[0], pairs[0]
-        low, _, high = statistics.quantiles(pairs, n=4, method="inclusive")
-        return low, high
+    def ratio(self, name: str, reference: str) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of the rounds' own ratios."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)]
+        if len(ratios) == 1:
+            return ratios[0], ratios[0], ratios[0]
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, median, high
 
 
 def take_turns(
-    work: Mapping[str, Callable[[], float | None]],
+    work: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
     """Runs all of `work` once to warm up, then `rounds` times in turns.
 
-    A callable may return the seconds it wants counted (decoding counts its steps alone); otherwise all of it counts.
+    A callable may return the seconds it wants counted, a float (decoding counts its steps alone); otherwise all of it
+    counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     names = list(work)
@@ -60,7 +57,7 @@ def take_turns(
             synchronize(device)
             elapsed = clock() - start
             if round_index:
-                seconds[name].append(elapsed if counted is None else counted)
+                seconds[name].append(counted if isinstance(counted, float) else elapsed)
         names.reverse()  # who comes first may find a colder cache
     return Times(seconds)
 

@@ -6,13 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..demo.output import SUMMARY_FILE
-from ..demo.report import require_matplotlib
 from .machine import Machine
 from .subjects import Shape
 from .tasks import Row
-
-__all__ = ["draw_ratios", "heading", "line", "require_matplotlib", "table", "write_json"]
 
 COLUMNS = (
     # heading, what stands in it
@@ -23,7 +19,7 @@ COLUMNS = (
     ("here", lambda row: _number(row.value, row.unit)),
     ("beside", lambda row: row.reference and f"{row.reference} {_number(row.reference_value, row.unit)}"),
     ("ratio", lambda row: row.ratio and f"{row.ratio:.2f}"),
-    ("quartiles", lambda row: row.spread and "{:.2f}-{:.2f}".format(*row.spread)),
+    ("quartiles", lambda row: row.quartiles and "{:.2f}-{:.2f}".format(*row.quartiles)),
     ("per FLOP", lambda row: row.ratio_per_flop and f"{row.ratio_per_flop:.2f}"),
     ("of FLOP/s", lambda row: row.flop_share and f"{row.flop_share:.0%}"),
     ("of bandwidth", lambda row: row.bandwidth_share and f"{row.bandwidth_share:.0%}"),
@@ -46,7 +42,7 @@ def heading(machine: Machine, shape: Shape, busy: str) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of a Markdown table, aligned for the terminal. Ratios are time by time: below 1 is faster."""
+    """Lines of a Markdown table, aligned for the terminal. Times and ratios are medians over the rounds."""
     cells = [
         [head for head, _ in COLUMNS],
         *([cell(row) or "" for _, cell in COLUMNS] for row in rows if not row.error),
@@ -67,19 +63,17 @@ def line(row: Row) -> str:
     return f"{where}: {_number(row.value, row.unit)}{ratio}"
 
 
-def write_json(rows: Sequence[Row], machine: Machine, shape: Shape, arguments: dict[str, Any], folder: Path) -> None:
+def write_json(rows: Sequence[Row], machine: Machine, arguments: dict[str, Any], path: Path) -> None:
     content = {
-        "machine": machine.as_json(),
-        "shape": asdict(shape),
-        "arguments": arguments,
+        "machine": asdict(machine),
+        "arguments": arguments | {"shape": asdict(arguments["shape"])},
         "rows": [asdict(row) for row in rows],
     }
-    text = json.dumps(content, ensure_ascii=False, indent=2, default=str)
-    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def draw_ratios(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the ratios with their quartiles, one panel per task."""
+    """Bars of the median ratios with their quartiles, one panel per task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,7 +87,7 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (task, panel) in zip(axes, panels.items(), strict=False):
         names = [" · ".join(filter(None, (r.family, r.setting, r.backend, r.dtype, r.reference))) for r in panel]
-        low, high = zip(*((max(0, r.ratio - r.spread[0]), max(0, r.spread[1] - r.ratio)) for r in panel), strict=True)
+        low, high = zip(*((r.ratio - r.quartiles[0], r.quartiles[1] - r.ratio) for r in panel), strict=True)
         positions = range(len(panel))
         axis.barh(positions, [r.ratio for r in panel], xerr=(low, high), color="#4477aa", ecolor="#222222", height=0.7)
         axis.axvline(1, color="#cc3311", linewidth=1)

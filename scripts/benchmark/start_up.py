@@ -1,19 +1,26 @@
 """What a user waits for before the first token: importing the package, loading a checkpoint; and tokenisation."""
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from hf_cnllm.data.conversations import load_instructions
+from hf_cnllm.demo.dataset import SIGN_OFFS
+from hf_cnllm.demo.families import write_tiny_checkpoint
+
 from .measure import CLOCKS, take_turns
-from .subjects import Shape, Subject, auto_class_for, llama_config
-from .tasks import Row, Work
+from .subjects import Subject, auto_class_for, llama_config
+from .tasks import Row
 
 CPU = torch.device("cpu")
 TEXT_COPIES = 4  # of the embedded instruction set in a batch for the tokenizers
@@ -35,7 +42,7 @@ print(middle - start, clock() - middle)
 LIST_PROBE = "import sys, hf_cnllm; print(*(m for m in sys.modules if m.partition('.')[0] != 'hf_cnllm'))"
 
 
-def measure_import(work: Work) -> Iterator[Row]:
+def measure_import(work: Namespace) -> Iterator[Row]:
     """Seconds that `import hf_cnllm` adds to importing the same pieces of torch, transformers and the rest."""
     modules = _python(LIST_PROBE).split()
     probe = IMPORT_PROBE.format(modules=modules, clock=CLOCKS[work.clock].__name__)
@@ -45,9 +52,9 @@ def measure_import(work: Work) -> Iterator[Row]:
         task="import",
         family="hf_cnllm",
         setting="beyond what it imports",
-        value=min(package),
+        value=statistics.median(package),
         reference="what it imports",
-        reference_value=min(pieces),
+        reference_value=statistics.median(pieces),
         rounds={"hf_cnllm": package, "what it imports": pieces},
     )
 
@@ -60,11 +67,11 @@ def _python(code: str) -> str:
     return result.stdout
 
 
-def measure_load(name: str, subject: Subject, shape: Shape, dtype: str, work: Work) -> Iterator[Row]:
+def measure_load(name: str, subject: Subject, dtype: str, work: Namespace) -> Iterator[Row]:
     """`from_pretrained` of a checkpoint on disk that the system has read before."""
     loads = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key, config in {name: subject.config(shape), "llama": llama_config(subject, shape)}.items():
+        for key, config in {name: subject.config(work.shape), "llama": llama_config(subject, work.shape)}.items():
             auto_class = auto_class_for(config)
             auto_class.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(Path(folder, key))
             loads[key] = _load(auto_class, Path(folder, key), dtype)
@@ -82,50 +89,29 @@ def _load(auto_class: Any, folder: Path, dtype: str) -> Callable[[], None]:
     return load
 
 
-def measure_tokenizer(name: str, subject: Subject, vocabularies: Path | None, work: Work) -> Iterator[Row]:
+def measure_tokenizer(name: str, subject: Subject, work: Namespace) -> Iterator[Row]:
     """A batch of Chinese and English texts through the tokenizer, beside the library the original ran on."""
-    from ..data.conversations import load_instructions
-    from ..demo.dataset import SIGN_OFFS
-    from ..demo.families import write_tiny_checkpoint
-
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
     with tempfile.TemporaryDirectory() as scratch:
-        if vocabularies is not None:
-            folder, kind = vocabularies / subject.vocabulary, "real vocabulary"
-            if not folder.is_dir():
-                raise FileNotFoundError(f"--vocabularies: there is no folder {folder}")
+        if work.vocabularies is not None:
+            folder, kind = work.vocabularies / subject.vocabulary, "real vocabulary"
         else:
             folder, kind = Path(scratch, "checkpoint"), "tiny vocabulary"
             write_tiny_checkpoint(subject.tiny_vocabulary, folder, [*texts, *SIGN_OFFS.values()])
         texts = texts * TEXT_COPIES
         tokenizer = AutoTokenizer.from_pretrained(folder)
-
-        def tokenize() -> None:
-            tokenizer(texts)
-
-        runs = {name: tokenize}
-        reference = _original_engine(folder, texts)
-        if reference is not None:
-            runs["original"] = reference
+        runs = {name: lambda: tokenizer(texts)}
+        original = _original_engine(folder, texts)
+        if original is not None:
+            runs["original"] = original
         times = take_turns(runs, work.rounds, CPU, CLOCKS[work.clock])
-    characters = sum(map(len, texts))
-    comparison: dict[str, Any] = {}
-    if reference is not None:
-        comparison = {
-            "reference": "sentencepiece or tiktoken",
-            "reference_value": characters / times.best("original") / 1e6,
-            "ratio": times.ratio(name, "original"),
-            "spread": times.spread(name, "original"),
-        }
-    yield Row(
-        task="tokenizer",
-        family=name,
-        setting=f"{len(texts)} texts, {kind}",
-        value=characters / times.best(name) / 1e6,
-        unit="M characters/s",
-        rounds=times.seconds,
-        **comparison,
-    )
+    millions = sum(map(len, texts)) / 1e6
+    setting = f"{len(texts)} texts, {kind}"
+    row = Row("tokenizer", name, setting, value=times.median(name), rounds=times.seconds)
+    if original is not None:
+        row = Row.from_times(times, name, "original", task=row.task, family=name, setting=setting)
+        row = replace(row, reference="sentencepiece or tiktoken", reference_value=millions / row.reference_value)
+    yield replace(row, value=millions / row.value, unit="M characters/s")
 
 
 def _original_engine(folder: Path, texts: list[str]) -> Callable[[], None] | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from ..auto import FAMILIES, Family
+from hf_cnllm.auto import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Subject:
     gated_ffn_size: Callable[[Shape], int] = lambda shape: shape.ffn_size
 
     def config(self, shape: Shape) -> PreTrainedConfig:
-        return _family(self.model_type).config(
-            **{
+        return _family(self.model_type).config.from_dict(
+            {
                 "vocab_size": shape.vocab_size,
                 "hidden_size": shape.hidden_size,
                 "num_attention_heads": shape.heads,

@@ -1,6 +1,7 @@
 """What is measured on the models: prefill, its memory, decoding, a training step."""
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +24,14 @@ from .subjects import (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. `ratio` is `value` by `reference_value`; `spread` are the quartiles over the rounds."""
+    """One line of the report.
+
+    Attributes:
+        value, reference_value: medians over the rounds.
+        ratio: median over the rounds of their own ratios, time by time: below 1 is faster.
+        quartiles: the lower and the upper one of the same ratios.
+        rounds: name -> what each round measured.
+    """
 
     task: str
     family: str
@@ -33,7 +41,7 @@ class Row:
     reference: str | None = None
     reference_value: float | None = None
     ratio: float | None = None
-    spread: tuple[float, float] | None = None
+    quartiles: tuple[float, float] | None = None
     flop_share: float | None = None
     bandwidth_share: float | None = None
     ratio_per_flop: float | None = None
@@ -46,40 +54,25 @@ class Row:
 
     @classmethod
     def from_times(cls, times: Times, name: str, reference: str, **fields) -> "Row":
+        low, ratio, high = times.ratio(name, reference)
         return cls(
-            value=times.best(name),
+            value=times.median(name),
             reference=reference,
-            reference_value=times.best(reference),
-            ratio=times.ratio(name, reference),
-            spread=times.spread(name, reference),
+            reference_value=times.median(reference),
+            ratio=ratio,
+            quartiles=(low, high),
             rounds={name: times.seconds[name], reference: times.seconds[reference]},
             **fields,
         )
 
 
-@dataclass(frozen=True)
-class Work:
-    """How much of it: the command's arguments."""
-
-    lengths: list[int]
-    batch_sizes: list[int]
-    prompt: int
-    new_tokens: int
-    train_tokens: int
-    train_vocab: int
-    rounds: int
-    clock: str = "wall"
-
-
 class Bench:
-    """A family and the Llama of its shape, on one backend in one dtype."""
+    """A family and the Llama of its shape, on one backend in one dtype; `work` are the command's arguments."""
 
-    def __init__(
-        self, name: str, subject: Subject, shape: Shape, backend: str, dtype: str, work: Work, machine: Machine
-    ):
-        self.name, self.subject, self.shape, self.work, self.machine = name, subject, shape, work, machine
+    def __init__(self, name: str, subject: Subject, backend: str, dtype: str, work: Namespace, machine: Machine):
+        self.name, self.subject, self.work, self.machine = name, subject, work, machine
         self.backend, self.dtype = backend, dtype
-        self.device = torch.device(machine.device)
+        self.shape, self.device = work.shape, work.device
 
     def build(self, config) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -97,7 +90,7 @@ class Bench:
         ids = self.subject.input_ids(shape or self.shape, batch, length, torch.Generator().manual_seed(0))
         return ids.to(self.device)
 
-    def take_turns(self, runs: Mapping[str, Callable[[], float | None]]) -> Times:
+    def take_turns(self, runs: Mapping[str, Callable[[], object]]) -> Times:
         return take_turns(runs, self.work.rounds, self.device, CLOCKS[self.work.clock])
 
     def row(self, times: Times, reference: str = "llama", **fields) -> Row:
@@ -125,8 +118,8 @@ class Bench:
                 times,
                 task="prefill",
                 setting=f"{length} tokens",
-                flop_share=self.machine.flop_share(flops / times.best(self.name), self.dtype),
-                ratio_per_flop=times.ratio(self.name, "llama") * llama_flops / flops,
+                flop_share=self.machine.flop_share(flops / times.median(self.name), self.dtype),
+                ratio_per_flop=times.ratio(self.name, "llama")[1] * llama_flops / flops,
                 peak_mib=peaks[self.name],
                 reference_peak_mib=peaks["llama"],
             )
@@ -162,9 +155,7 @@ class Bench:
 
     def _prefill_once(self, model, input_ids):
         attention_mask = torch.ones_like(input_ids)  # as `generate` makes it; without one GLM is causal
-        return lambda: (
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1) and None
-        )
+        return lambda: model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
 
     def decode(self) -> Iterator[Row]:
         """A step of greedy `generate` with the default cache: the median step of each round."""
@@ -183,7 +174,7 @@ class Bench:
                 task="decode",
                 setting=f"batch {batch}",
                 unit="s/step",
-                bandwidth_share=self.machine.bandwidth_share(read / times.best(self.name)),
+                bandwidth_share=self.machine.bandwidth_share(read / times.median(self.name)),
             )
 
     def _median_step(self, model, input_ids):

@@ -40,6 +40,7 @@ try:
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
     from transformers.generation.streamers import BaseStreamer
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
+    from transformers.integrations.flash_attention import get_target_dtype
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
     from transformers.masking_utils import (
@@ -271,3 +272,9 @@ else:  # until 5.20: the last positions and a list of positions only
 
 # The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
 SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+# Chats are rendered here and encoded in sections by `tokenization.chat_sections`, so the halves of
+# `apply_chat_template` are needed one by one, and no release has them at the top level.
+
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template  # noqa: E402

@@ -95,7 +95,7 @@ def test_folded_error_does_not_grow_with_length(dtype):
 
 
 MASKS = {
-    # name: (padding and documents of a batch of two rows, 37 tokens each)
+    # name: (padding and sequences of a batch of two rows, 37 tokens each)
     "none": None,
     "left padding": torch.tensor([[1] * 37, [0] * 5 + [1] * 32]),
     "right padding": torch.tensor([[1] * 37, [1] * 32 + [0] * 5]),
@@ -116,9 +116,9 @@ def test_outputs_and_gradients_match_reference(backend, name, kv_heads, dtype):
         for heads in (8, kv_heads, kv_heads)
     ]
     mask = MASKS[name]
-    documents = torch.ones(2, 37, dtype=torch.long) if mask is None else mask
-    allowed = ((documents[:, :, None] == documents[:, None, :]) & (documents != 0)[:, None, :])[:, None]
-    real = (documents != 0)[:, None, :, None]
+    sequences = torch.ones(2, 37, dtype=torch.long) if mask is None else mask
+    allowed = ((sequences[:, :, None] == sequences[:, None, :]) & (sequences != 0)[:, None, :])[:, None]
+    real = (sequences != 0)[:, None, :, None]
     weights = torch.randn(2, 8, 37, 12, generator=generator).to(dtype) * real
     output, expected = attend(*inputs, backend, mask), reference(*inputs, allowed)
     assert output.isfinite().all()
@@ -177,7 +177,7 @@ def test_queries_of_another_dtype_than_the_cache_are_refused():
 def test_any_padding_and_packing_matches_reference(backend, data):
     length = data.draw(st.integers(2, 24), label="length")
     rows = st.lists(st.integers(0, 3), min_size=length, max_size=length)
-    mask = torch.tensor([data.draw(rows, label="documents") for _ in range(2)])
+    mask = torch.tensor([data.draw(rows, label="sequences") for _ in range(2)])
     if backend == "flash_attention_2":
         mask = mask.sort(dim=1, descending=data.draw(st.booleans(), label="padding on the right")).values
     query, key, value = random_qkv(2, 3, length, 8)
@@ -190,7 +190,7 @@ def test_any_padding_and_packing_matches_reference(backend, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_restarting_positions_separate_documents(backend):
+def test_restarting_positions_separate_sequences(backend):
     query, key, value = random_qkv(1, 5, 9, 12)
     packed = attend(query, key, value, backend, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]]))
     for start, stop in ((0, 4), (4, 7), (7, 9)):
@@ -270,7 +270,7 @@ def test_a_backend_without_the_bias_is_refused(backend):
 
 @pytest.mark.parametrize(
     ("shape", "complaint"),
-    [((2, 5), "must cover the cached tokens"), ((2, 4, 5), "queries, keys"), ((6,), "2, 3 or 4 dimensions")],
+    [((2, 5), r"Pass a mask of shape \[2, 6\]"), ((2, 4, 5), r"or \[2, 6, 6\]"), ((6,), r"or \[2, 1, 6, 6\]")],
 )
 def test_a_mask_that_does_not_fit_is_refused(shape, complaint):
     config = config_of(4, 8, "sdpa")

@@ -22,7 +22,7 @@ from hf_cnllm.attention.reference import attention_reference, prefix_lm_bias_ref
 HEADS, HEAD_DIM = 4, 8
 SCALING = HEAD_DIM**-0.5
 
-# Name -> for every row its texts, (number of the document, tokens before the start token, tokens after), and padding 0.
+# Name -> for every row its sequences, (number of the sequence, tokens before the start token, tokens after), and padding 0.
 BATCHES = {
     "one text": [[(1, 5, 8)]],
     "no prefix": [[(1, 0, 13)]],
@@ -39,17 +39,17 @@ BATCHES = {
 
 
 def batch_of(rows):
-    """prefix and documents, [batch, length]."""
-    documents, prefix = [], []
+    """prefix and sequences, [batch, length]."""
+    sequences, prefix = [], []
     for row in rows:
         document, context = [], []
         for text in row:
             number, before, after = text if text else (0, 0, 1)
             document += [number] * (before + after)
             context += [True] * before + [False] * after
-        documents.append(document)
+        sequences.append(document)
         prefix.append(context)
-    return torch.tensor(prefix), torch.tensor(documents)
+    return torch.tensor(prefix), torch.tensor(sequences)
 
 
 def make_states(batch, length, past=0, kv_heads=HEADS, dtype=torch.float64):
@@ -58,7 +58,7 @@ def make_states(batch, length, past=0, kv_heads=HEADS, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def attend(backend, states, prefix, documents, past=0, learned_keys=0):
+def attend(backend, states, prefix, sequences, past=0, learned_keys=0):
     """What a model does: one mask for the forward pass, then the attention function. The cache holds `past` keys."""
     query, key, value = states
     config = LlamaConfig(attn_implementation=backend)
@@ -66,7 +66,7 @@ def attend(backend, states, prefix, documents, past=0, learned_keys=0):
     if past:
         cache = DynamicCache()
         cache.update(key[:, :, :past], value[:, :, :past], 0)
-    mask = None if (documents == 1).all() else documents
+    mask = None if (sequences == 1).all() else sequences
     if past and mask is not None and not learned_keys:
         mask = torch.cat([torch.ones(mask.shape[0], past, dtype=mask.dtype), mask], dim=1)
     embeds = torch.empty(*prefix.shape, 1, dtype=query.dtype)
@@ -77,15 +77,15 @@ def attend(backend, states, prefix, documents, past=0, learned_keys=0):
     return output, mask
 
 
-def reference(states, prefix, documents, past=0):
-    bias = prefix_lm_bias_reference(prefix, documents).double()
+def reference(states, prefix, sequences, past=0):
+    bias = prefix_lm_bias_reference(prefix, sequences).double()
     front = torch.zeros(*bias.shape[:3], past, dtype=bias.dtype)
-    front.masked_fill_((documents == 0)[:, None, :, None], -torch.inf)
+    front.masked_fill_((sequences == 0)[:, None, :, None], -torch.inf)
     return attention_reference(*states, torch.cat([front, bias], dim=-1), SCALING).transpose(1, 2)
 
 
-def assert_equal(states, output, truth, documents, atol):
-    real = documents != 0
+def assert_equal(states, output, truth, sequences, atol):
+    real = sequences != 0
     torch.testing.assert_close(output[real], truth[real].to(output.dtype), atol=atol, rtol=0)
     weight = torch.randn_like(truth) * real[..., None, None]
     grads, expected = (torch.autograd.grad((result * weight).sum(), states) for result in (output, truth))
@@ -98,12 +98,12 @@ def assert_equal(states, output, truth, documents, atol):
 def test_two_calls_are_exact(name, kv_heads, monkeypatch):
     monkeypatch.setattr(prefix_lm, "BLOCK", 16)
     monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     states = make_states(*prefix.shape, kv_heads=kv_heads)
-    output, mask = attend("sdpa", states, prefix, documents)
+    output, mask = attend("sdpa", states, prefix, sequences)
     if name != "no prefix":
         assert isinstance(mask, PrefixLMLayout)
-    assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
+    assert_equal(states, output, reference(states, prefix, sequences), sequences, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_two_calls_are_exact(name, kv_heads, monkeypatch):
 def test_two_calls_in_lower_precision(name, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(prefix_lm, "BLOCK", 16)
     monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     exact = make_states(*prefix.shape, kv_heads=2)
     states = [state.detach().to(dtype).requires_grad_() for state in exact]
     exact = [state.detach().double().requires_grad_() for state in states]
-    real = (documents != 0)[..., None, None]
-    output, truth = attend("sdpa", states, prefix, documents)[0], reference(exact, prefix, documents)
+    real = (sequences != 0)[..., None, None]
+    output, truth = attend("sdpa", states, prefix, sequences)[0], reference(exact, prefix, sequences)
     torch.testing.assert_close(output.double() * real, truth * real, atol=tolerance, rtol=tolerance)
     weight = (torch.randn_like(truth) * real).to(dtype)
     gradients = torch.autograd.grad((output * weight).sum(), states)
@@ -129,20 +129,20 @@ def test_two_calls_in_lower_precision(name, dtype, tolerance, monkeypatch):
 
 @pytest.mark.slow
 def test_two_calls_are_exact_at_4096_tokens():
-    prefix, documents = batch_of([[(1, 1500, 2596)]])
+    prefix, sequences = batch_of([[(1, 1500, 2596)]])
     states = [state[:, :1] for state in make_states(1, 4096)]
-    output, mask = attend("sdpa", states, prefix, documents)
+    output, mask = attend("sdpa", states, prefix, sequences)
     assert isinstance(mask, PrefixLMLayout)
-    assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
+    assert_equal(states, output, reference(states, prefix, sequences), sequences, atol=1e-12)
 
 
 def test_strides_make_no_difference(monkeypatch):
     monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
-    prefix, documents = batch_of(BATCHES["left padding"])
+    prefix, sequences = batch_of(BATCHES["left padding"])
     states = [state.detach() for state in make_states(*prefix.shape)]
     strided = [torch.stack([state, state], dim=-1)[..., 0] for state in states]
     assert not any(state.is_contiguous() for state in strided)
-    output, expected = (attend("sdpa", given, prefix, documents)[0] for given in (strided, states))
+    output, expected = (attend("sdpa", given, prefix, sequences)[0] for given in (strided, states))
     torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
 
 
@@ -150,29 +150,29 @@ def test_strides_make_no_difference(monkeypatch):
 def test_learned_keys_in_front_are_seen_by_all(name, monkeypatch):
     monkeypatch.setattr(prefix_lm, "BLOCK", 16)
     monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     states = make_states(*prefix.shape, past=5)
-    output, _ = attend("sdpa", states, prefix, documents, past=5, learned_keys=5)
-    assert_equal(states, output, reference(states, prefix, documents, past=5), documents, atol=1e-12)
+    output, _ = attend("sdpa", states, prefix, sequences, past=5, learned_keys=5)
+    assert_equal(states, output, reference(states, prefix, sequences, past=5), sequences, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_dense_masks_say_the_same(name):
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     states = make_states(*prefix.shape)
-    output, _ = attend("eager", [states[0].float(), states[1].float(), states[2].float()], prefix, documents)
-    real = documents != 0
-    torch.testing.assert_close(output[real], reference(states, prefix, documents)[real].float(), atol=1e-5, rtol=0)
+    output, _ = attend("eager", [states[0].float(), states[1].float(), states[2].float()], prefix, sequences)
+    real = sequences != 0
+    torch.testing.assert_close(output[real], reference(states, prefix, sequences)[real].float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["rows that differ", "left padding", "packed", "long"])
 @torch.no_grad()
 def test_flex_attention_says_the_same(name):
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     states = make_states(*prefix.shape)
-    output, _ = attend("flex_attention", [state.float() for state in states], prefix, documents)
-    real = documents != 0
-    torch.testing.assert_close(output[real], reference(states, prefix, documents)[real].float(), atol=1e-5, rtol=0)
+    output, _ = attend("flex_attention", [state.float() for state in states], prefix, sequences)
+    real = sequences != 0
+    torch.testing.assert_close(output[real], reference(states, prefix, sequences)[real].float(), atol=1e-5, rtol=0)
 
 
 texts = st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda text: sum(text) > 0)
@@ -190,31 +190,31 @@ def test_any_batch_is_exact(rows, left):
         filled = [(number, *text) for number, text in enumerate(row, 1)]
         padding = [0] * (length - sum(map(sum, row)))
         layout.append(padding + filled if left else filled + padding)
-    prefix, documents = batch_of(layout)
+    prefix, sequences = batch_of(layout)
     states = make_states(*prefix.shape)
-    output = prefix_lm.two_sdpa_calls(*states, find_layout(prefix, documents), scaling=SCALING)
-    assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
-    assert (output[documents == 0] == 0).all()
+    output = prefix_lm.two_sdpa_calls(*states, find_layout(prefix, sequences), scaling=SCALING)
+    assert_equal(states, output, reference(states, prefix, sequences), sequences, atol=1e-12)
+    assert (output[sequences == 0] == 0).all()
 
 
 @pytest.mark.parametrize(
-    ("prefix", "documents"),
+    ("prefix", "sequences"),
     [
         ([[1, 1, 0, 0, 0]], [[1, 1, 0, 1, 1]]),  # padding inside a text
         ([[0, 1, 1, 0, 0]], [[1, 1, 1, 1, 1]]),  # a prefix that does not come first
         ([[1, 0, 1, 0, 0]], [[1, 1, 2, 2, 1]]),  # a document in two places
     ],
 )
-def test_other_patterns_get_a_dense_mask(prefix, documents):
-    prefix, documents = torch.tensor(prefix).bool(), torch.tensor(documents)
-    assert find_layout(prefix, documents) is None
+def test_other_patterns_get_a_dense_mask(prefix, sequences):
+    prefix, sequences = torch.tensor(prefix).bool(), torch.tensor(sequences)
+    assert find_layout(prefix, sequences) is None
     states = make_states(1, 5)
-    output, mask = attend("sdpa", states, prefix, documents)
+    output, mask = attend("sdpa", states, prefix, sequences)
     assert isinstance(mask, torch.Tensor)
-    real = documents != 0
-    torch.testing.assert_close(output[real], reference(states, prefix, documents)[real])
+    real = sequences != 0
+    torch.testing.assert_close(output[real], reference(states, prefix, sequences)[real])
     with pytest.raises(ValueError, match="flash attention takes no prefix-LM mask"):
-        attend("flash_attention_2", states, prefix, documents)
+        attend("flash_attention_2", states, prefix, sequences)
 
 
 def test_after_the_prefix_all_is_plain_causal():
@@ -235,10 +235,9 @@ def test_backends_that_would_be_causal_are_refused(backend):
 def test_masks_that_do_not_fit_are_refused():
     prefix = torch.ones(2, 4, dtype=torch.bool)
     for backend, mask, message in (
-        ("sdpa", torch.ones(2, 3), r"\[batch, cached \+ new tokens\] = \[2, 4\]"),
-        ("sdpa", torch.ones(2, 1, 4, 5).bool(), r"ask for \[batch, 1, 4, 4\]"),
-        ("flash_attention_2", torch.ones(2, 1, 4, 4).bool(), "takes no 4-D"),
-        ("flex_attention", torch.zeros(2, 1, 4, 4), "only as bool"),
+        ("sdpa", torch.ones(2, 3), r"Pass a mask of shape \[2, 4\]"),
+        ("sdpa", torch.ones(2, 1, 4, 5).bool(), r"or \[2, 1, 4, 4\]"),
+        ("flash_attention_2", torch.ones(2, 1, 4, 4).bool(), "takes no mask for single queries and keys"),
     ):
         config = LlamaConfig(attn_implementation=backend)
         with pytest.raises(ValueError, match=message):
@@ -248,30 +247,30 @@ def test_masks_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()
 def test_a_given_mask_says_everything(backend):
-    prefix, documents = batch_of(BATCHES["left padding"])
+    prefix, sequences = batch_of(BATCHES["left padding"])
     states = [state.float() for state in make_states(*prefix.shape)]
-    visible = prefix_lm_bias_reference(prefix, documents) == 0
+    visible = prefix_lm_bias_reference(prefix, sequences) == 0
     config = LlamaConfig(attn_implementation=backend)
     mask = create_prefix_lm_mask(config, torch.empty(*prefix.shape, 8), visible, None, None)
     module = torch.nn.Module()
     module.config, module.num_key_value_groups = config, 1
     output, _ = prefix_lm_attention(backend)(module, *states, mask, scaling=SCALING, dropout=0.0)
-    truth = attention_reference(*states, prefix_lm_bias_reference(prefix, documents), SCALING).transpose(1, 2)
-    real = documents != 0
+    truth = attention_reference(*states, prefix_lm_bias_reference(prefix, sequences), SCALING).transpose(1, 2)
+    real = sequences != 0
     torch.testing.assert_close(output[real], truth[real], atol=1e-5, rtol=0)
 
 
 def test_a_static_cache_has_more_room_than_keys():
-    prefix, documents = batch_of(BATCHES["left padding"])
+    prefix, sequences = batch_of(BATCHES["left padding"])
     batch, length = prefix.shape
     states = make_states(batch, length)
     room = [torch.cat([state, torch.full_like(state, 1e3)], dim=2) for state in states[1:]]
     config = LlamaConfig(attn_implementation="sdpa", num_hidden_layers=1)
     cache = StaticCache(config=config, max_cache_len=2 * length)
-    mask = create_prefix_lm_mask(config, torch.empty(batch, length, 8), documents, cache, prefix)
-    layout = mask if isinstance(mask, PrefixLMLayout) else find_layout(prefix, documents)
+    mask = create_prefix_lm_mask(config, torch.empty(batch, length, 8), sequences, cache, prefix)
+    layout = mask if isinstance(mask, PrefixLMLayout) else find_layout(prefix, sequences)
     output = prefix_lm.two_sdpa_calls(states[0], *room, layout, scaling=SCALING)
-    assert_equal(states, output, reference(states, prefix, documents), documents, atol=1e-12)
+    assert_equal(states, output, reference(states, prefix, sequences), sequences, atol=1e-12)
     assert mask is layout or mask.shape == (batch, 1, length, 2 * length)
 
 
@@ -320,21 +319,21 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
 @pytest.mark.parametrize("name", BATCHES)
 def test_flash_attention_gets_two_calls(name, kv_heads, flash):
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     states = make_states(*prefix.shape, kv_heads=kv_heads)
-    output, _ = attend("flash_attention_2", [state.half() for state in states], prefix, documents)
-    truth = reference(states, prefix, documents)
-    real = documents != 0
+    output, _ = attend("flash_attention_2", [state.half() for state in states], prefix, sequences)
+    truth = reference(states, prefix, sequences)
+    real = sequences != 0
     torch.testing.assert_close(output[real].double(), truth[real], atol=5e-3, rtol=0)
 
 
 def test_flash_attention_sees_learned_keys(flash):
-    prefix, documents = batch_of(BATCHES["left padding"])
+    prefix, sequences = batch_of(BATCHES["left padding"])
     states = make_states(*prefix.shape, past=3)
     half = [state.half() for state in states]
-    output, _ = attend("flash_attention_2", half, prefix, documents, past=3, learned_keys=3)
-    truth = reference(states, prefix, documents, past=3)
-    real = documents != 0
+    output, _ = attend("flash_attention_2", half, prefix, sequences, past=3, learned_keys=3)
+    truth = reference(states, prefix, sequences, past=3)
+    real = sequences != 0
     torch.testing.assert_close(output[real].double(), truth[real], atol=5e-3, rtol=0)
 
 
@@ -343,12 +342,12 @@ def test_flash_attention_sees_learned_keys(flash):
 @pytest.mark.parametrize("name", ["long", "long and ragged", "packed"])
 def test_cuda(name, dtype, monkeypatch):
     monkeypatch.setattr(prefix_lm, "DENSE_LENGTH", 0)
-    prefix, documents = batch_of(BATCHES[name])
+    prefix, sequences = batch_of(BATCHES[name])
     states = make_states(*prefix.shape)
-    layout = find_layout(prefix, documents)
+    layout = find_layout(prefix, sequences)
     on_gpu = [state.detach().to("cuda", dtype).requires_grad_() for state in states]
     output = prefix_lm.two_sdpa_calls(*on_gpu, layout, scaling=SCALING)
-    truth = reference(states, prefix, documents)
+    truth = reference(states, prefix, sequences)
     atol = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(output.double().cpu(), truth, atol=atol, rtol=0)
     weight = torch.randn_like(truth)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_cnllm.models.validation import check_cache, check_mask, check_token_ids
+from hf_cnllm.models.validation import check_cache, check_token_ids
 
 
 @pytest.mark.parametrize("token", [-1, 10, 99])
@@ -45,12 +45,3 @@ def test_caches_of_another_model_or_batch(other, complaint):
 def test_tuples_are_no_cache():
     with pytest.raises(ValueError, match="`cache` is of type tuple, but must be a transformers `Cache`"):
         check_cache(((torch.zeros(2, 3, 5, 4),) * 2,) * 2, batch_size=2, num_layers=2, num_heads=3, head_dim=4)
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (2, 9), (1, 8), (2, 8, 8), (8,)])
-def test_masks_of_another_shape(shape):
-    check_mask(torch.ones(2, 8), batch_size=2, past_length=5, length=3)
-    for other in (None, torch.ones(2, 1, 3, 8), {"full_attention": None}):
-        check_mask(other, batch_size=2, past_length=5, length=3)
-    with pytest.raises(ValueError, match=r"`attention_mask` has shape .*2 sequences of 8 tokens"):
-        check_mask(torch.ones(shape), batch_size=2, past_length=5, length=3)

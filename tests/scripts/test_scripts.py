@@ -12,7 +12,7 @@ from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo.dataset import SIGN_OFFS
 from hf_cnllm.demo.families import write_tiny_checkpoint
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 pytestmark = pytest.mark.slow
 

@@ -113,7 +113,7 @@ def test_ids_on_any_text(loaded, name):
 
 @pytest.mark.parametrize("name", ["baichuan1_small", "chatglm1_small", "glm_chinese_small"])
 def test_normalized_text(loaded, name):
-    """The normaliser alone, also where the vocabulary would hide a difference in <unk>."""
+    """The normalizer alone, also where the vocabulary would hide a difference in <unk>."""
     model, ours, original = loaded(name)
 
     @settings(max_examples=200, deadline=None)

@@ -22,7 +22,7 @@ The forward pass makes one [`AlibiMask`] for all layers; attention functions of 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -33,40 +33,51 @@ from transformers import Cache, PreTrainedConfig
 from .._compat import (
     compile_friendly_flex_attention,
     eager_attention_forward,
-    find_packed_sequence_indices,
+    get_target_dtype,
+    is_tracing,
     repeat_kv,
     sdpa_attention_forward,
 )
 from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
-from .flex import causal_block_mask
-from .packing import fixed_size, lookup_mask, same_document
+from .flex import fixed_size
+from .masks import AttentionMask, follow_restarts, read_mask
 
 
-class AlibiMask(NamedTuple):
-    """What one forward pass knows about positions and visibility, for every layer.
-
-    Exactly the fields that the backend needs are set.
+class FoldedAlibi(NamedTuple):
+    """For SDPA with several queries.
 
     Attributes:
-        slopes: [heads], fp32.
-        bias: [batch or 1, heads, queries, keys] additive bias with the mask in it: dense form.
-        query_columns: [1, heads, queries, columns] to put in front of q: folded form.
-        key_columns: [batch or 1, 1, keys, columns] to put in front of k: folded form.
-        visible: [batch, 1, queries, keys] additive mask beside the folded bias, None for plain causal attention; with
-            flex attention its `BlockMask`.
-        sequences: flash attention's sequences, None for whole rows.
-        keys: with flash attention, how many keys there are (a static cache has room for more).
-        positions: with flex attention, those of the queries (and more behind them).
+        query_columns: [1, heads, queries, columns], to put in front of q.
+        key_columns: [batch or 1, 1, keys, columns], to put in front of k.
+        mask: additive, [batch or 1, 1, queries, keys]; None for plain causal attention.
     """
 
+    query_columns: torch.Tensor
+    key_columns: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class FlexAlibi(NamedTuple):
+    """For flex attention; slopes [heads], and the positions of the queries, with more behind them."""
+
     slopes: torch.Tensor
-    bias: torch.Tensor | None = None
-    query_columns: torch.Tensor | None = None
-    key_columns: torch.Tensor | None = None
-    visible: torch.Tensor | BlockMask | None = None
-    sequences: FlashSequences | None = None
-    keys: int | None = None
-    positions: torch.Tensor | None = None
+    positions: torch.Tensor
+    block_mask: BlockMask
+
+
+class FlashAlibi(NamedTuple):
+    """For flash attention; slopes [heads], the sequences (None: whole rows), and how many keys there are (a static cache
+    has room for more)."""
+
+    slopes: torch.Tensor
+    sequences: FlashSequences | None
+    keys: int
+
+
+# A tensor is the dense bias, [batch or 1, heads, queries, keys], with the mask in it.
+AlibiMask: TypeAlias = torch.Tensor | FoldedAlibi | FlexAlibi | FlashAlibi
+# Under which name `generate` hands a dense bias that was made outside of the forward pass to it.
+PREPARED = "alibi_bias"
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -162,7 +173,7 @@ def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _with_columns(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AlibiMask, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FoldedAlibi, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """q', k' and v of the same width, a multiple of 8 as CUDA kernels ask of the head dimension; the kernel's scaling."""
     if not query.dtype == key.dtype == mask.query_columns.dtype:
@@ -189,167 +200,77 @@ def _with_columns(
 def create_alibi_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
     cache: Cache | None,
     position_ids: torch.Tensor | None = None,
-    **kwargs,
 ) -> AlibiMask:
-    """What transformers' `create_causal_mask` is to plain attention, for a model with ALiBi.
+    """What `create_causal_mask` is to plain attention, for a model with ALiBi.
 
     Args:
         config: read for `_attn_implementation`, `hidden_size` and `num_attention_heads`.
         inputs_embeds: [batch, queries, ...]; only shape, dtype and device are read.
-        attention_mask: None; [batch, keys] with 0 for padding and equal numbers for the tokens of one packed document;
-            [batch, queries, keys] 0/1, to which causality is added; or [batch, 1, queries, keys], bool or additive,
-            taken as it is.
+        attention_mask: any form of `attention.masks`, or what [`prepare_alibi_mask`] made of it.
         cache: the cache, before this forward pass.
-        position_ids: [batch, queries]; without mask and cache, restarts in it separate packed documents.
+        position_ids: [batch, queries]; without mask and cache, restarts in it separate packed sequences.
 
     Raises:
         ValueError: the attention implementation has no ALiBi, or the mask does not fit the keys.
     """
     backend = config._attn_implementation
     alibi_attention(backend)  # an unknown backend is refused before any work
-    device = inputs_embeds.device
-    # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
-    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else inputs_embeds.dtype
-    queries = inputs_embeds.shape[1]
-    offset, keys = 0, queries
-    if cache is not None:
-        offset, keys = cache.get_query_offset(0), cache.get_mask_sizes(queries, 0)[0]
-    _check_mask(attention_mask, inputs_embeds.shape[0], queries, keys, offset)
-    if attention_mask is None and cache is None and position_ids is not None:
-        attention_mask = _documents(position_ids, inputs_embeds.shape[0])
-    slopes = alibi_slopes(config.num_attention_heads).to(device)
+    if isinstance(attention_mask, dict):
+        return attention_mask[PREPARED]
+    mask = read_mask(inputs_embeds, attention_mask, cache, forms=(2, 3, 4))
+    mask = follow_restarts(mask, position_ids, cache)
+    slopes = alibi_slopes(config.num_attention_heads).to(mask.device)
     if backend == "flash_attention_2":
-        keys = int(offset) + queries
-        return AlibiMask(slopes, sequences=_sequences(attention_mask, queries, keys), keys=keys)
-    key_positions = torch.arange(keys, device=device)
-    query_positions = torch.arange(queries, device=device) + offset
+        return _for_flash(mask, slopes)
     if backend == "flex_attention":
-        blocks = _block_mask(inputs_embeds, attention_mask, cache, query_positions, key_positions)
-        return AlibiMask(slopes, visible=blocks, positions=fixed_size(query_positions))
-
-    plain = backend == "sdpa" and queries > 1 and _is_padding_only(attention_mask, offset)
-    visible = None if plain else _visible(attention_mask, query_positions, key_positions, dtype)
-    if backend == "eager" or queries == 1:
-        return AlibiMask(slopes, bias=alibi_bias(slopes, query_positions, key_positions).to(dtype)[None] + visible)
-    hidden_keys = None
-    if plain:
-        key_positions = key_positions[:queries]
-        hidden_keys = None if attention_mask is None else attention_mask[:, :queries] == 0
+        return FlexAlibi(slopes, fixed_size(mask.query_positions), mask.block_mask())
+    # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
+    autocast = mask.device.type != "meta" and torch.is_autocast_enabled(mask.device.type)
+    dtype = torch.get_autocast_dtype(mask.device.type) if autocast else inputs_embeds.dtype
+    if backend == "eager" or mask.queries == 1:
+        bias = alibi_bias(slopes, mask.query_positions, mask.key_positions)
+        return bias.to(dtype)[None] + mask.additive(dtype)
     scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
-    columns = fold_alibi(slopes, query_positions, key_positions, hidden_keys, scaling, dtype)
-    return AlibiMask(slopes, query_columns=columns[0], key_columns=columns[1], visible=visible)
+    if not _is_padding_only(mask):
+        columns = fold_alibi(slopes, mask.query_positions, mask.key_positions, None, scaling, dtype)
+        return FoldedAlibi(*columns, mask.additive(dtype))
+    hidden_keys = None if mask.sequences is None else mask.sequences == 0
+    positions = torch.arange(mask.queries, device=mask.device)
+    return FoldedAlibi(*fold_alibi(slopes, positions, positions, hidden_keys, scaling, dtype))
 
 
-def _check_mask(
-    attention_mask: torch.Tensor | None, batch: int, queries: int, keys: int, offset: int | torch.Tensor
-) -> None:
-    if attention_mask is None:
-        return
-    shape = tuple(attention_mask.shape)
-    expected = {
-        2: f"[batch, keys] = [{batch}, {keys}]",
-        3: f"[batch, queries, keys] = [{batch}, {queries}, {keys}]",
-        4: f"[batch, 1, queries, keys] = [{batch}, 1, {queries}, {keys}]",
-    }
-    if attention_mask.ndim not in expected:
-        raise ValueError(f"`attention_mask` must have 2, 3 or 4 dimensions, got shape {shape}.")
-    # A static cache has room for more keys than there are; a 2-D mask need only reach those that are there.
-    needed = offset + queries if attention_mask.ndim == 2 and isinstance(offset, int) else 0
-    fits = shape[-1] >= needed if attention_mask.ndim == 2 else shape[-2] == queries and shape[-1] == keys
-    if not fits or shape[0] not in (1, batch):
-        raise ValueError(
-            f"`attention_mask` has shape {shape}, but the cache and the input together ask for "
-            f"{expected[attention_mask.ndim]}: it must cover the cached tokens too."
-        )
+def prepare_alibi_mask(
+    config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
+) -> torch.Tensor | dict[str, torch.Tensor] | None:
+    """The mask of a compiled step with a static cache, made outside of it; `attention_mask` itself where the forward
+    pass is to make it: in prompts, which are not compiled, and for flash and flex attention."""
+    if inputs_embeds.shape[1] > 1 or config._attn_implementation not in ("eager", "sdpa"):
+        return attention_mask
+    return {PREPARED: create_alibi_mask(config, inputs_embeds, attention_mask, cache)}  # type: ignore[dict-item]
 
 
-def _documents(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:
-    """[batch, queries] document numbers from 1 where `position_ids` restart, None if they never do."""
-    documents = find_packed_sequence_indices(position_ids.expand(batch, -1))
-    return None if documents is None else documents + 1
-
-
-def _is_padding_only(attention_mask: torch.Tensor | None, offset: int | torch.Tensor) -> bool:
+def _is_padding_only(mask: AttentionMask) -> bool:
     """Whether causality and padding are all there is to the mask, which a folded column expresses.
 
     Reads values, so while tracing the answer is the one that is always right.
     """
-    if isinstance(offset, torch.Tensor):
-        if torch.compiler.is_compiling():
-            return False
-        offset = int(offset)
-    if offset != 0:
+    if mask.packed is not False or mask.pairs is not None or mask.complete is not None:
         return False
-    if attention_mask is None:
-        return True
-    if attention_mask.ndim != 2:
-        return False
-    return attention_mask.dtype == torch.bool or not (torch.compiler.is_compiling() or attention_mask.max() > 1)
+    return mask.past == 0 if isinstance(mask.past, int) else not is_tracing(mask.past) and int(mask.past) == 0
 
 
-def _sequences(attention_mask: torch.Tensor | None, queries: int, keys: int) -> FlashSequences | None:
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
+def _for_flash(mask: AttentionMask, slopes: torch.Tensor) -> FlashAlibi:
+    if mask.pairs is not None or mask.complete is not None:
         raise ValueError(
             "flash attention takes no mask for single queries and keys: give a 2-D `attention_mask`, or use "
             'attn_implementation="sdpa".'
         )
-    return find_sequences(attention_mask[:, :keys], queries)
-
-
-def _visible(
-    attention_mask: torch.Tensor | None, query_positions: torch.Tensor, key_positions: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """The additive mask [batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look.
-
-    The minimum rather than −inf: a row that may look nowhere stays finite.
-    """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        if attention_mask.dtype != torch.bool:
-            return attention_mask.to(dtype)
-        allowed = attention_mask
-    else:
-        allowed = (key_positions[None, :] <= query_positions[:, None])[None]
-        if attention_mask is not None and attention_mask.ndim == 3:
-            allowed = allowed & (attention_mask != 0)
-        elif attention_mask is not None:
-            key_ids = F.pad(attention_mask, (0, max(0, len(key_positions) - attention_mask.shape[-1])))
-            key_ids = key_ids[:, : len(key_positions)]
-            query_ids = key_ids.index_select(1, query_positions)
-            allowed = allowed & (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
-        allowed = allowed[:, None]
-    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # eager attention's softmax is fp32
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
-
-
-def _block_mask(
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: Cache | None,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-) -> BlockMask:
-    """Flex attention's form of [`_visible`]: the same rules as functions of the positions."""
-    rule, complete = None, False
-    if attention_mask is not None and attention_mask.ndim == 2:
-        rule = same_document(F.pad(attention_mask, (0, max(0, len(key_positions) - attention_mask.shape[-1]))))
-    elif attention_mask is not None and attention_mask.ndim == 3:
-        rule = lookup_mask(attention_mask != 0, query_positions[0])
-    elif attention_mask is not None:
-        keeps = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        rule, complete = lookup_mask(keeps[:, 0], query_positions[0]), True
-    return causal_block_mask(
-        inputs_embeds,
-        None,
-        cache,
-        or_mask_function=rule if complete else None,
-        and_mask_function=rule,
-    )
+    keys = int(mask.past) + mask.queries
+    sequences = None if mask.sequences is None else find_sequences(mask.sequences[:, :keys], mask.queries)
+    return FlashAlibi(slopes, sequences, keys)
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------
@@ -360,13 +281,13 @@ def alibi_eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AlibiMask,
+    attention_mask: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense scores plus dense bias; returns the attention weights too."""
-    return eager_attention_forward(module, query, key, value, attention_mask.bias, scaling, dropout)
+    return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
 
 
 def alibi_sdpa_attention(
@@ -374,18 +295,18 @@ def alibi_sdpa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AlibiMask,
+    attention_mask: torch.Tensor | FoldedAlibi,
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Folded for several queries, with a dense bias for one."""
-    head_dim, visible = value.shape[-1], attention_mask.bias
-    if attention_mask.query_columns is not None:
-        query, key, value, scaling = _with_columns(query, key, value, attention_mask, scaling)
-        visible = attention_mask.visible  # type: ignore[assignment]  # a BlockMask is flex attention's
+    head_dim, mask = value.shape[-1], attention_mask
+    if isinstance(mask, FoldedAlibi):
+        query, key, value, scaling = _with_columns(query, key, value, mask, scaling)
+        mask = mask.mask
     output, _ = sdpa_attention_forward(
-        module, query, key, value, visible, dropout, scaling, is_causal=visible is None, **kwargs
+        module, query, key, value, mask, dropout, scaling, is_causal=mask is None, **kwargs
     )
     return output[..., :head_dim], None
 
@@ -395,7 +316,7 @@ def alibi_flex_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AlibiMask,
+    attention_mask: FlexAlibi,
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
@@ -403,7 +324,7 @@ def alibi_flex_attention(
     """The bias as a `score_mod`, the mask as a `BlockMask`."""
     if dropout > 0:
         raise ValueError("flex_attention has no attention dropout; use sdpa or eager.")
-    slopes, positions = attention_mask.slopes, attention_mask.positions
+    slopes, positions, block_mask = attention_mask
 
     def add_bias(score, batch_idx, head_idx, q_idx, kv_idx):
         return score + slopes[head_idx] * (kv_idx - positions[q_idx])
@@ -414,7 +335,7 @@ def alibi_flex_attention(
         repeat_kv(key, groups),
         repeat_kv(value, groups),
         score_mod=add_bias,
-        block_mask=attention_mask.visible,
+        block_mask=block_mask,
         scale=scaling,
         training=module.training,
     )
@@ -426,17 +347,16 @@ def alibi_flash_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AlibiMask,
+    attention_mask: FlashAlibi,
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """flash-attn 2 with its own ALiBi."""
-    key, value = key[:, :, : attention_mask.keys], value[:, :, : attention_mask.keys]
-    output = flash_attention_with_slopes(
-        query, key, value, attention_mask.slopes, attention_mask.sequences, scaling, dropout
-    )
-    return output, None
+    slopes, sequences, keys = attention_mask
+    dtype = get_target_dtype(query, module) or query.dtype  # norms kept in fp32 make fp32 queries
+    query, key, value = query.to(dtype), key[:, :, :keys].to(dtype), value[:, :, :keys].to(dtype)
+    return flash_attention_with_slopes(query, key, value, slopes, sequences, scaling, dropout), None
 
 
 ALIBI_ATTENTION: dict[str, Callable] = {

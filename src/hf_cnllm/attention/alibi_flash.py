@@ -1,10 +1,11 @@
-"""ALiBi on flash-attn: the bias is an argument of its kernels (`alibi_slopes`), padding and documents are sequences.
+"""ALiBi on flash-attn: the bias is an argument of its kernels (`alibi_slopes`), padding and packing are sequences.
 
 flash-attn adds −slope·|i + keys − queries − j|: queries are the last of their sequence's keys, which is how a cache is
 continued. It has no mask, so tokens are gathered into sequences without padding. A sequence with padding inside would
 lose the distance that the padding takes, so it is refused. flash-attn 3 and 4 have no ALiBi.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -28,28 +29,28 @@ class FlashSequences(NamedTuple):
     longest_key: int
 
 
-def find_sequences(documents: torch.Tensor, queries: int) -> FlashSequences | None:
-    """The sequences in `documents` [batch, keys], 0 for padding; None if they are whole rows without padding.
+def find_sequences(numbers: torch.Tensor, queries: int) -> FlashSequences | None:
+    """The sequences of a batch; None if they are whole rows without padding.
 
     Args:
-        documents: numbers, equal for the tokens of one document.
+        numbers: [batch, keys], 0 for padding, equal for the tokens of one sequence.
         queries: the last so many of the keys are the queries.
 
     Raises:
-        ValueError: a row holds one document in two places, as with padding inside it.
+        ValueError: a row holds one sequence in two places, as with padding inside it.
     """
-    batch, keys = documents.shape
-    if bool((documents == 1).all()):
+    batch, keys = numbers.shape
+    if bool((numbers == 1).all()):
         return None
-    documents = documents.long()
-    row = torch.arange(batch, device=documents.device)[:, None].expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    sequence = begins.flatten().cumsum(0).view_as(documents) - 1
-    token = documents != 0
+    numbers = numbers.long()
+    row = torch.arange(batch, device=numbers.device)[:, None].expand_as(numbers)
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    sequence = begins.flatten().cumsum(0).view_as(numbers) - 1
+    token = numbers != 0
 
     starts = begins & token
-    pairs = torch.stack([row[starts], documents[starts]], dim=1)
+    pairs = torch.stack([row[starts], numbers[starts]], dim=1)
     if torch.unique(pairs, dim=0).shape[0] != pairs.shape[0]:
         raise ValueError(
             "`attention_mask` has padding inside a sequence, which flash attention would close up, and ALiBi counts "
@@ -57,8 +58,8 @@ def find_sequences(documents: torch.Tensor, queries: int) -> FlashSequences | No
         )
     is_query = torch.zeros_like(token)
     is_query[:, keys - queries :] = token[:, keys - queries :]
-    asked = torch.zeros(batch * keys, dtype=torch.bool, device=documents.device)
-    asked[sequence[is_query]] = True  # a document that is over has keys but no queries
+    asked = torch.zeros(batch * keys, dtype=torch.bool, device=numbers.device)
+    asked[sequence[is_query]] = True  # a sequence that is over has keys but no queries
     is_key = token & asked[sequence]
 
     query_lengths = torch.bincount(sequence[is_query], minlength=batch * keys)[asked]
@@ -88,7 +89,7 @@ def flash_attention_with_slopes(
         query: [batch, heads, queries, head_dim], half precision.
         key, value: [batch, key_value_heads, keys, head_dim]; the queries are the last of the keys.
         slopes: [heads], fp32.
-        sequences: None when no row has padding or several documents.
+        sequences: None when no row has padding or several sequences.
 
     Returns:
         [batch, queries, heads, head_dim]; 0 at padding.
@@ -96,7 +97,13 @@ def flash_attention_with_slopes(
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True, "alibi_slopes": slopes}
+    options = {
+        "dropout_p": dropout,
+        "softmax_scale": scaling,
+        "causal": True,
+        "alibi_slopes": slopes,
+        "deterministic": os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1",  # as transformers' own path
+    }
     if sequences is None:
         return flash_attn_func(query, key, value, **options)
     if sequences.query_tokens.numel() == 0:

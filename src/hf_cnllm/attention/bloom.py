@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, BloomModel, BloomPreTrainedModel, Cache
 
 from .._compat import BloomAttention, dropout_add, sdpa_attention_forward
-from .alibi import AlibiMask, alibi_sdpa_attention, alibi_slopes, fold_alibi
+from .alibi import FoldedAlibi, alibi_sdpa_attention, alibi_slopes, fold_alibi
+from .masks import AttentionMask, as_additive
 
 # The attention implementation under which transformers passes BLOOM's layers the 2-D mask and makes no dense one.
 NAME = "folded_alibi"
@@ -55,35 +56,29 @@ class FoldedBloomAttention(BloomAttention):
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, alibi: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> AlibiMask:
+    ) -> torch.Tensor | FoldedAlibi:
         """For one query BLOOM's bias with padding hidden; for several the folded form, with a dense mask of
         [batch, 1, queries, keys] only where a cache is continued."""
         batch, heads, queries, _ = query.shape
         keys = key.shape[2]
-        hidden = (
-            None
-            if attention_mask is None
-            else F.pad(attention_mask == 0, (0, keys - attention_mask.shape[1]), value=True)
-        )
-        lowest = torch.finfo(query.dtype).min
-        slopes = alibi_slopes(heads).to(key.device)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask != 0, (0, keys - attention_mask.shape[1]))
         if queries == 1:
             bias = alibi.view(batch, heads, 1, -1)
-            bias = bias if hidden is None else bias.masked_fill(hidden[:, None, None, :], lowest)
-            return AlibiMask(slopes, bias=bias)
-        index = torch.arange(keys, device=key.device)
-        positions, visible = index[None], None
-        if attention_mask is not None:  # BLOOM counts tokens, not places
-            positions = (~hidden).cumsum(1) - 1
-        if keys > queries:
-            allowed = (index[None, :] <= index[keys - queries :, None])[None, None]
-            allowed = allowed if hidden is None else allowed & ~hidden[:, None, None, :]
-            visible = torch.zeros(allowed.shape, dtype=query.dtype, device=key.device).masked_fill_(~allowed, lowest)
-            hidden = None
-        query_columns, key_columns = fold_alibi(
-            slopes, index[keys - queries :], positions, hidden, self.inv_norm_factor, query.dtype
+            return bias if attention_mask is None else bias + as_additive(attention_mask[:, None, None], bias.dtype)
+        mask = AttentionMask(batch, queries, keys, keys - queries, key.device, attention_mask)
+        # BLOOM counts tokens, not places.
+        positions = mask.key_positions[None] if attention_mask is None else attention_mask.cumsum(1) - 1
+        hidden = None if attention_mask is None or mask.past else ~attention_mask
+        columns = fold_alibi(
+            alibi_slopes(heads).to(key.device),
+            mask.query_positions,
+            positions,
+            hidden,
+            self.inv_norm_factor,
+            query.dtype,
         )
-        return AlibiMask(slopes, query_columns=query_columns, key_columns=key_columns, visible=visible)
+        return FoldedAlibi(*columns, mask.additive(query.dtype) if mask.past else None)
 
 
 def accelerate(model: nn.Module) -> nn.Module:

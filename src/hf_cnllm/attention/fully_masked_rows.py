@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 
-class BlindRows(NamedTuple):
+class FullyMaskedRows(NamedTuple):
     """Which rows look nowhere, and what their mean is taken over.
 
     Attributes:
-        rows: [batch, queries], True for a blind row. The queries are the first of the keys.
+        rows: [batch, queries], True for such a row. The queries are the first of the keys.
         tokens: [batch, queries], True for tokens, where the mean of row i is over the padding up to i and the tokens
             after it: Baichuan2-7B added the minimum twice where a key was both padding and in the future, and that is
             −inf. None where the mean is over all keys.
@@ -25,7 +25,7 @@ class BlindRows(NamedTuple):
     tokens: torch.Tensor | None = None
 
 
-def blind_padding(attention_mask: object, length: int) -> BlindRows | None:
+def find_padding_in_front(attention_mask: object, length: int) -> FullyMaskedRows | None:
     """The rows of padding before the first token, in a prompt or training batch whose mask is [batch, length]; None if
     there are none. Rows of padding behind a token see that token."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape[1:] != (length,) or length == 1:
@@ -33,21 +33,23 @@ def blind_padding(attention_mask: object, length: int) -> BlindRows | None:
     tokens = attention_mask != 0
     if not torch.compiler.is_compiling() and tokens[:, 0].all():
         return None
-    return BlindRows(tokens.cumsum(1) == 0)
+    return FullyMaskedRows(tokens.cumsum(1) == 0)
 
 
-def fill_blind_rows(output: torch.Tensor, value: torch.Tensor, blind: BlindRows | None) -> torch.Tensor:
-    """`output` [batch, queries, heads, head_dim] with its blind rows replaced by their mean of `value`
+def fill_fully_masked_rows(
+    output: torch.Tensor, value: torch.Tensor, fully_masked_rows: FullyMaskedRows | None
+) -> torch.Tensor:
+    """`output` [batch, queries, heads, head_dim] with those rows replaced by their mean of `value`
     [batch, heads, keys, head_dim]; in time and memory linear in the length."""
-    if blind is None:
+    if fully_masked_rows is None:
         return output
     value = value[:, :, : output.shape[1]]
-    if blind.tokens is None:
+    if fully_masked_rows.tokens is None:
         mean = value.mean(dim=2, keepdim=True)
     else:
-        token = blind.tokens[:, None, :, None].to(value.dtype)
+        token = fully_masked_rows.tokens[:, None, :, None].to(value.dtype)
         tokens, paddings = value * token, value * (1 - token)
         total = paddings.cumsum(2) + tokens.sum(2, keepdim=True) - tokens.cumsum(2)
         count = (1 - token).cumsum(2) + token.sum(2, keepdim=True) - token.cumsum(2)
         mean = total / count.clamp_min(1)
-    return torch.where(blind.rows[:, :, None, None], mean.transpose(1, 2), output)
+    return torch.where(fully_masked_rows.rows[:, :, None, None], mean.transpose(1, 2), output)

@@ -1,6 +1,6 @@
-"""Prefix-LM attention (GLM, arXiv 2103.10360, figure 2c): the prefix of a text sees all of itself, the rest is causal.
+"""Prefix-LM attention (GLM, arXiv 2103.10360, figure 2c): the prefix of a sequence sees all of itself, the rest is causal.
 
-    query i sees key j of the same text  ⇔  j ≤ i  or  j is in the prefix
+    query i sees key j of the same sequence  ⇔  j ≤ i  or  j is in the prefix
 
 Kernels know "causal" and "everything", but no prefix. A dense mask says it at the price of L × L numbers and of the fast
 kernels; flash attention takes no such mask at all. Two plain calls say it exactly, forward and backward, in memory
@@ -16,12 +16,14 @@ afterwards is plain keys and values: everything after the prefix is plain causal
 | backend               | prefill, training                          | the same while tracing or compiling |
 |-----------------------|--------------------------------------------|-------------------------------------|
 | eager, flex_attention | mask                                       | mask                                |
-| sdpa                  | two calls for every text                   | dense mask                          |
+| sdpa                  | two calls for every sequence; up to 256    | dense mask                          |
+|                       | tokens in rows that differ, a dense mask   |                                     |
 | flash_attention_2/3/4 | two calls, each over the batch's tokens    | refused                             |
 """
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -38,8 +40,8 @@ from .._compat import (
     is_tracing,
     repeat_kv,
 )
-from .flex import block_mask, create_causal_mask
-from .packing import fixed_size, lookup_mask
+from .flex import fixed_size
+from .masks import EVERYONES, is_packed, make_mask, read_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
@@ -48,12 +50,9 @@ BLOCK = 512
 # Up to this length a ragged batch is cheaper with one dense mask than with two calls for every row.
 DENSE_LENGTH = 256
 
-# Number of the keys in front that the queries of every document see.
-EVERYONES = -1
 
-
-class Text(NamedTuple):
-    """One text in a row: tokens `start` to `end`, of which those before `middle` are its prefix."""
+class Sequence(NamedTuple):
+    """One sequence in a row: tokens `start` to `end`, of which those before `middle` are its prefix."""
 
     start: int
     middle: int
@@ -61,15 +60,15 @@ class Text(NamedTuple):
 
 
 class PrefixLMLayout(NamedTuple):
-    """Where the texts of a batch are; tokens outside of them are padding, and their output is 0.
+    """Where the sequences of a batch are; tokens outside of them are padding, and their output is 0.
 
     Attributes:
-        rows: row numbers -> the texts in each of these rows, in order.
+        rows: row numbers -> the sequences in each of these rows, in order.
         past: number of keys in front of the tokens, which all of them see (a cache, a learned prefix).
         length: number of tokens in a row, padding included.
     """
 
-    rows: dict[tuple[int, ...], tuple[Text, ...]]
+    rows: dict[tuple[int, ...], tuple[Sequence, ...]]
     past: int
     length: int
 
@@ -85,17 +84,15 @@ def create_prefix_lm_mask(
     prefix: torch.Tensor | None,
     learned_keys: int = 0,
 ) -> torch.Tensor | BlockMask | PrefixLMLayout | None:
-    """What transformers' `create_causal_mask` is to causal attention.
+    """What `create_causal_mask` is to causal attention.
 
     Args:
         config: read for `_attn_implementation`.
         inputs_embeds: [batch, queries, ...]; only shape, dtype and device are read.
-        attention_mask: None; [batch, past + queries] with 0 for padding and 1 for tokens, or equal numbers from 1 for
-            the tokens of one packed text; or [batch or 1, 1, queries, keys], bool (True: visible) or additive, which
-            then says everything.
+        attention_mask: a form of `attention.masks`, of 2 or 4 dimensions.
         cache: the cache before this forward pass. All queries see what it holds, but for its padding.
-        prefix: [batch, queries], True for the queries that every query of their text sees. None: there are none, as in
-            decoding.
+        prefix: [batch, queries], True for the queries that every query of their sequence sees. None: there are none, as
+            in decoding.
         learned_keys: how many of the cache's first keys are learned (P-tuning): `attention_mask` does not count them.
 
     Raises:
@@ -109,66 +106,37 @@ def create_prefix_lm_mask(
             f"attn_implementation={backend!r} has no prefix-LM form here and would silently be causal: use one of "
             f"{', '.join(MASK_BACKENDS)}, or flash attention."
         )
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return _given_mask(backend, inputs_embeds, attention_mask, cache, learned_keys)
-
-    queries = inputs_embeds.shape[1]
-    if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=1)
-    past = cache.get_seq_length() if cache is not None else 0
-    _check_mask(attention_mask, inputs_embeds.shape[0], queries, past)
-    mask_like = partial(_backend_mask, config, inputs_embeds, attention_mask, cache)
-    if queries == 1:
-        return mask_like()
-
-    documents = None if attention_mask is None else attention_mask[:, -queries:]
-    tracing = is_tracing(inputs_embeds)
-    packed = documents is not None and documents.dtype != torch.bool and (tracing or bool((documents > 1).any()))
-    if not packed and (prefix is None or (not tracing and not prefix.any())):
-        return mask_like()
+    mask, tracing = read_mask(inputs_embeds, attention_mask, cache, learned_keys), is_tracing(inputs_embeds)
+    queries, past = mask.queries, mask.past
+    sequences = None if mask.sequences is None else mask.sequences[:, -queries:]
+    packed = is_packed(sequences) is not False
+    has_prefix = prefix is not None and (tracing or bool(prefix.any()))
+    if mask.complete is not None or queries == 1 or not (packed or has_prefix):
+        return make_mask(config, inputs_embeds, replace(mask, packed=False), cache)
 
     if prefix is None:
         prefix = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-    if flash or (backend == "sdpa" and not tracing):
-        layout = None if tracing or _hides_past(attention_mask, queries) else find_layout(prefix, documents, int(past))
-        ragged = layout is not None and len(layout.rows) > 1
-        if layout is not None and (flash or queries > DENSE_LENGTH or not ragged):
+    front = None if mask.sequences is None else mask.sequences[:, :-queries] != 0
+    if (flash or backend == "sdpa") and not tracing and (front is None or front.all()):
+        layout = find_layout(prefix, sequences, int(past))
+        if layout is not None and (flash or queries > DENSE_LENGTH or len(layout.rows) == 1):
             return layout
     if flash:
         raise ValueError(
             "flash attention takes no prefix-LM mask: tokens with padding between them, padding in the cache and "
             'torch.compile need attn_implementation="sdpa", "flex_attention" or "eager".'
         )
-    keys = cache.get_mask_sizes(queries, 0)[0] if cache is not None else queries
-    prefix = _at_keys(prefix, past, keys, before=False, after=False)
     if packed:
-        documents = _at_keys(documents, past, keys, before=EVERYONES, after=0)
-    return mask_like(prefix, documents if packed else None)
+        sequences = torch.cat([front * EVERYONES, sequences], dim=1)
+        mask = replace(mask, sequences=sequences, packed=True)
+    return make_mask(config, inputs_embeds, mask, cache, or_mask_function=_in_prefix(prefix, past, mask.keys))
 
 
-def _backend_mask(
-    config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: Cache | None,
-    prefix: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-) -> torch.Tensor | BlockMask | None:
-    """transformers' mask of (causal or in `prefix`) and the same of `documents` and no padding; all are [batch, keys]."""
-    return create_causal_mask(
-        config,
-        inputs_embeds,
-        attention_mask,
-        cache,
-        or_mask_function=None if prefix is None else prefix_mask_function(prefix),
-        and_mask_function=None if documents is None else packed_mask_function(documents),
-    )
-
-
-def prefix_mask_function(prefix: torch.Tensor) -> Callable:
-    """The `or_mask_function` of transformers' mask makers: the key is in `prefix` [batch, keys]."""
-
-    prefix = fixed_size(prefix)
+def _in_prefix(prefix: torch.Tensor, past: int | torch.Tensor, keys: int) -> Callable:
+    """Mask function: the key is in `prefix` [batch, queries], where the first query is the key at `past`."""
+    index = torch.arange(keys, device=prefix.device) - past
+    is_query = (index >= 0) & (index < prefix.shape[1])
+    prefix = fixed_size(prefix[:, index.clamp(0, prefix.shape[1] - 1)] & is_query)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         return prefix[batch_idx, kv_idx]
@@ -176,117 +144,42 @@ def prefix_mask_function(prefix: torch.Tensor) -> Callable:
     return mask_function
 
 
-def packed_mask_function(documents: torch.Tensor) -> Callable:
-    """The `and_mask_function`: key and query have the same number in `documents` [batch, keys], or the key has EVERYONES."""
-
-    documents = fixed_size(documents)
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        document = documents[batch_idx, kv_idx]
-        return (document == documents[batch_idx, q_idx]) | (document == EVERYONES)
-
-    return mask_function
+# --- where the sequences are -----------------------------------------------------------------------------------------
 
 
-def _at_keys(tokens: torch.Tensor, past: int | torch.Tensor, keys: int, before: int | bool, after: int | bool):
-    """[batch, queries] -> [batch, keys], with `before` at the keys in front of the queries and `after` behind them."""
-    index = torch.arange(keys, device=tokens.device) - past
-    result = tokens[:, index.clamp(0, tokens.shape[1] - 1)]
-    return result.masked_fill(index < 0, before).masked_fill(index >= tokens.shape[1], after)
-
-
-def _check_mask(attention_mask: torch.Tensor | None, batch: int, queries: int, past: int | torch.Tensor) -> None:
-    if attention_mask is None:
-        return
-    needed = past + queries if isinstance(past, int) else queries
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < needed:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be [batch, cached + new tokens] = "
-            f"[{batch}, {needed}] or 4-D."
-        )
-
-
-def _given_mask(
-    backend: str,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor,
-    cache: Cache | None,
-    learned_keys: int,
-) -> torch.Tensor | BlockMask:
-    """A 4-D mask in the form that the backend reads, as long as the keys."""
-    if backend not in MASK_BACKENDS:
-        raise ValueError(
-            f"attn_implementation={backend!r} takes no 4-D `attention_mask`: pass a 2-D mask, or use one of "
-            f"{', '.join(MASK_BACKENDS)}."
-        )
-    queries = inputs_embeds.shape[1]
-    keys = cache.get_mask_sizes(queries, 0)[0] if cache is not None else queries
-    if attention_mask.shape[-2] != queries or attention_mask.shape[-1] > keys:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the cache and the input together ask for "
-            f"[batch, 1, {queries}, {keys}]."
-        )
-    additive = attention_mask.is_floating_point()
-    if additive and backend == "flex_attention":
-        raise ValueError("flex_attention takes a 4-D `attention_mask` only as bool, True where a query sees a key")
-    if not additive:
-        attention_mask = attention_mask != 0
-    lowest = torch.finfo(inputs_embeds.dtype).min if additive else False
-    if attention_mask.shape[-1] < keys:
-        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=not additive)
-        # A static cache has room for more keys than there are.
-        attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=lowest)
-    if backend == "flex_attention":
-        batch, device = inputs_embeds.shape[0], attention_mask.device
-        visible = attention_mask[:, 0].expand(batch, -1, -1)
-        look_up = lookup_mask(visible, torch.zeros((), dtype=torch.long, device=device))
-        return block_mask(look_up, batch, queries, keys, device)
-    if backend == "eager" and not additive:
-        additive_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
-        return additive_mask.masked_fill(~attention_mask, torch.finfo(inputs_embeds.dtype).min)
-    return attention_mask
-
-
-# --- where the texts are ---------------------------------------------------------------------------------------------
-
-
-def find_layout(prefix: torch.Tensor, documents: torch.Tensor | None, past: int = 0) -> PrefixLMLayout | None:
-    """The layout of a batch, or None if its texts are not what two calls can compute.
+def find_layout(prefix: torch.Tensor, numbers: torch.Tensor | None, past: int = 0) -> PrefixLMLayout | None:
+    """The layout of a batch, or None if its sequences are not what two calls can compute.
 
     Args:
-        prefix: [batch, length], True for the prefix of each text.
-        documents: [batch, length], 0 for padding and one number for each text of a row; None: a row is one text.
+        prefix: [batch, length], True for the prefix of each sequence.
+        numbers: [batch, length], 0 for padding and one number for each sequence of a row; None: a row is one sequence.
         past: number of keys in front that every token sees.
 
     Returns:
-        None if a text has padding inside, or prefix tokens behind other tokens.
+        None if a sequence has padding inside, or prefix tokens behind other tokens.
     """
     batch, length = prefix.shape
-    if documents is None:
-        documents = torch.ones_like(prefix)
-    documents, prefix = documents.to("cpu", torch.long), prefix.cpu()
-    border = F.pad(documents, (1, 1), value=0).diff(dim=1) != 0  # [batch, length + 1]
-    token = documents != 0
+    if numbers is None:
+        numbers = torch.ones_like(prefix)
+    numbers, prefix = numbers.to("cpu", torch.long), prefix.cpu()
+    border = F.pad(numbers, (1, 1), value=0).diff(dim=1) != 0  # [batch, length + 1]
+    token = numbers != 0
     row, start = (border[:, :-1] & token).nonzero(as_tuple=True)
     end = (border[:, 1:] & token).nonzero(as_tuple=True)[1] + 1
-    if torch.unique(torch.stack([row, documents[row, start]]), dim=1).shape[1] != row.numel():
+    if torch.unique(torch.stack([row, numbers[row, start]]), dim=1).shape[1] != row.numel():
         return None  # one number in two places of a row
     count = F.pad((prefix & token).cumsum(1), (1, 0))
     middle = start + count[row, end] - count[row, start]
     if (count[row, middle] - count[row, start] != middle - start).any():
         return None
 
-    texts: list[list[Text]] = [[] for _ in range(batch)]
+    sequences: list[list[Sequence]] = [[] for _ in range(batch)]
     for index, *borders in torch.stack([row, start, middle, end], dim=1).tolist():
-        texts[index].append(Text(*borders))
+        sequences[index].append(Sequence(*borders))
     rows = defaultdict(list)
-    for index, row_texts in enumerate(texts):
-        rows[tuple(row_texts)].append(index)
-    return PrefixLMLayout({tuple(same): row_texts for row_texts, same in rows.items()}, past, length)
-
-
-def _hides_past(attention_mask: torch.Tensor | None, queries: int) -> bool:
-    return attention_mask is not None and bool((attention_mask[:, :-queries] == 0).any())
+    for index, in_row in enumerate(sequences):
+        rows[tuple(in_row)].append(index)
+    return PrefixLMLayout({tuple(same): in_row for in_row, same in rows.items()}, past, length)
 
 
 # --- the two calls ---------------------------------------------------------------------------------------------------
@@ -319,7 +212,7 @@ def two_sdpa_calls(
     dropout: float = 0.0,
     **kwargs,
 ) -> torch.Tensor:
-    """Two calls of torch's `scaled_dot_product_attention` for each text; rows with the same texts go together.
+    """Two calls of torch's `scaled_dot_product_attention` for each sequence; rows with the same ones go together.
 
     Args:
         query: [batch, heads, length, head_dim].
@@ -334,19 +227,19 @@ def two_sdpa_calls(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
-    for rows, texts in layout.rows.items():
+    for rows, sequences in layout.rows.items():
         q, k, v = query, key, value
         if len(rows) < query.shape[0]:
             index = torch.tensor(rows, device=query.device)
             q, k, v = (states.index_select(0, index) for states in (query, key, value))
         pieces, done = [], 0
-        for start, middle, end in texts:
+        for start, middle, end in sequences:
             pieces.append(_nothing(q, start - done))
             if middle > start:
-                keys, values = (_text_keys(states, layout.past, start, middle) for states in (k, v))
+                keys, values = (_keys_of(states, layout.past, start, middle) for states in (k, v))
                 pieces.append(attend(q[:, :, start:middle], keys, values))
             if end > middle:
-                keys, values = (_text_keys(states, layout.past, start, end) for states in (k, v))
+                keys, values = (_keys_of(states, layout.past, start, end) for states in (k, v))
                 pieces.append(_causal_at_the_end(attend, q[:, :, start:end], keys, values, end - middle))
             done = end
         pieces.append(_nothing(q, layout.length - done))
@@ -362,7 +255,7 @@ def _nothing(query: torch.Tensor, length: int) -> torch.Tensor:
     return query.new_zeros(*query.shape[:2], length, query.shape[3])
 
 
-def _text_keys(states: torch.Tensor, past: int, start: int, end: int) -> torch.Tensor:
+def _keys_of(states: torch.Tensor, past: int, start: int, end: int) -> torch.Tensor:
     """The keys (or values) in front and those of tokens `start` to `end`."""
     if start == 0 or past == 0:
         return states[:, :, start if past == 0 else 0 : past + end]
@@ -379,12 +272,12 @@ def _causal_at_the_end(
     which are thrown away, is fastest when there are few of those; else blocks of rows get a mask of BLOCK × keys.
     """
     keys = key.shape[2]
-    hidden = keys - count  # keys before the triangle
+    before = keys - count  # keys before the triangle
     last = query[:, :, query.shape[2] - count :]
     if count == 1:
         return attend(last, key, value)
-    if hidden == 0 or (keys == query.shape[2] and hidden <= keys // 4 and query.device.type == "cpu"):
-        return attend(query, key, value, is_causal=True)[:, :, hidden:]
+    if before == 0 or (keys == query.shape[2] and before <= keys // 4 and query.device.type == "cpu"):
+        return attend(query, key, value, is_causal=True)[:, :, before:]
     if query.device.type == "cuda":
         return attend(last, key, value, attn_mask=causal_lower_right(count, keys))
     # Column c + keys of row r is c − r steps in the future; a block's mask is a window of this one band, so that what
@@ -395,7 +288,7 @@ def _causal_at_the_end(
     outputs = []
     for first in range(0, count, block):
         rows = min(block, count - first)
-        seen = hidden + first + rows
+        seen = before + first + rows
         mask = band[:rows, keys + rows - seen : keys + rows]
         queries = last[:, :, first : first + rows]
         outputs.append(attend(queries, key[:, :, :seen], value[:, :, :seen], attn_mask=mask[None, None]))
@@ -419,12 +312,12 @@ def two_flash_calls(
     """
     batch, heads, length, head_dim = query.shape
     total, past = key.shape[2], layout.past
-    texts = sorted((row, text) for rows, row_texts in layout.rows.items() for row in rows for text in row_texts)
+    sequences = sorted((row, one) for rows, in_row in layout.rows.items() for row in rows for one in in_row)
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     output = query.new_zeros(batch * length, heads, head_dim)
     for causal in (False, True):
         q_index, k_index = [], []
-        for row, (start, middle, end) in texts:
+        for row, (start, middle, end) in sequences:
             first, last = (middle, end) if causal else (start, middle)
             if last > first:
                 q_index.append(torch.arange(row * length + first, row * length + last))

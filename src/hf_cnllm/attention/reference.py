@@ -24,8 +24,8 @@ def attention_reference(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling + bias
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0) @ value
+    fully_masked = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(fully_masked, 0).softmax(-1).masked_fill(fully_masked, 0) @ value
 
 
 def alibi_bias_reference(slopes: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
@@ -38,15 +38,15 @@ def alibi_bias_reference(slopes: torch.Tensor, queries: int, keys: int) -> torch
     return torch.where(j <= i, slopes[:, None, None] * (j - i), -torch.inf)
 
 
-def prefix_lm_bias_reference(prefix: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+def prefix_lm_bias_reference(prefix: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
     """The prefix-LM mask, [batch, 1, length, length]: 0 where query i sees key j, else −inf (GLM, arXiv 2103.10360).
 
     Args:
-        prefix: [batch, length], True for the tokens that all of their text sees.
-        documents: [batch, length], 0 for padding and one number for the tokens of each text.
+        prefix: [batch, length], True for the tokens that all of their sequence sees.
+        sequences: [batch, length], 0 for padding and one number for the tokens of each sequence.
     """
     positions = torch.arange(prefix.shape[1])
     causal = positions[None, :] <= positions[:, None]
-    same = (documents[:, :, None] == documents[:, None, :]) & (documents != 0)[:, None, :]
-    visible = same & (causal | (prefix & (documents != 0))[:, None, :])
-    return torch.where(visible, 0.0, -torch.inf)[:, None]
+    same = (sequences[:, :, None] == sequences[:, None, :]) & (sequences != 0)[:, None, :]
+    mask = same & (causal | (prefix & (sequences != 0))[:, None, :])
+    return torch.where(mask, 0.0, -torch.inf)[:, None]

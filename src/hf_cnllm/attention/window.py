@@ -1,4 +1,4 @@
-"""Window attention with a size of its own for each layer, through transformers' masks and caches.
+"""Window attention with a size of its own for each layer, through transformers' caches.
 
 A layer of window w lets each query see itself and the w - 1 tokens before it. Qwen's long-context recipe gives lower
 layers shorter windows (Qwen report, arXiv 2309.16609); Longformer (arXiv 2004.05150) is the idea's source.
@@ -8,24 +8,16 @@ transformers reads: `layer_types`, and `sliding_window`, the largest size. Cache
 layer, so all of them have the same geometry; smaller windows are cut out by their masks, or by the kernel's own window.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import Cache, PreTrainedConfig
 
-from .._compat import create_sliding_window_causal_mask
-from .flex import create_causal_mask
+from .._compat import is_paged
+from .masks import create_causal_mask, make_mask, read_mask
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-
-
-@dataclass(frozen=True)
-class _OneWindow:
-    """All that transformers' mask functions read of a configuration, as if every layer had this window."""
-
-    _attn_implementation: str
-    sliding_window: int
 
 
 def mask_name(config: PreTrainedConfig, layer_idx: int) -> str:
@@ -34,22 +26,26 @@ def mask_name(config: PreTrainedConfig, layer_idx: int) -> str:
     return _name(window, config.sliding_window)
 
 
-def create_window_masks(config: PreTrainedConfig, **mask_arguments: Any) -> dict[str, Any]:
+def create_window_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """One mask per kind of layer, each in the form that the configured attention backend takes.
 
     Args:
-        config: a configuration with `window_sizes`.
-        mask_arguments: what `transformers.masking_utils.create_causal_mask` takes besides `config`.
+        config: a configuration with `window_sizes`; the rest as for [`create_causal_mask`], whose errors it has.
     """
-    masks = {}
-    for window in dict.fromkeys(config.window_sizes or (None,)):
-        if window is None:
-            mask = create_causal_mask(config=config, **mask_arguments)
-        else:
-            one_window = _OneWindow(config._attn_implementation, window)
-            mask = create_sliding_window_causal_mask(config=one_window, **mask_arguments)  # type: ignore[arg-type]
-        masks[_name(window, config.sliding_window)] = mask
-    return masks
+    windows = {_name(window, config.sliding_window): window for window in config.window_sizes or (None,)}
+    if is_paged(cache):
+        return dict.fromkeys(windows, create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids))
+    mask = read_mask(inputs_embeds, attention_mask, cache)
+    return {
+        name: make_mask(config, inputs_embeds, mask, cache, position_ids, window=window)
+        for name, window in windows.items()
+    }
 
 
 def _name(window: int | None, largest: int | None) -> str:

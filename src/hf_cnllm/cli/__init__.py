@@ -18,7 +18,6 @@ COMMANDS = {
     # name: (module, what --help says)
     "demo": ("hf_cnllm.demo", "fine-tune a tiny checkpoint, or your own, end to end"),
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
-    "benchmark": ("hf_cnllm.benchmark", "measure speed and memory against an equal Llama"),
 }
 
 USER_ERROR = 2

@@ -67,23 +67,6 @@ def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int |
     return length - learned_keys if learned_keys and isinstance(length, int) and length else length
 
 
-def check_mask(attention_mask: object, batch_size: int, past_length: int | Tensor, length: int) -> None:
-    """Refuses a mask that is neither 4-D nor [batch, past + length]. A static cache counts in a tensor,
-    which is not looked at.
-
-    Raises:
-        ValueError: naming both shapes.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4:
-        return
-    keys = past_length + length if isinstance(past_length, int) else attention_mask.shape[-1]
-    if attention_mask.shape != (batch_size, keys):
-        raise ValueError(
-            f"`attention_mask` has shape {list(attention_mask.shape)}, but the inputs are {batch_size} sequences of "
-            f"{keys} tokens, those in `cache` included. Pass a mask of shape [{batch_size}, {keys}]."
-        )
-
-
 def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads: int, head_dim: int) -> None:
     """Refuses a cache that another model filled, or that holds other sequences, and the tuples of older versions.
 

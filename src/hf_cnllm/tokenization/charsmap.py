@@ -1,9 +1,9 @@
-"""SentencePiece's compiled normalisation rules (`precompiled_charsmap`), exactly, as `tokenizers` normalisers.
+"""SentencePiece's compiled normalization rules (`precompiled_charsmap`), exactly, as `tokenizers` normalizers.
 
 SentencePiece replaces, from left to right, the longest text that a rule is for. The rules of `nfkc` and `nmt_nfkc` are
 of two kinds: for single characters, and for every spelling of a composed character (`e` + `◌́`, `ﾊ` + `ﾞ`, Hangul jamo).
 
-The Rust `Precompiled` normaliser looks rules up for whole grapheme clusters and takes the shortest one that fits, which
+The Rust `Precompiled` normalizer looks rules up for whole grapheme clusters and takes the shortest one that fits, which
 is right only where a cluster is one character. So the clusters are taken apart for it, and NFC does the composing:
 
 1. `BORDER`, which no rule knows, goes wherever the rules do not compose two neighbours though NFC might;
@@ -30,7 +30,7 @@ APART, BORDER = "\U000e0ffe", "\U000e0fff"
 LEADING_JAMO = range(0x1100, 0x1113)
 FOLLOWING_JAMO = range(0x1161, 0x11C3)
 
-DAMAGED = "its normalisation rules are not a character map"
+DAMAGED = "its normalization rules are not a character map"
 
 
 class CharsMap:
@@ -69,7 +69,7 @@ class CharsMap:
         return not starts_inside_character.any() and _text(self.replacements) is not None
 
     def normalizers(self, symbols: list[str]) -> list[normalizers.Normalizer]:
-        """Normalisers that apply the rules to everything but the user-defined `symbols`, which stay as they are."""
+        """Normalizers that apply the rules to everything but the user-defined `symbols`, which stay as they are."""
         return [
             normalizers.Replace(Regex(self._borders(symbols)), BORDER),
             normalizers.Replace(Regex(rf"(?<=\r)(?=\n)|(?<=[\s\S])(?=[{EXTENDS}])"), APART),

@@ -7,7 +7,7 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 
 | SentencePiece                                    | here                                                       |
 |--------------------------------------------------|------------------------------------------------------------|
-| normaliser (compiled rules, spaces, `▁` prefix)  | `build_normalizer`, rules in `charsmap`                    |
+| normalizer (compiled rules, spaces, `▁` prefix)  | `build_normalizer`, rules in `charsmap`                    |
 | BPE: merge the neighbours whose union has the    | merges = every split of each normal piece, best score      |
 | best score, whatever they were made of           | first                                                      |
 | BPE: user-defined symbols leave before any merge | a `Split` isolates them, `ignore_merges` looks them up     |
@@ -162,7 +162,7 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# normaliser and decoder
+# normalizer and decoder
 
 
 def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
@@ -190,7 +190,7 @@ def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
 def build_decoder(
     model: SentencePieceModel, silent: str | None = None, texts: Mapping[str, str] | None = None
 ) -> decoders.Decoder:
-    """Pieces to text; the white space that the normaliser puts in front goes.
+    """Pieces to text; the white space that the normalizer puts in front goes.
 
     Args:
         silent: pattern of the pieces that have no text.

@@ -3,7 +3,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_cnllm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from hf_cnllm.models.chat_history import as_messages, checked_history
+from hf_cnllm.models.chat import as_messages, checked_history
 from hf_cnllm.models.chatglm.chat import ConversationCache
 from hf_cnllm.models.chatglm.tool_calls import ToolCallError
 from tokenizer_goldens import TokenizerGolden

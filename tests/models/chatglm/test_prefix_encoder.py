@@ -9,7 +9,7 @@ from transformers import AutoModel, StaticCache
 from transformers.cache_utils import DynamicCache
 
 from goldens import GOLDENS
-from hf_cnllm.models.chatglm.prefix_encoder import load_prefix_encoder, with_prefix_columns
+from hf_cnllm.models.chatglm.prefix_encoder import load_prefix_encoder
 
 # goldens with a trained prefix, and the settings of the tuning run
 TUNED = {
@@ -62,14 +62,6 @@ def test_the_prefix_goes_into_an_empty_cache_once(name):
             assert in_hand is None and int(past.get_seq_length()) == int(cache.get_seq_length()) == 5
     in_hand, past = encoder.place(None, 2, torch.float32)
     assert len(in_hand) == encoder.num_layers and past.get_seq_length() == 5
-
-
-def test_the_users_mask_gets_columns_for_the_prefix():
-    mask = torch.tensor([[0, 1, 1]])
-    assert with_prefix_columns(mask, 2).tolist() == [[1, 1, 0, 1, 1]]
-    assert with_prefix_columns(mask, None) is mask and with_prefix_columns(None, 2) is None
-    four_dimensional = torch.zeros(1, 1, 3, 5)
-    assert with_prefix_columns(four_dimensional, 2) is four_dimensional
 
 
 @tuned

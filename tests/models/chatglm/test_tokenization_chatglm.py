@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorWithPadding
 
 from hf_cnllm import ChatGLMTokenizer
-from hf_cnllm.models.chat_history import as_messages
+from hf_cnllm.models.chat import as_messages
 from tokenizer_goldens import FIXTURES, SECTIONS, TokenizerGolden, compare, differences
 
 ICE = ("chatglm1", "chatglm1_image20000", "chatglm1_small")
@@ -401,7 +401,7 @@ def test_tools_without_a_system_message_bring_the_usual_one(chatglm3):
             [{"name": "f", "parameters": object()}],
             r"tools\[0\] is not JSON-serial",
         ),
-        ([{"role": "system", "content": "", "tools": [{"x": {1, 2}}]}], None, r"tools\[0\] is not JSON-serialisable"),
+        ([{"role": "system", "content": "", "tools": [{"x": {1, 2}}]}], None, r"tools\[0\] is not JSON-serializable"),
         ([{"role": "robot", "content": "a"}], None, "roles system, user, assistant and observation, not robot"),
         ([{"role": "user"}], None, "has no content"),
         (
@@ -556,7 +556,7 @@ def test_decoding_passes_over_label_padding(small):
 
 def test_ids_without_token(chatglm3):
     assert chatglm3.decode([len(chatglm3) + 7]) == ""
-    with pytest.raises(IndexError, match="is not a token id: the vocabulary has"):
+    with pytest.raises(IndexError, match="token id 9999 is outside the vocabulary"):
         TokenizerGolden("chatglm2_small").load(ChatGLMTokenizer).decode([9999])
 
 
@@ -660,7 +660,7 @@ ROLE_TOKEN = {"64795": {"content": "<|user|>", "special": True}}
         ("tokenization_chatglm.py", 'special_tokens = ["[MASK]"]; raise SystemExit("must not run")', "chatglm2"),
     ],
 )
-def test_generation_is_recognised(bare, file, content, expected):
+def test_generation_is_recognized(bare, file, content, expected):
     (bare / file).write_text(content if isinstance(content, str) else json.dumps(content))
     tokenizer = ChatGLMTokenizer.from_pretrained(bare)
     assert tokenizer.generation == expected

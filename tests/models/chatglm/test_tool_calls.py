@@ -171,5 +171,5 @@ def test_tools():
     assert by_schema == bare == tool
     assert (by_function["name"], by_function["description"]) == ("f", "Does it.")
     assert as_chatglm3_tools(None) is as_chatglm3_tools([]) is None
-    with pytest.raises(ValueError, match=r"tools\[1\] is not JSON-serialisable: .*set"):
+    with pytest.raises(ValueError, match=r"tools\[1\] is not JSON-serializable: .*set"):
         as_chatglm3_tools([tool, {"name": {1}}])

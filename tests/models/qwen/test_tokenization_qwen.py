@@ -424,7 +424,7 @@ def test_extra_vocabulary_with_taken_ids(tmp_path):
 
 @pytest.mark.slow
 def test_loading_is_fast(tmp_path):
-    """Processor seconds, with room for a busy machine: 1.0 and 0.35 were measured on an idle one."""
+    """Processor seconds, with room for a busy machine: 2.3 and 0.4 were measured on an idle one."""
     folder = TokenizerGolden("qwen").vocabulary
 
     def seconds(path):
@@ -438,5 +438,5 @@ def test_loading_is_fast(tmp_path):
     from_ranks, tokenizer = seconds(folder)
     tokenizer.save_pretrained(tmp_path)
     from_json, _ = seconds(tmp_path)
-    assert from_ranks < 3
+    assert from_ranks < 5
     assert from_json < 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..streaming import iterate_tokens
+from ..chat import generated_ids, iterate_tokens, prompt_inputs
 
 Message = dict[str, str]
 # The pieces that open a turn: <reserved_102> and <reserved_103> in Baichuan 1, <reserved_106> and <reserved_107> in
@@ -74,7 +74,6 @@ class BaichuanChatMixin:
     config: PreTrainedConfig
     generation_config: GenerationConfig
     device: torch.device
-    generate: Any
 
     def chat(
         self,
@@ -103,17 +102,10 @@ class BaichuanChatMixin:
             if getattr(generation_config, name, None) is not None
         }
         ids = build_chat_input(tokenizer, messages, length - generation_config.max_new_tokens, **turn_ids)
-        inputs = torch.tensor([ids], device=self.device)
-        arguments = {
-            "inputs": inputs,
-            "attention_mask": torch.ones_like(inputs),
-            "generation_config": generation_config,
-        }
+        arguments = {**prompt_inputs(ids, self.device), "generation_config": generation_config}
         if stream:
             return self._growing_answer(tokenizer, arguments)
-        output = self.generate(**arguments)
-        sequences = getattr(output, "sequences", output)
-        return tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True)
+        return tokenizer.decode(generated_ids(self, **arguments), skip_special_tokens=True)
 
     def _growing_answer(self, tokenizer, arguments: dict[str, Any]) -> Iterator[str]:
         tokens: list[int] = []

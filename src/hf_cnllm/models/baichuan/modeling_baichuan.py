@@ -31,15 +31,14 @@ from ..._compat import (
     one_cache_keyword,
     update_cache,
 )
-from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask
-from ...attention.flex import create_causal_mask
-from ...attention.fully_masked_rows import BlindRows, blind_padding, fill_blind_rows
-from ...attention.packing import packed_documents
+from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask, prepare_alibi_mask
+from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
+from ...attention.masks import create_causal_mask, is_packed
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
-from ..validation import cached_length, check_mask, validate_inputs
+from ..validation import cached_length, validate_inputs
 from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
 from .norm_head import NormHead, rows_around_mean
@@ -86,7 +85,7 @@ class BaichuanAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | AlibiMask | None = None,
         cache: Cache | None = None,
-        blind_rows: BlindRows | None = None,
+        fully_masked_rows: FullyMaskedRows | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -109,7 +108,7 @@ class BaichuanAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = fill_blind_rows(attn_output, value_states, blind_rows)
+        attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 
@@ -207,18 +206,18 @@ class BaichuanModel(BaichuanPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         r"""
         attention_mask (`torch.Tensor`, *optional*):
-            `[batch, length]`: 0 for padding, 1 for tokens; or document numbers from 1, so that the tokens of a packed
-            document see each other only. With ALiBi also `[batch, queries, keys]`, 0/1. With a cache it covers the
+            `[batch, length]`: 0 for padding, 1 for tokens; or numbers from 1, one for each sequence packed into the
+            row, whose tokens see each other only. With ALiBi also `[batch, queries, keys]`, 0/1. With a cache it covers the
             cached tokens too.
         position_ids (`torch.LongTensor`, *optional*):
             `[batch, length]`. RoPE rotates by them; by default they count from the cache's length, which is right for
             padded rows too, the rotation being relative. ALiBi has no use for them, except that without mask and cache
-            a restart begins a packed document, as everywhere in transformers.
+            a restart begins a packed sequence, as everywhere in transformers.
         """
         validate_inputs(self.config, input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        batch_size, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
@@ -229,26 +228,16 @@ class BaichuanModel(BaichuanPreTrainedModel):
                     "how far apart tokens are, which ALiBi needs; use `generate` with a padded batch"
                 )
             position_embeddings = None
-            if isinstance(attention_mask, dict):  # made by `create_masks_for_generate`
-                mask: AlibiMask | BlockMask | torch.Tensor | None = AlibiMask(**attention_mask)
-            else:
-                mask = create_alibi_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
-        else:
-            past_length = cached_length(cache)
-            check_mask(attention_mask, batch_size, past_length, length)
-            if position_ids is None:
-                position_ids = torch.arange(length, device=inputs_embeds.device) + past_length
-                position_ids = position_ids.unsqueeze(0)
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                cache=cache,
-                position_ids=position_ids,
-                and_mask_function=packed_documents(self.config, attention_mask),
+            mask: AlibiMask | BlockMask | None = create_alibi_mask(
+                self.config, inputs_embeds, attention_mask, cache, position_ids
             )
+        else:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=inputs_embeds.device) + cached_length(cache)
+                position_ids = position_ids.unsqueeze(0)
+            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        blind_rows = self._find_blind_rows(attention_mask, length)
+        fully_masked_rows = self._find_fully_masked_rows(attention_mask, length)
 
         hidden_states = inputs_embeds
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
@@ -257,7 +246,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                blind_rows=blind_rows,
+                fully_masked_rows=fully_masked_rows,
                 cache=cache,
                 use_cache=use_cache,
                 **kwargs,
@@ -265,7 +254,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
-    def _find_blind_rows(self, attention_mask: torch.Tensor | dict | None, queries: int) -> BlindRows | None:
+    def _find_fully_masked_rows(
+        self, attention_mask: torch.Tensor | dict | None, queries: int
+    ) -> FullyMaskedRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
         if not isinstance(attention_mask, torch.Tensor) or set(attention_mask.shape[1:]) != {queries} or queries == 1:
             return None
@@ -274,9 +265,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
             tokens = tokens.tril().any(-1)
         if not torch.compiler.is_compiling() and tokens.all():
             return None
-        if self.config.position_embedding == "alibi" or packed_documents(self.config, attention_mask) is not None:
-            return BlindRows(~tokens)
-        blind = blind_padding(attention_mask, queries)  # RoPE knows padding as keys only
+        if self.config.position_embedding == "alibi" or is_packed(attention_mask):
+            return FullyMaskedRows(~tokens)
+        blind = find_padding_in_front(attention_mask, queries)  # RoPE knows padding as keys only
         return blind._replace(tokens=tokens) if blind is not None and self.config.norm_head else blind
 
 
@@ -357,15 +348,8 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         if config._attn_implementation == "flex_attention":
             return attention_mask  # until 5.23 `generate` cannot handle a BlockMask
         if config.position_embedding == "alibi":
-            return create_alibi_mask(config, inputs_embeds, attention_mask, cache)._asdict()
-        return create_causal_mask(
-            config,
-            inputs_embeds,
-            attention_mask,
-            cache,
-            position_ids,
-            and_mask_function=packed_documents(config, attention_mask),
-        )
+            return prepare_alibi_mask(config, inputs_embeds, attention_mask, cache)
+        return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
 
     def get_parameter(self, target: str) -> nn.Parameter:
         # torch reads the attribute, which on a NormHead is the effective matrix.

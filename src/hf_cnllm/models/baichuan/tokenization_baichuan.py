@@ -6,7 +6,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.base import with_changes
+from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 from .chat import TURN_TOKEN_IDS
 
@@ -34,30 +35,23 @@ class BaichuanTokenizer(ChatTokenizer):
     def __init__(
         self,
         vocab_file=None,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token=None,
+        *,
         sp_model_kwargs: dict[str, Any] | None = None,
         add_bos_token: bool | None = None,
         add_eos_token: bool | None = None,
-        clean_up_tokenization_spaces: bool = False,
         **kwargs,
     ):
         is_converted = kwargs.get("tokenizer_object") is None and not os.path.isfile(
             kwargs.get("tokenizer_file") or ""
         )
-        self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
-        super().__init__(
-            vocab_file=vocab_file,
-            unk_token=_found_anywhere(unk_token),
-            bos_token=_found_anywhere(bos_token),
-            eos_token=_found_anywhere(eos_token),
-            pad_token=_found_anywhere(pad_token),
-            sp_model_kwargs=self.sp_model_kwargs,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **kwargs,
-        )
+        self.sp_model_kwargs = sp_model_kwargs or {}
+        settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None} | kwargs
+        for name, token in settings.items():
+            if name.endswith("_token") and isinstance(token, AddedToken):
+                # The checkpoints set `single_word` and `normalized`, which the original ignored.
+                settings[name] = with_changes(token, single_word=False, normalized=False, special=True)
+        settings.setdefault("clean_up_tokenization_spaces", False)
+        super().__init__(vocab_file=vocab_file, sp_model_kwargs=self.sp_model_kwargs, **settings)
         # tokenizer.json says what it adds to a text; for tokenizer.model these are the original's defaults.
         ends = [self.bos_token_id] if is_converted else self._tokenizer.encode("").ids
         self._add_bos_token = self.bos_token_id in ends[:1] if add_bos_token is None else add_bos_token
@@ -98,23 +92,6 @@ class BaichuanTokenizer(ChatTokenizer):
     def _join(self, tokens: list[str]) -> str:
         return self._tokenizer.decoder.decode(mend_bytes(tokens))
 
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs,
-    ) -> str:
-        ids, size = [token_ids] if isinstance(token_ids, int) else list(token_ids), len(self)
-        foreign = next((index for index in ids if not 0 <= index < size), None)
-        if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        text = self.convert_tokens_to_string([self._tokenizer.id_to_token(i) for i in ids if i not in skipped])
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
     def chat_control_pieces(self) -> list[str]:
         """The pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
@@ -131,16 +108,6 @@ class BaichuanTokenizer(ChatTokenizer):
         processor.Load(self.vocab_file)
         return processor
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "sp_model"}
-
 
 class BaiChuanTokenizer(BaichuanTokenizer):
     """The spelling in Baichuan-7B's files."""
-
-
-def _found_anywhere(token: str | AddedToken | None) -> str | AddedToken | None:
-    """A special token without `single_word` and `normalized`, which the checkpoints set and the original ignored."""
-    if not isinstance(token, AddedToken):
-        return token
-    return AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from ..chat_history import as_messages
-from ..streaming import iterate_tokens
+from ..chat import as_messages, generated_ids, iterate_tokens, prompt_inputs
 from .tool_calls import ToolCallError, read_answer
 
 
@@ -73,7 +72,6 @@ class ChatGLMChatMixin:
 
     config: PreTrainedConfig
     device: torch.device
-    generate: Any
 
     def chat(
         self,
@@ -81,22 +79,15 @@ class ChatGLMChatMixin:
         query: str,
         history: Sequence | None = None,
         role: str = "user",
-        max_length: int | None = None,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        logits_processor=None,
-        **kwargs: Any,
+        **options: Any,
     ) -> tuple[str | dict[str, Any], list]:
         """Answers `query`; returns (response, history with both added). `history` is left as it was.
 
         Args:
             tokenizer: a `ChatGLMTokenizer`.
             role: ChatGLM3: whose words the query is.
-            max_length: of prompt and answer together; 2048 for ChatGLM-6B, else 8192.
-            top_p, temperature: 0.7 and 0.95 for ChatGLM-6B, else 0.8 both.
-            kwargs: more arguments of `generate`.
+            options: arguments of `generate`. By default it samples, with `top_p` 0.7 and `temperature` 0.95 for ChatGLM-6B,
+                else 0.8 both; `max_length`, of prompt and answer together, is 2048 for ChatGLM-6B, else 8192.
 
         Raises:
             ValueError: a history of another shape, or an unknown role.
@@ -104,12 +95,9 @@ class ChatGLMChatMixin:
         """
         messages = _messages(tokenizer, query, history, role)
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        arguments = self._chat_arguments(
-            tokenizer, prompt, max_length, do_sample, top_p, temperature, logits_processor, kwargs
-        )
-        output = self.generate(num_beams=num_beams, **arguments)
-        sequence = getattr(output, "sequences", output)[0].tolist()
-        text = _text(tokenizer, sequence[len(prompt) :], arguments["eos_token_id"])
+        arguments = self._chat_arguments(tokenizer, prompt, **options)
+        ids = generated_ids(self, **arguments)
+        text = _text(tokenizer, ids, arguments["eos_token_id"])
         return self._answer(text, tokenizer, query, history, messages)
 
     def stream_chat(
@@ -119,13 +107,8 @@ class ChatGLMChatMixin:
         history: Sequence | None = None,
         role: str = "user",
         past_key_values: ConversationCache | None = None,
-        max_length: int | None = None,
-        do_sample: bool = True,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        logits_processor=None,
         return_past_key_values: bool = False,
-        **kwargs: Any,
+        **options: Any,
     ) -> Iterator[tuple]:
         """Answers `query` step by step: yields (response, history) so far. Arguments as in `chat`.
 
@@ -150,9 +133,7 @@ class ChatGLMChatMixin:
             prompt = cache.token_ids + _continuation(tokenizer, messages)
         else:
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        arguments = self._chat_arguments(
-            tokenizer, prompt, max_length, do_sample, top_p, temperature, logits_processor, kwargs
-        )
+        arguments = self._chat_arguments(tokenizer, prompt, **options)
         if cache is not None and not self.config.pre_seq_len:  # P-tuning's keys are in no prompt: nothing is kept
             arguments["past_key_values"] = cache
 
@@ -198,31 +179,26 @@ class ChatGLMChatMixin:
         self,
         tokenizer,
         prompt: list[int],
-        max_length: int | None,
-        do_sample: bool,
-        top_p: float | None,
-        temperature: float | None,
-        logits_processor,
-        kwargs: dict[str, Any],
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """The arguments of `generate`."""
         defaults = DEFAULTS[tokenizer.generation]
-        input_ids = torch.tensor([prompt], device=self.device)
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
+        arguments: dict[str, Any] = {
+            **prompt_inputs(prompt, self.device),
             "do_sample": do_sample,
             "eos_token_id": [tokenizer.get_command(end) for end in defaults.ends],
             "pad_token_id": tokenizer.pad_token_id,
         }
-        if logits_processor is not None:
-            arguments["logits_processor"] = logits_processor
         if do_sample:
             arguments["top_p"] = defaults.top_p if top_p is None else top_p
             arguments["temperature"] = defaults.temperature if temperature is None else temperature
-        if "max_new_tokens" not in kwargs:
+        if "max_new_tokens" not in options:
             arguments["max_length"] = defaults.max_length if max_length is None else max_length
-        return {**arguments, **kwargs}
+        return {**arguments, **options}
 
 
 def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> list[dict[str, Any]]:

@@ -19,11 +19,12 @@ from ..._compat import (
     one_cache_keyword,
     update_cache,
 )
+from ...attention.masks import check_mask
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ..glm_line.blank_positions import Blanks, BlankTokens, check_blanks, find_blanks
 from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
 from ..rotary import rotate_half
-from ..validation import cached_length, check_mask, validate_inputs
+from ..validation import cached_length, validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
 from .prefix_encoder import PrefixEncoder

@@ -22,11 +22,11 @@ from ..._compat import (
     one_cache_keyword,
     update_cache,
 )
-from ...attention.flex import create_causal_mask
-from ..validation import cached_length, check_mask, validate_inputs
+from ...attention.masks import create_causal_mask
+from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLMConfig
-from .prefix_encoder import PrefixEncoder, is_empty, with_prefix_columns
+from .prefix_encoder import PrefixEncoder, is_empty
 
 logger = logging.get_logger(__name__)
 
@@ -294,8 +294,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        check_mask(attention_mask, batch_size, cached_length(cache, self.config.pre_seq_len), length)
-
         prefix, past = None, cache
         if self.prefix_encoder is not None:
             if is_paged(cache):
@@ -316,9 +314,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=with_prefix_columns(attention_mask, self.config.pre_seq_len),
+            attention_mask=attention_mask,
             cache=past,
             position_ids=position_ids,
+            learned_keys=self.config.pre_seq_len or 0,
         )
         position_embeddings = self.rotary_pos_emb(inputs_embeds, position_ids=position_ids)
 
@@ -344,7 +343,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         """Positions of the last `length` tokens, (1 or batch, length), as the original's tokenizer gives them: padding
         and a P-tuning prefix do not count. (Next to a prefix, which is not rotated, a shift of the row would matter.)"""
         if attention_mask is not None and len(attention_mask.shape) == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            return ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, -length:]
         past_length = past.get_seq_length() - (self.config.pre_seq_len or 0) if past is not None else 0
         return (torch.arange(length, device=device) + past_length).unsqueeze(0)
 
@@ -376,8 +375,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
             return attention_mask
         if config.pre_seq_len is not None and is_empty(cache):
             return attention_mask
-        attention_mask = with_prefix_columns(attention_mask, config.pre_seq_len)
-        return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
+        return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, config.pre_seq_len or 0)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):

@@ -96,13 +96,6 @@ def with_fixed_length(cache: Cache) -> Cache:
     return view
 
 
-def with_prefix_columns(attention_mask: Tensor | None, pre_seq_len: int | None) -> Tensor | None:
-    """The user's 2-D mask (batch, tokens) knows nothing of the prefix: (batch, pre_seq_len + tokens)."""
-    if pre_seq_len is None or attention_mask is None or len(attention_mask.shape) != 2:
-        return attention_mask
-    return nn.functional.pad(attention_mask, (pre_seq_len, 0), value=1)
-
-
 def load_prefix_encoder(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """Loads what the original P-tuning scripts save: the weights of the prefix encoder alone.
 

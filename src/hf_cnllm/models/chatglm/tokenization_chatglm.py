@@ -3,27 +3,27 @@
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
 from transformers import BatchEncoding
-from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
 
-from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.base import as_list, taking_spaces
+from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
-from ..chat_history import as_messages
+from ..chat import as_messages
 from .tool_calls import as_chatglm3_messages, as_chatglm3_tools
 from .vocabulary_chatglm import (
-    GENERATIONS,
     ICE_TEXT,
     IMAGE_TOKENS,
     ROLES,
     TOKENIZER_MODEL,
-    Generation,
+    VERSIONS,
+    ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
-    recognise,
+    recognize_generation,
     symbols_as_text,
 )
 
@@ -31,7 +31,7 @@ from .vocabulary_chatglm import (
 class ChatGLMTokenizer(ChatTokenizer):
     r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
 
-    `generation` says which one this is; `vocabulary_chatglm` has the table and tells how it is recognised.
+    `generation` says which one this is; `vocabulary_chatglm` has the table and tells how it is recognized.
 
     | generation                 | special tokens      | chat                                               |
     |----------------------------|---------------------|----------------------------------------------------|
@@ -42,9 +42,12 @@ class ChatGLMTokenizer(ChatTokenizer):
     In ChatGLM-6B special tokens may stand in text (`[MASK]`, `<eop>`, …), in ChatGLM2 and 3 they may not, as in the
     originals. In chats, messages never yield one.
 
+    ChatGLM3's chats: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages may
+    have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system message, `tools`.
+
     Args:
         vocab_file: `ice_text.model` or `tokenizer.model`.
-        generation: `"chatglm_early"`, `"chatglm"`, `"chatglm2"` or `"chatglm3"`; by default recognised.
+        generation: `"chatglm_early"`, `"chatglm"`, `"chatglm2"` or `"chatglm3"`; by default recognized.
         num_image_tokens: ids in front of ChatGLM-6B's text vocabulary; by default 20,000 in the early revision.
         encode_special_tokens: ChatGLM3: whether the four role tokens are read from text. May be set at any time.
         do_lower_case, remove_space: ChatGLM-6B: lower-case the text; squeeze its white space.
@@ -60,6 +63,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     padding_side = "left"
     finds_added_tokens_in_raw_text = True
     encodes_messages_alone = False  # the templates say where a text ends
+    gmask_token, end_token = "[gMASK]", "</s>"
 
     def __init__(
         self,
@@ -86,23 +90,23 @@ class ChatGLMTokenizer(ChatTokenizer):
             if vocab_file is None:
                 raise ValueError(f"ChatGLMTokenizer: neither {ICE_TEXT} nor {TOKENIZER_MODEL} was found.")
             self._sentencepiece = SentencePieceModel.from_file(vocab_file)
-            generation = recognise(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
-        if generation not in GENERATIONS:
+            generation = recognize_generation(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
+        if generation not in VERSIONS:
             raise ValueError(
-                f"generation is {generation!r}, but must be one of {', '.join(GENERATIONS)}: {tokenizer_file} does "
+                f"generation is {generation!r}, but must be one of {', '.join(VERSIONS)}: {tokenizer_file} does "
                 f"not say which one it is of. Put {ICE_TEXT} or {TOKENIZER_MODEL} beside it, or pass generation=…"
             )
         if num_image_tokens is None:
             num_image_tokens = IMAGE_TOKENS if generation == "chatglm_early" else 0
         self.generation, self.num_image_tokens = generation, num_image_tokens
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
-        self.vocab_files_names = {"vocab_file": self._row.vocab_file, "tokenizer_file": "tokenizer.json"}
+        self.vocab_files_names = {"vocab_file": self._version.vocab_file, "tokenizer_file": "tokenizer.json"}
         # Names of tokens that are no special tokens: making them so would change what may stand in text.
         others = kwargs.pop("model_specific_special_tokens", None) or {}
         kwargs |= {name: token for name, token in others.items() if name not in kwargs}
         for name in ("gmask_token", "end_token", "eop_token"):
             kwargs.pop(name, None)
-        self._named = {name: kwargs.pop(name, token) for name, token in self._row.special_tokens.items()}
+        self._named = {name: kwargs.pop(name, token) for name, token in self._version.special_tokens.items()}
         super().__init__(
             vocab_file=vocab_file,
             tokenizer_file=tokenizer_file,
@@ -111,46 +115,45 @@ class ChatGLMTokenizer(ChatTokenizer):
             **self._named,
             **self._settings(encode_special_tokens),
             **{
-                "clean_up_tokenization_spaces": self._row.cleans_up,
-                "model_input_names": list(self._row.input_names),
+                "clean_up_tokenization_spaces": self._version.cleans_up,
+                "model_input_names": list(self._version.input_names),
                 **kwargs,
             },
         )
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:
-            self.chat_template = read_template(self._row.template)
+            self.chat_template = read_template(self._version.template)
 
     def _settings(self, encode_special_tokens: bool) -> dict[str, Any]:
         """The arguments that this generation knows, for saving."""
-        if self._row.vocab_file == ICE_TEXT:
+        if self._version.vocab_file == ICE_TEXT:
             names = ("num_image_tokens", "do_lower_case", "remove_space")
             return {name: getattr(self, name) for name in names}
         return {"encode_special_tokens": encode_special_tokens} if self.generation == "chatglm3" else {}
 
     @property
-    def _row(self) -> Generation:
-        return GENERATIONS[self.generation]
+    def _version(self) -> ChatGLMVersion:
+        return VERSIONS[self.generation]
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = self.__dict__.pop("_sentencepiece")
-        if self._row.vocab_file == TOKENIZER_MODEL:
-            return build_bpe_backend(model, self._row)
+        if self._version.vocab_file == TOKENIZER_MODEL:
+            return build_bpe_backend(model, self._version)
         backend = build_ice_backend(model, self.num_image_tokens, self.do_lower_case, self.remove_space)
-        named = [str(token) for token in self._named.values() if token is not None]
-        backend.add_special_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in named])
+        backend.add_special_tokens([taking_spaces(str(token)) for token in self._named.values() if token is not None])
         return backend
 
     # ---- special tokens ----
 
-    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # Which of its own control tokens text may contain is settled when the backend is built.
-        new_tokens = [token for token in new_tokens if self._tokenizer.model.token_to_id(str(token)) is None]
-        return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
+    def is_settled(self, token: str) -> bool:
+        return self._tokenizer.model.token_to_id(token) is not None  # also which of them text may contain
 
     def get_added_vocab(self) -> dict[str, int]:
         """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""
-        return {token: self._tokenizer.token_to_id(token) for token in self._row.control} | super().get_added_vocab()
+        return {
+            token: self._tokenizer.token_to_id(token) for token in self._version.control
+        } | super().get_added_vocab()
 
     @property
     def encode_special_tokens(self) -> bool:
@@ -169,20 +172,12 @@ class ChatGLMTokenizer(ChatTokenizer):
             self._tokenizer = Tokenizer.from_str(json.dumps(state))
 
     @property
-    def gmask_token(self) -> str:
-        return "[gMASK]"
-
-    @property
     def gmask_token_id(self) -> int:
-        return self.get_command("[gMASK]")
-
-    @property
-    def end_token(self) -> str:
-        return "</s>"
+        return self.get_command(self.gmask_token)
 
     @property
     def end_token_id(self) -> int:
-        return self.get_command("</s>")
+        return self.get_command(self.end_token)
 
     def get_command(self, token: str) -> int:
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.
@@ -192,7 +187,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         """
         usual = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": self.pad_token, "<unk>": "<unk>"}
         token = usual.get(token, token)
-        if token not in (*self._row.control, "<s>", *usual.values()):
+        if token not in (*self._version.control, "<s>", *usual.values()):
             raise ValueError(f"{token!r} is not a special token of {self.generation}.")
         return self._tokenizer.token_to_id(token)
 
@@ -210,7 +205,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     def update_post_processor(self) -> None:
         """Where the special tokens go is a matter of the generation alone."""
         self._add_bos_token = self._add_eos_token = False
-        self._place_special_tokens(self._row.single, self._row.pair)
+        self._place_special_tokens(self._version.single, self._version.pair)
 
     def _place_special_tokens(self, single: str, pair: str) -> None:
         names = {name for name in f"{single} {pair}".split() if not name.startswith("$")}
@@ -223,9 +218,9 @@ class ChatGLMTokenizer(ChatTokenizer):
     ) -> list[int]:
         """The ids of one text or two with the special tokens that `tokenizer(…)` puts around them."""
         texts = {"$A": token_ids_0, "$B": token_ids_1 or []}
-        layout = self._row.single if token_ids_1 is None else self._row.pair
+        layout = self._version.single if token_ids_1 is None else self._version.pair
         if self.generation == "chatglm_early":
-            layout = layout.replace(self._row.ending, self._early_ending(texts["$A"] + texts["$B"]))
+            layout = layout.replace(self._version.ending, self._early_ending(texts["$A"] + texts["$B"]))
         ids: list[int] = []
         for name in layout.split():
             ids += texts[name] if name in texts else [self._tokenizer.token_to_id(name)]
@@ -234,7 +229,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     def train_new_from_iterator(self, *args: Any, **kwargs: Any):
         raise NotImplementedError(
             "The rules of this tokenizer come from a SentencePiece model, its control tokens too. Train a new one "
-            f"with sentencepiece.SentencePieceTrainer, and load it as {self._row.vocab_file}."
+            f"with sentencepiece.SentencePieceTrainer, and load it as {self._version.vocab_file}."
         )
 
     # ---- text to ids ----
@@ -252,7 +247,7 @@ class ChatGLMTokenizer(ChatTokenizer):
             self._early_ending([i for i, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added])
             for row in batch.encodings
         ]
-        if all(ending == self._row.ending for ending in endings):
+        if all(ending == self._version.ending for ending in endings):
             return batch
         return self._encode_with_endings(text, text_pair, endings, **kwargs)
 
@@ -260,7 +255,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         """What the early revision puts behind text: [gMASK] only where there is no [MASK] to fill."""
         mask = self.get_command("[MASK]")
         if mask not in ids:
-            return self._row.ending
+            return self._version.ending
         return "<sop>" if ids[-1] == mask else "</s> <sop>"
 
     def _encode_with_endings(
@@ -268,31 +263,25 @@ class ChatGLMTokenizer(ChatTokenizer):
         text,
         text_pair,
         endings: list[str],
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        padding_strategy: str = "do_not_pad",
+        truncation_strategy: Any = "do_not_truncate",
         max_length: int | None = None,
+        stride: int = 0,
         is_split_into_words: bool = False,
-        return_tensors: str | None = None,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
-        return_overflowing_tokens: bool = False,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
-        stride: int = 0,
+        return_tensors: str | None = None,
         split_special_tokens: bool | None = None,
         **flags: Any,
     ) -> BatchEncoding:
         """Each text with special tokens of its own behind it; truncation makes room for the usual two."""
-        if return_overflowing_tokens:
-            raise ValueError("chatglm_early: return_overflowing_tokens is not available for texts with [MASK].")
         is_batched = isinstance(text[0] if is_split_into_words else text, (list, tuple))
-        texts = text if is_batched else [text]
-        pairs = text_pair if is_batched else [text_pair]
+        texts, pairs = (text, text_pair or repeat(None)) if is_batched else ([text], [text_pair])
         encodings: list[Encoding] = []
         try:
-            for one, other, ending in zip(texts, pairs or [None] * len(texts), endings, strict=True):
-                single, pair = (
-                    layout.replace(self._row.ending, ending) for layout in (self._row.single, self._row.pair)
-                )
-                self._place_special_tokens(single, pair)
+            for one, other, ending in zip(texts, pairs, endings, strict=False):
+                layouts = (self._version.single, self._version.pair)
+                self._place_special_tokens(*(layout.replace(self._version.ending, ending) for layout in layouts))
                 alone = super()._encode_plus(
                     [one],
                     None if other is None else [other],
@@ -301,26 +290,11 @@ class ChatGLMTokenizer(ChatTokenizer):
                     is_split_into_words=is_split_into_words,
                     split_special_tokens=split_special_tokens,
                 )
-                encodings.append(alone.encodings[0])
+                encodings += alone.encodings
         finally:
             self.update_post_processor()
-        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
-            length = max_length if padding_strategy == PaddingStrategy.MAX_LENGTH else max(map(len, encodings))
-            multiple = pad_to_multiple_of or 1
-            for encoding in encodings:
-                encoding.pad(
-                    -(-length // multiple) * multiple,
-                    direction=padding_side or self.padding_side,
-                    pad_id=self.pad_token_id,
-                    pad_token=self.pad_token,
-                )
-        data: dict[str, list] = {}
-        for encoding in encodings:
-            for name, values in self._convert_encoding(encoding, **flags)[0].items():
-                data.setdefault(name, []).extend(values)
-        if is_batched or return_tensors is not None:
-            return BatchEncoding(data, encodings, tensor_type=return_tensors)
-        return BatchEncoding({name: values[0] for name, values in data.items()}, encodings)
+        self.pad_encodings(encodings, padding_strategy, max_length, pad_to_multiple_of, padding_side)
+        return self.batch_of(encodings, is_batched, return_tensors, **flags)
 
     def _convert_encoding(self, encoding: Encoding, *args: Any, **kwargs: Any):
         data, encodings = super()._convert_encoding(encoding, *args, **kwargs)
@@ -356,7 +330,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         start = attention_mask.index(1) if 1 in attention_mask else len(ids)
         real = ids[start : start + sum(attention_mask)]
         before, after = [0] * start, [0] * (len(ids) - start - len(real))
-        if self._row.vocab_file == TOKENIZER_MODEL:
+        if self._version.vocab_file == TOKENIZER_MODEL:
             return before + list(range(len(real))) + after
         bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
         context = real.index(bos) if bos in real else len(real)
@@ -367,13 +341,6 @@ class ChatGLMTokenizer(ChatTokenizer):
             before + list(range(context)) + spot + after,
             before + [0] * context + list(range(1, rest + 1)) + after,
         ]
-
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        # The backend's own names for special tokens include the white space around them.
-        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
-        return list(self.convert_ids_to_tokens(ids))
 
     # ---- ids to text ----
 
@@ -389,49 +356,30 @@ class ChatGLMTokenizer(ChatTokenizer):
         Raises:
             IndexError: an id has no token (ChatGLM3 passes over it, as its original does).
         """
-        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
-        if max(ids, default=0) >= len(self) and not self._row.ignores_unknown_ids:
-            raise IndexError(f"{max(ids)} is not a token id: the vocabulary has {len(self)}.")
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        if self._row.keeps_unknown:
-            skipped.discard(self.unk_token_id)
-            skip_special_tokens = False
-        ids = [index for index in ids if index >= 0 and index not in skipped]
-        text = super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs)
-        if "\ufffd" in text:
-            tokens = self.convert_ids_to_tokens(ids)
-            text = self._tokenizer.decoder.decode(mend_bytes([token for token in tokens if token is not None]))
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        size = len(self) if self._version.ignores_unknown_ids else float("inf")
+        ids = [index for index in as_list(token_ids) if 0 <= index < size]
+        if skip_special_tokens and self._version.keeps_unknown:
+            skipped = set(self.all_special_ids) - {self.unk_token_id}
+            ids, skip_special_tokens = [index for index in ids if index not in skipped], False
+        return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self._tokenizer.decoder.decode(mend_bytes(tokens))
 
     # ---- chats ----
 
     def chat_control_pieces(self) -> Iterable[str]:
-        return [*self._row.control, "</s>"]
+        return [*self._version.control, "</s>"]
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
         plain = super()._without_control_tokens(control)
-        return symbols_as_text(plain) if self._row.vocab_file == ICE_TEXT else plain
+        return symbols_as_text(plain) if self._version.vocab_file == ICE_TEXT else plain
 
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
-        return (
-            as_chatglm3_messages(conversation)
-            if self.generation == "chatglm3"
-            else super().read_messages(conversation)
-        )
+        return (as_chatglm3_messages if self.generation == "chatglm3" else plain_messages)(conversation)
 
-    def apply_chat_template(self, conversation, tools=None, *args: Any, **kwargs: Any):
-        """As [`~PreTrainedTokenizerBase.apply_chat_template`]; see the class for the formats.
-
-        ChatGLM3: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages
-        may have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system
-        message, `tools`.
-
-        Raises:
-            ValueError: a tool is not JSON-serialisable.
-        """
-        return super().apply_chat_template(conversation, as_chatglm3_tools(tools), *args, **kwargs)
+    def read_tools(self, tools: Any) -> Any:
+        return as_chatglm3_tools(tools)
 
     def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
         """ChatGLM-6B and ChatGLM2: the text that asks `query` after `history`, (query, response) each."""

@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from transformers.utils import get_json_schema
-
-from ...tokenization.chat import plain_messages
+from ..._compat import get_json_schema
+from ...tokenization.chat_sections import plain_messages
 
 
 class ToolCallError(ValueError):
@@ -124,7 +123,7 @@ def as_chatglm3_messages(conversation: Any) -> list[dict[str, Any]]:
     ChatGLM3's own keys `metadata` (of any message) and `tools` (of a system message) stay.
 
     Raises:
-        ValueError: a tool call without name or arguments, or `tools` that are not JSON-serialisable.
+        ValueError: a tool call without name or arguments, or `tools` that are not JSON-serializable.
     """
     messages: list[dict[str, Any]] = []
     for message in plain_messages(conversation):
@@ -161,7 +160,7 @@ def as_chatglm3_tools(tools: Sequence[Mapping[str, Any] | Callable] | None) -> l
     """Tools as ChatGLM3 knows them, `{"name", "description", "parameters"}`, from those, JSON schemas or functions.
 
     Raises:
-        ValueError: one of them is not JSON-serialisable.
+        ValueError: one of them is not JSON-serializable.
     """
     if not tools:
         return None
@@ -176,4 +175,4 @@ def _check_json(tools: Any) -> None:
         try:
             json.dumps(tool)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"tools[{index}] is not JSON-serialisable: {error}. The tool is {tool!r}.") from error
+            raise ValueError(f"tools[{index}] is not JSON-serializable: {error}. The tool is {tool!r}.") from error

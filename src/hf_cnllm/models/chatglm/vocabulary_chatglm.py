@@ -8,12 +8,12 @@
 | `chatglm3`      | `tokenizer.model` | the same                  | those of ChatGLM2, four roles                   |
 
 `chatglm_early` is ChatGLM-6B as of March 2023, whose model has 150,528 ids. The files of ChatGLM2 and ChatGLM3 are the
-same, byte for byte: what tells them apart stands beside the file (`recognise`).
+same, byte for byte: what tells them apart stands beside the file (`recognize_generation`).
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ MAX_BLANK_LENGTH = 80
 WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
 
 
-class Generation(NamedTuple):
-    """One row of the table of generations.
+class ChatGLMVersion(NamedTuple):
+    """What a generation's vocabulary and tokenizer are like.
 
     Attributes:
         vocab_file: name of the vocabulary file in a checkpoint.
@@ -72,8 +72,8 @@ _CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
-GENERATIONS = {
-    "chatglm_early": Generation(
+VERSIONS = {
+    "chatglm_early": ChatGLMVersion(
         vocab_file=ICE_TEXT,
         control=_ICE_CONTROL,
         special_tokens={**_ICE_SPECIAL, "eos_token": "</s>"},
@@ -83,7 +83,7 @@ GENERATIONS = {
         input_names=_INPUTS[:2],  # the original gave no mask, so that padding was read as text
         keeps_unknown=True,
     ),
-    "chatglm": Generation(
+    "chatglm": ChatGLMVersion(
         vocab_file=ICE_TEXT,
         control=_ICE_CONTROL,
         special_tokens={**_ICE_SPECIAL, "eos_token": "<eop>"},
@@ -93,7 +93,7 @@ GENERATIONS = {
         input_names=_INPUTS,
         cleans_up=True,
     ),
-    "chatglm2": Generation(
+    "chatglm2": ChatGLMVersion(
         vocab_file=TOKENIZER_MODEL,
         control=_CONTROL,
         special_tokens=_SPECIAL,
@@ -102,7 +102,7 @@ GENERATIONS = {
         pair="[gMASK] sop $A $B </s>",
         input_names=_INPUTS,
     ),
-    "chatglm3": Generation(
+    "chatglm3": ChatGLMVersion(
         vocab_file=TOKENIZER_MODEL,
         control=_CONTROL + ROLES,
         special_tokens=_SPECIAL,
@@ -120,7 +120,9 @@ GENERATIONS = {
 # which generation
 
 
-def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None, settings: Mapping[str, Any]) -> str:
+def recognize_generation(
+    model: SentencePieceModel, vocab_file: str, generation: str | None, settings: Mapping[str, Any]
+) -> str:
     """The generation of a vocabulary file.
 
     Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides,
@@ -136,8 +138,8 @@ def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None
     Raises:
         ValueError: the file is of another family or generation, or nothing tells ChatGLM2 from ChatGLM3.
     """
-    if generation is not None and generation not in GENERATIONS:
-        raise ValueError(f"generation is {generation!r}, but must be one of {', '.join(GENERATIONS)}.")
+    if generation is not None and generation not in VERSIONS:
+        raise ValueError(f"generation is {generation!r}, but must be one of {', '.join(VERSIONS)}.")
     found = _of_the_file(model)
     if not found:
         raise ValueError(f"{vocab_file} is not a vocabulary of ChatGLM: it has other pieces or rules.")
@@ -145,7 +147,7 @@ def recognise(model: SentencePieceModel, vocab_file: str, generation: str | None
     recorded = _recorded(here.parent)
     if generation is not None and generation not in found:
         raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {' and '.join(found)}.")
-    right_name = GENERATIONS[found[0]].vocab_file
+    right_name = VERSIONS[found[0]].vocab_file
     if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
         raise ValueError(f"{vocab_file} holds the vocabulary of {' and '.join(found)}, whose name is {right_name}.")
     if right_name == TOKENIZER_MODEL and "num_image_tokens" in recorded.get("tokenizer_config.json", {}):
@@ -201,33 +203,32 @@ def _recorded(folder: Path) -> dict[str, dict]:
 # ChatGLM2 and ChatGLM3
 
 
-def build_bpe_backend(model: SentencePieceModel, generation: Generation) -> Tokenizer:
+def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tokenizer:
     """No merge leads to the control tokens, so no text becomes one."""
-    model = _with_pieces(model, generation.control, PieceType.CONTROL)
+    model = _with_pieces(model, version.control, PieceType.CONTROL)
     backend = build_tokenizer(model)
     silent = {*model.of_type(PieceType.CONTROL), model.unknown}
-    if generation.shows_control:
-        silent -= set(generation.control)
+    if version.shows_control:
+        silent -= set(version.control)
     backend.decoder = build_decoder(model, any_of(sorted(silent)))
     return backend
 
 
 def _with_pieces(
-    model: SentencePieceModel, pieces: tuple[str, ...] | list[str], kind: PieceType
+    model: SentencePieceModel, pieces: Sequence[str], kind: PieceType, at: int | None = None
 ) -> SentencePieceModel:
-    return replace(
-        model,
-        texts=model.texts + list(pieces),
-        scores=model.scores + [0.0] * len(pieces),
-        types=model.types + [kind] * len(pieces),
-    )
+    """The model with more pieces: behind the others, or from id `at` on."""
+    at = len(model.texts) if at is None else at
+    columns = (model.texts, pieces), (model.scores, [0.0] * len(pieces)), (model.types, [kind] * len(pieces))
+    texts, scores, types = ([*old[:at], *new, *old[at:]] for old, new in columns)
+    return replace(model, texts=texts, scores=scores, types=types)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # ChatGLM-6B
 
 # Stand-ins inside the backend: code points that are not assigned, and that no grapheme cluster spans. The symbols for
-# white space wear the brackets while the text is normalised, so that nothing in the text can be taken for one.
+# white space wear the brackets while the text is normalized, so that nothing in the text can be taken for one.
 _OPEN, _CLOSE, _BREAK = map(chr, range(0xE0F00, 0xE0F03))
 
 
@@ -236,21 +237,13 @@ def build_ice_backend(
 ) -> Tokenizer:
     """Unigram over text whose white space is written as symbols, as SentencePiece would drop it otherwise."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
-        model = _with_pieces(model, GENERATIONS["chatglm_early"].control, PieceType.CONTROL)
+        model = _with_pieces(model, VERSIONS["chatglm_early"].control, PieceType.CONTROL)
         blanks = [f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)]
         model = _with_pieces(model, ["<|tab|>", *blanks], PieceType.USER_DEFINED)
         model = _with_pieces(model, [f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
-    images = replace(model, texts=[], scores=[], types=[])
-    images = _with_pieces(images, [f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL)
-    backend = build_tokenizer(
-        replace(
-            model,
-            texts=images.texts + model.texts,
-            scores=images.scores + model.scores,
-            types=images.types + model.types,
-        )
-    )
+    images = [f"<image_{i}>" for i in range(num_image_tokens)]
+    backend = build_tokenizer(_with_pieces(model, images, PieceType.CONTROL, at=0))
     steps: list[normalizers.Normalizer] = []
     if remove_space:
         steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -24,12 +24,13 @@ from ..._compat import (
     one_cache_keyword,
     update_cache,
 )
+from ...attention.masks import check_mask
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import BlankTokens, check_blanks, find_blanks
 from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
 from ..loading import CheckpointLoadingMixin
-from ..validation import cached_length, check_mask, validate_inputs
+from ..validation import cached_length, validate_inputs
 from .configuration_glm import GLMConfig
 
 

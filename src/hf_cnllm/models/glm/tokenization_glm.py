@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from ...tokenization.original_vocabulary import OriginalVocabularyTokenizer
+from ...tokenization.base import OriginalVocabularyTokenizer, taking_spaces
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
@@ -34,6 +34,10 @@ class GLMBatchEncoding(BatchEncoding):
         return self
 
 
+def _id_of(token: str) -> property:
+    return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
+
+
 class GLMTokenizerMixin:
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
@@ -45,29 +49,9 @@ class GLMTokenizerMixin:
         # GLM-4, whatever its tokenizer_class, and never looks for ours.
         return {"AutoTokenizer": [f"THUDM/glm-10b--tokenization_glm.{type(self).__name__}", None]}
 
-    @property
-    def sop_token(self) -> str:
-        return "<|startofpiece|>"
-
-    @property
-    def sop_token_id(self) -> int:
-        return self.convert_tokens_to_ids(self.sop_token)
-
-    @property
-    def eop_token(self) -> str:
-        return "<|endofpiece|>"
-
-    @property
-    def eop_token_id(self) -> int:
-        return self.convert_tokens_to_ids(self.eop_token)
-
-    @property
-    def gmask_token_id(self) -> int:
-        return self.convert_tokens_to_ids("[gMASK]")
-
-    @property
-    def smask_token_id(self) -> int:
-        return self.convert_tokens_to_ids("[sMASK]")
+    sop_token, eop_token = "<|startofpiece|>", "<|endofpiece|>"
+    sop_token_id, eop_token_id = _id_of(sop_token), _id_of(eop_token)
+    gmask_token_id, smask_token_id = _id_of("[gMASK]"), _id_of("[sMASK]")
 
     @property
     def mask_token_ids(self) -> list[int]:
@@ -274,31 +258,20 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
     )
 
-    def __init__(
-        self,
-        vocab_file=None,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        unk_token="[UNK]",
-        clean_up_tokenization_spaces: bool = True,
-        **kwargs: Any,
-    ):
+    NAMED_TOKENS = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "unk_token": "[UNK]",
+    }
+
+    def __init__(self, vocab_file=None, **kwargs: Any):
         if "additional_special_tokens" not in kwargs and "extra_special_tokens" not in kwargs:
             kwargs["extra_special_tokens"] = list(self.ADDED_TOKENS[4:])
-        super().__init__(
-            vocab_file=vocab_file,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            cls_token=cls_token,
-            sep_token=sep_token,
-            mask_token=mask_token,
-            unk_token=unk_token,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **kwargs,
-        )
+        kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": True, **kwargs}
+        super().__init__(vocab_file=vocab_file, **kwargs)
         for index, token in kwargs.get("added_tokens_decoder", {}).items():
             if (ours := self.convert_tokens_to_ids(str(token))) != index:
                 raise ValueError(f"the checkpoint gives {token} the id {index}, but with {vocab_file} it has {ours}.")
@@ -313,44 +286,11 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         model = replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
         backend = build_tokenizer(model)
         backend.decoder = build_decoder(model, any_of(model.of_type(PieceType.CONTROL)), {model.unknown: " ⁇ "})
-        backend.add_special_tokens(
-            [
-                AddedToken(token, lstrip=True, rstrip=True, normalized=False)
-                for token in (model.unknown, *self.ADDED_TOKENS)
-            ]
-        )
+        backend.add_special_tokens([taking_spaces(token) for token in (model.unknown, *self.ADDED_TOKENS)])
         return backend
 
-    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # How its own special tokens are matched is settled when the backend is built.
-        own = self.added_tokens_encoder
-        new_tokens = [token for token in new_tokens if str(token) not in own]
-        return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
-
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        # The backend's own names for special tokens include the white space around them.
-        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
-        return list(self.convert_ids_to_tokens(ids))
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Raises IndexError for ids that are not in the vocabulary."""
-        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
-        foreign = next((index for index in ids if not 0 <= index < len(self)), None)
-        if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {len(self)}")
-        tokens = list(self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
-        text = self.convert_tokens_to_string(tokens)
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+    def is_settled(self, token: str) -> bool:
+        return token in self.added_tokens_encoder
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The texts of the tokens, and added tokens as they are, with spaces between."""
@@ -381,12 +321,7 @@ class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         gpt2 = {str(token) for token in (self.bos_token, self.eos_token, self.unk_token, self.pad_token)}
         ours = set(self.all_special_tokens) - gpt2
-        new_tokens = [
-            AddedToken(str(token), lstrip=True, rstrip=True, normalized=False, special=True)
-            if str(token) in ours
-            else token
-            for token in new_tokens
-        ]
+        new_tokens = [taking_spaces(str(token)) if str(token) in ours else token for token in new_tokens]
         return super()._add_tokens(new_tokens, special_tokens)
 
 
@@ -413,9 +348,14 @@ class GLMBertTokenizer(_OneKindOfBlank, GLMTokenizerMixin, BertTokenizer):
 
 
 class GLMRobertaTokenizer(_OneKindOfBlank, GLMTokenizerMixin, RobertaTokenizer):
-    """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`."""
+    """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`. `<mask>` takes the space in front of it with it."""
 
     model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, *args: Any, mask_token: str | AddedToken = "<mask>", **kwargs: Any):
+        if isinstance(mask_token, str):  # as the checkpoint's configuration gives it
+            mask_token = AddedToken(mask_token, lstrip=True, normalized=False, special=True)
+        super().__init__(*args, mask_token=mask_token, **kwargs)  # type: ignore[arg-type]
 
 
 __all__ = [

@@ -127,9 +127,9 @@ class PrefixLMGenerationMixin(GenerationHooks):
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """For static caches: after the prompt the mask is causal and made outside the compiled step; the prompt's own is
-        made in the forward pass, which is not compiled then. So is every one of flex attention: `generate` cannot handle
-        a BlockMask."""
-        if inputs_embeds.shape[1] > 1 or config._attn_implementation == "flex_attention":
+        made in the forward pass, which is not compiled then. So is every one of flex attention, whose BlockMask
+        `generate` cannot handle, and of flash attention, which takes the 2-D mask."""
+        if inputs_embeds.shape[1] > 1 or config._attn_implementation not in ("eager", "sdpa"):
             return attention_mask
         learned_keys = getattr(config, "pre_seq_len", None) or 0
         mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, cache, None, learned_keys)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ..chat_history import History, checked_history
-from ..streaming import iterate_tokens
+from ..chat import History, checked_history, generated_ids, iterate_tokens, prompt_inputs
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_WINDOW = 6144
@@ -131,9 +130,8 @@ class QWenChatMixin:
         inputs, ends = self._chat_inputs(
             tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
         )
-        output = self.generate(generation_config=generation_config, **inputs)
-        sequences = getattr(output, "sequences", output)
-        answer = takewhile(lambda token: token not in ends, sequences[0, inputs["input_ids"].shape[1] :].tolist())
+        ids = generated_ids(self, generation_config=generation_config, **inputs)
+        answer = takewhile(lambda token: token not in ends, ids)
         response = tokenizer.decode(list(answer), errors="replace").strip()
         return response, [*((q, r) for q, r in history or []), (query, response)]
 
@@ -181,12 +179,10 @@ class QWenChatMixin:
         if chat_format == "raw" and system == DEFAULT_SYSTEM:
             system = ""
         _, ids = make_context(tokenizer, query, history, system, max_window_size, chat_format)
-        input_ids = torch.tensor([ids], device=self.device)
         words = get_stop_words_ids(chat_format, tokenizer)
         inputs = {
-            "attention_mask": torch.ones_like(input_ids),
+            **prompt_inputs(ids, self.device),
             **kwargs,
-            "input_ids": input_ids,
             "stop_words_ids": [*_checked_stop_words(stop_words_ids), *words],
         }
         ends = _as_list(kwargs.get("eos_token_id", config.eos_token_id))

@@ -29,14 +29,15 @@ from ..._compat import (
     one_cache_keyword,
     update_cache,
 )
-from ...attention.fully_masked_rows import BlindRows, blind_padding, fill_blind_rows
+from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.logn import logn_scale
+from ...attention.masks import check_mask
 from ...attention.window import create_window_masks, mask_name
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from ..rotary import apply_rotary_pos_emb
-from ..validation import cached_length, check_mask, validate_inputs
+from ..validation import cached_length, validate_inputs
 from .chat import QWenChatMixin
 from .configuration_qwen import QWenConfig
 from .dynamic_ntk import DynamicNtkRotaryEmbedding
@@ -90,7 +91,7 @@ class QWenAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
-        blind_rows: BlindRows | None = None,
+        fully_masked_rows: FullyMaskedRows | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -118,7 +119,7 @@ class QWenAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = fill_blind_rows(attn_output, value_states, blind_rows)
+        attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.c_proj(attn_output), attn_weights
 
@@ -147,7 +148,7 @@ class QWenBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_scale: torch.Tensor | None = None,
-        blind_rows: BlindRows | None = None,
+        fully_masked_rows: FullyMaskedRows | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -157,7 +158,7 @@ class QWenBlock(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             query_scale=query_scale,
-            blind_rows=blind_rows,
+            fully_masked_rows=fully_masked_rows,
             cache=cache,
             **kwargs,
         )
@@ -268,7 +269,7 @@ class QWenModel(QWenPreTrainedModel):
                 cache=cache,
                 position_ids=position_ids,
             )
-        blind_rows = blind_padding(attention_mask, length)
+        fully_masked_rows = find_padding_in_front(attention_mask, length)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.num_hidden_layers]:
@@ -277,7 +278,7 @@ class QWenModel(QWenPreTrainedModel):
                 attention_mask=masks[block.mask_name],
                 position_embeddings=position_embeddings,
                 query_scale=query_scale,
-                blind_rows=blind_rows,
+                fully_masked_rows=fully_masked_rows,
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=use_cache,

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The original's: words with one leading mark, single digits, runs of punctuation, white space.
 PRETOKENIZE_REGEX = (
@@ -29,13 +28,16 @@ PRETOKENIZE_REGEX = (
 )
 MAX_ID = 2**20 - 1
 
-_LINE = re.compile(rb"(?m)^([A-Za-z0-9+/]+={0,2})[ \t]+([0-9]+)[ \t]*\r?$")
-_BYTE_TO_CHAR = bytes_to_unicode()
+_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2})[ \t]+([0-9]+)[ \t]*")
+# GPT-2's table: a byte that is printable in Latin-1 stands for itself, the others take the characters from U+0100 on.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = count(0x100)
+_BYTE_TO_CHAR = {byte: chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256)}
 _CHAR_TO_BYTE = {ord(char): byte for byte, char in _BYTE_TO_CHAR.items()}
 
 
 def to_name(token: bytes) -> str:
-    """The token as the backend writes it: one printable character for each byte (GPT-2's table)."""
+    """The token as the backend writes it: one printable character for each byte."""
     return token.decode("latin-1").translate(_BYTE_TO_CHAR)
 
 
@@ -59,25 +61,13 @@ def read_tiktoken(path: str | os.PathLike) -> dict[bytes, int]:
         ValueError: a line is not `<base64> <rank>`, or a token or a rank stands in two lines; the file and the line are
             named.
     """
-    data = Path(path).read_bytes()
-    lines = _LINE.findall(data)
-    try:
-        ranks = {a2b_base64(token): int(rank) for token, rank in lines}
-    except Base64Error:
-        ranks = {}
-    whole = len(data.split()) == 2 * len(ranks) and len(set(ranks.values())) == len(ranks)
-    if not ranks or not whole or max(ranks.values()) > MAX_ID:
-        raise ValueError(
-            f"{path}: {_first_fault(data)}. Download the file again, or give every token one line and one rank."
-        )
-    return ranks
-
-
-def _first_fault(data: bytes) -> str:
-    """What is wrong with a file that `read_tiktoken` refuses, and in which line."""
     line_of_token: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
+
+    def damaged(fault: str) -> ValueError:
+        return ValueError(f"{path}: {fault}. Download the file again, or give every token one line and one rank.")
+
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         parsed = _LINE.fullmatch(line)
@@ -86,16 +76,18 @@ def _first_fault(data: bytes) -> str:
         except Base64Error:
             token = None
         if parsed is None or token is None:
-            return f"line {number} is damaged: expected '<token in base64> <rank>', found {line[:80]!r}"
+            raise damaged(f"line {number} is damaged: expected '<token in base64> <rank>', found {line[:80]!r}")
         rank = int(parsed[2])
         if rank > MAX_ID:
-            return f"line {number}: rank {rank} is out of range, the largest id is {MAX_ID}"
+            raise damaged(f"line {number}: rank {rank} is out of range, the largest id is {MAX_ID}")
         if token in line_of_token:
-            return f"line {number}: the token {token!r} stands in line {line_of_token[token]} already"
+            raise damaged(f"line {number}: the token {token!r} stands in line {line_of_token[token]} already")
         if rank in line_of_rank:
-            return f"line {number}: the rank {rank} stands in line {line_of_rank[rank]} already"
+            raise damaged(f"line {number}: the rank {rank} stands in line {line_of_rank[rank]} already")
         line_of_token[token] = line_of_rank[rank] = number
-    return "the file holds no tokens"
+    if not line_of_token:
+        raise damaged("the file holds no tokens")
+    return dict(zip(line_of_token, line_of_rank, strict=True))
 
 
 def write_tiktoken(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
@@ -111,61 +103,8 @@ def by_rank(ranks: dict[bytes, int]) -> list[tuple[bytes, int]]:
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """For every token the pair that tiktoken joins into it, in order of rank (see the module's docstring).
 
-    The same as `merges_by_encoding`, several times faster where every token is formed from tokens of lower rank, as in
-    any trained vocabulary. Token X = a + b is formed from (a, b) iff encoding a + b never joins across the boundary, and
-    only the tokens that lie against the boundary can: those that a ends with and b begins with at each moment. They are
-    found by undoing merges, the latest first, and looking for a pair that would have been joined before the later of
-    the two was itself taken up by its next merge (the method of the Rust crate `bpe`, github.com/github/rust-gems).
-    """
-    size = max(ranks.values(), default=0) + 1
-    first, last = [0] * size, [0] * size  # the two ids that a token is formed from; itself if a single byte
-    formed: dict[tuple[int, int], int] = {}
-    merges = []
-    for token, rank in by_rank(ranks):
-        if len(token) == 1:
-            first[rank] = last[rank] = rank
-            continue
-        for i in range(1, len(token)):
-            if (
-                (a := ranks.get(token[:i], rank)) < rank
-                and (b := ranks.get(token[i:], rank)) < rank
-                and _stay_apart(a, b, size, first, last, formed)
-            ):
-                first[rank], last[rank] = a, b
-                formed[a, b] = rank
-                merges.append((token[:i], token[i:]))
-                break
-        else:  # never formed, or formed from a token of higher rank: the ids no longer tell which merge came first
-            return merges_by_encoding(ranks)
-    return merges
-
-
-def _stay_apart(
-    a: int, b: int, limit: int, first: list[int], last: list[int], formed: dict[tuple[int, int], int]
-) -> bool:
-    """Whether encoding the bytes of token a and token b in a row ends in a | b (before the two are joined)."""
-    while formed.get((a, b), limit) >= limit:
-        if a > b:  # a was formed after b (on a tie b, further right, comes later): undo it
-            limit, a = a, last[a]
-            if a != limit:
-                continue
-            limit, b = b + 1, first[b]
-            if b + 1 == limit:
-                return True
-        else:
-            limit, b = b + 1, first[b]
-            if b + 1 != limit:
-                continue
-            limit, a = a, last[a]
-            if a == limit:
-                return True
-    return False
-
-
-def merges_by_encoding(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The reference for `merges_of`, right for any ranks: encode every token as tiktoken does, and note the last merge.
-
-    A token that its own bytes are not encoded to is never formed and has none.
+    Every token is encoded as tiktoken does it, which shows its last merge. One that its own bytes are not encoded to is
+    never formed and has none.
     """
     merges = []
     for token, _ in by_rank(ranks):

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding
 
-from ...tokenization.chat import ChatTokenizer, read_template
+from ...tokenization.base import as_list, with_changes
+from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.regex import any_of
 from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
 
@@ -52,6 +53,7 @@ class QWenTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
+    prompt_padding_side = "left"
     _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def __init__(
@@ -144,10 +146,8 @@ class QWenTokenizer(ChatTokenizer):
     def all_special_tokens(self) -> list[str]:
         return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
 
-    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # Qwen's own are there, and stay as they are: matched in the normal form of the text.
-        own = set(self._special_names)
-        return super()._add_tokens([token for token in new_tokens if str(token) not in own], special_tokens)
+    def is_settled(self, token: str) -> bool:
+        return token in self._special_names  # matched in the normal form of the text
 
     def convert_tokens_to_ids(self, tokens: str | bytes | Sequence[str | bytes]) -> Any:
         """Id(s) of token(s): the backend's names (`"Ġhello"`), special tokens, or bytes as the original's; else None."""
@@ -158,10 +158,6 @@ class QWenTokenizer(ChatTokenizer):
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     # ---- text to ids ----
-
-    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
-        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
-        return list(self.convert_ids_to_tokens(ids))
 
     def _encode_plus(
         self,
@@ -231,8 +227,8 @@ class QWenTokenizer(ChatTokenizer):
             setattr(backend, step, getattr(self._tokenizer, step))
         backend.add_tokens(
             [
-                AddedToken(t.content, normalized=t.normalized, special=t.special and t.content not in allowed)
-                for t in self.added_tokens_decoder.values()
+                with_changes(token, special=token.special and token.content not in allowed)
+                for token in self.added_tokens_decoder.values()
             ]
         )
         other = copy.copy(self)
@@ -243,22 +239,6 @@ class QWenTokenizer(ChatTokenizer):
 
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         return self._in_normal_form(super().read_messages(conversation))
-
-    def apply_chat_template(
-        self,
-        conversation,
-        tools=None,
-        documents=None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        **kwargs,
-    ):
-        """ChatML, with every message encoded apart, as text. A batch of prompts to be continued is padded on the left."""
-        if add_generation_prompt:
-            kwargs["tokenizer_kwargs"] = {"padding_side": "left"} | (kwargs.get("tokenizer_kwargs") or {})
-        return super().apply_chat_template(
-            conversation, tools, documents, chat_template, add_generation_prompt, **kwargs
-        )
 
     # ---- ids to text ----
 
@@ -276,13 +256,11 @@ class QWenTokenizer(ChatTokenizer):
             KeyError: an id is not in the vocabulary (with `skip_special_tokens` only the first revision minds).
             OverflowError: an id is negative.
         """
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        ids = as_list(token_ids)
         if min(ids, default=0) < 0:
             raise OverflowError(f"{min(ids)} is not a token id. Replace the padding of labels before decoding them.")
         if max(ids, default=0) >= len(self) and (self.first_revision or not skip_special_tokens):
             raise KeyError(f"Invalid token for decoding: {max(ids)} (the vocabulary has {len(self)} ids)")
-        if (errors or self.errors) == "replace":  # what the backend does
-            return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
         tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
         return self.convert_tokens_to_string([token for token in tokens if token is not None], errors)
 
@@ -302,9 +280,6 @@ class QWenTokenizer(ChatTokenizer):
         path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "qwen.tiktoken")
         write_tiktoken(self.mergeable_ranks, path)
         return (path,)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "mergeable_ranks"}
 
 
 __all__ = ["QWenTokenizer"]

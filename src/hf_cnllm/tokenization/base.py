@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 
@@ -18,7 +19,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     added later, `added_tokens.json`), `legacy_format=False` writes `tokenizer.json` alone.
 
     `finds_added_tokens_in_raw_text` says that tokens which are added later are looked for in the text as it is, not in what
-    the normaliser makes of it: needed where that depends on the place in the text (a `▁` in front, for one).
+    the normalizer makes of it: needed where that depends on the place in the text (a `▁` in front, for one).
 
     Raises:
         ValueError: there is neither file, or `tokenizer.json` is damaged; `build_backend` reports its own file.
@@ -28,8 +29,12 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
-        """The Rust tokenizer for the original `vocab_file`, without special tokens."""
+        """The Rust tokenizer for the original `vocab_file`."""
         raise NotImplementedError
+
+    def is_settled(self, token: str) -> bool:
+        """Whether `build_backend` has decided how this token is matched, so that adding it again changes nothing."""
+        return False
 
     def __init__(
         self,
@@ -80,11 +85,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         return bool(getattr(self, "vocab_file", None)) and os.path.isfile(self.vocab_file)
 
     def _save_pretrained(
-        self,
-        save_directory,
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
+        self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
     ) -> tuple[str, ...]:
         self._complete_config(file_names[0])
         if legacy_format:
@@ -118,53 +119,113 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         target = os.path.join(save_directory, prefix + self.vocab_files_names["vocab_file"])
         if os.path.abspath(target) != os.path.abspath(self.vocab_file):
-            with open(self.vocab_file, "rb") as source, open(target, "wb") as copy:
-                copy.write(source.read())
+            shutil.copyfile(self.vocab_file, target)
         return (target,)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was worked out on the way stays out of pickles: datasets fingerprints a tokenizer by its pickle.
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(type(self), name, None), cached_property)
+        }
+
     # ----------------------------------------------------------------------------------------------------------------
-    # input
+    # text to ids, and back
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        if not self.finds_added_tokens_in_raw_text:
-            return super()._add_tokens(new_tokens, special_tokens)
-        tokens = [token if isinstance(token, AddedToken) else AddedToken(str(token)) for token in new_tokens]
-        plain: list[str | AddedToken] = [
-            AddedToken(
-                token.content,
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                special=special_tokens or token.special,
-                normalized=False,
+        new_tokens = [token for token in new_tokens if not self.is_settled(str(token))]
+        if self.finds_added_tokens_in_raw_text:
+            tokens = [token if isinstance(token, AddedToken) else AddedToken(str(token)) for token in new_tokens]
+            new_tokens = [
+                with_changes(token, normalized=False, special=special_tokens or token.special) for token in tokens
+            ]
+        return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
+        # The backend's own names for special tokens include the white space around them.
+        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
+        return list(self.convert_ids_to_tokens(ids))
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs,
+    ) -> str:
+        """Raises IndexError for ids that are not in the vocabulary."""
+        ids, size = as_list(token_ids), len(self)
+        foreign = next((index for index in ids if not 0 <= index < size), None)
+        if foreign is not None:
+            raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
+        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        text = self.convert_tokens_to_string(list(tokens))
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # batches of what was encoded piece by piece
+
+    def pad_encodings(
+        self,
+        encodings: list[Encoding],
+        padding_strategy: str,
+        max_length: int | None,
+        pad_to_multiple_of: int | None,
+        padding_side: str | None,
+    ) -> None:
+        """Pads encodings, in place, as `tokenizer(…)` would."""
+        if padding_strategy == "do_not_pad":
+            return
+        length = max_length if padding_strategy == "max_length" else max(map(len, encodings))
+        multiple = pad_to_multiple_of or 1
+        for encoding in encodings:
+            encoding.pad(
+                -(-length // multiple) * multiple,
+                direction=padding_side or self.padding_side,
+                pad_id=self.pad_token_id,
+                pad_type_id=self.pad_token_type_id,
+                pad_token=self.pad_token,
             )
-            for token in tokens
-        ]
-        return super()._add_tokens(plain, special_tokens)
 
-    def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
-        with naming_surrogates(text, text_pair):
-            return super()._encode_plus(text, text_pair, **kwargs)
+    def batch_of(
+        self,
+        encodings: list[Encoding],
+        is_batched: bool,
+        return_tensors: str | None,
+        columns: Mapping[str, list[list]] | None = None,
+        **flags: Any,
+    ) -> BatchEncoding:
+        """The batch that `tokenizer(…)` would make of encodings; `flags` are its `return_*` arguments.
+
+        Args:
+            columns: more values for every token, a list for each encoding.
+
+        Raises:
+            ValueError: `return_overflowing_tokens`, whose pieces would lack what was put around the whole.
+        """
+        if flags.get("return_overflowing_tokens"):
+            raise ValueError("return_overflowing_tokens is not available for chats and for filled blanks.")
+        data: dict[str, list] = {}
+        for encoding in encodings:
+            for name, values in self._convert_encoding(encoding, **flags)[0].items():
+                data.setdefault(name, []).extend(values)
+        data |= columns or {}
+        if not is_batched and return_tensors is None:
+            data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
+        return BatchEncoding(data, encodings, tensor_type=return_tensors)
 
 
-@contextmanager
-def naming_surrogates(*texts: Any) -> Iterator[None]:
-    """Says what is wrong with `texts`, strings or lists of them, where the Rust side only says that they are no text."""
-    try:
-        yield
-    except (TypeError, UnicodeEncodeError) as error:
-        lone = next((char for char in _characters(texts) if "\ud800" <= char <= "\udfff"), None)
-        if lone is None:
-            raise
-        raise ValueError(
-            f"the text contains the lone surrogate U+{ord(lone):04X}, which is no character. Decode the text it came "
-            "from with errors='replace', or call text.encode('utf-16', 'surrogatepass').decode('utf-16')."
-        ) from error
+def with_changes(token: AddedToken, **changes: Any) -> AddedToken:
+    return AddedToken(**token.__getstate__() | changes)
 
 
-def _characters(texts: Any):
-    if isinstance(texts, str):
-        yield from texts
-    elif isinstance(texts, (list, tuple)):
-        for text in texts:
-            yield from _characters(text)
+def taking_spaces(token: str) -> AddedToken:
+    """A special token that takes the white space around it with it."""
+    return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
+
+
+def as_list(token_ids: int | Iterable[int]) -> list[int]:
+    return [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]

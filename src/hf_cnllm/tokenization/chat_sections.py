@@ -19,20 +19,20 @@ file), set `self.chat_template` unless the checkpoint brings one (`read_template
   in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import cached_property
 from importlib import resources
 from itertools import accumulate, chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding
-from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
-from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
-from .original_vocabulary import OriginalVocabularyTokenizer, naming_surrogates
+from .._compat import get_json_schema, render_jinja_template
+from .base import OriginalVocabularyTokenizer
 from .regex import any_of
 
 
@@ -80,7 +80,7 @@ class Marks(NamedTuple):
     glue: str
 
     @classmethod
-    def unused_in(cls, texts: Iterable[str]) -> "Marks":
+    def unused_in(cls, *texts: str) -> "Marks":
         used = set().union(*texts)
         free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
         return cls(next(free), next(free))
@@ -111,16 +111,6 @@ def as_data(value: Any) -> Any:
     return str(value)
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    """All strings in nested containers, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from chain.from_iterable(map(strings_in, chain(value.keys(), value.values())))
-    elif isinstance(value, (list, tuple)):
-        yield from chain.from_iterable(map(strings_in, value))
-
-
 def plain_messages(conversation: Any) -> list[dict[str, Any]]:
     """The messages without empty keys, and with lists of text parts joined into one string."""
     messages = []
@@ -142,6 +132,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
     """A fast tokenizer whose chats never take control tokens from message contents, tools or documents."""
 
     encodes_messages_alone: bool = True
+    prompt_padding_side: str | None = None  # of prompts that are to be continued, if it is another than that of texts
 
     def chat_control_pieces(self) -> Iterable[str]:
         """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
@@ -150,6 +141,10 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         """The messages of one chat as the template takes them."""
         return plain_messages(conversation)
+
+    def read_tools(self, tools: Any) -> Any:
+        """The tools as the template takes them: JSON schemas, those of functions included."""
+        return [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
 
     def apply_chat_template(
         self,
@@ -160,8 +155,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
-        padding: bool | str | PaddingStrategy = False,
-        truncation: bool | str | TruncationStrategy = False,
+        padding: bool | str = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors=None,
         return_dict: bool = True,
@@ -172,6 +167,9 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         """As [`~PreTrainedTokenizerBase.apply_chat_template`], with every argument's meaning unchanged.
 
         `sanitize_control_tokens` is accepted and always on. Contents may be lists of `{"type": "text", "text": …}`.
+
+        Raises:
+            ValueError: arguments that exclude each other, an empty conversation, or a part of a message that is no text.
         """
         kwargs.pop("sanitize_control_tokens", None)
         is_batched = (
@@ -180,38 +178,28 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
         )
         chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
-        if not tokenize:
-            return super().apply_chat_template(
-                chats if is_batched else chats[0],
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                **kwargs,
-            )
         if not all(chats):
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt are not compatible: choose one.")
         if return_assistant_tokens_mask and continue_final_message:
             raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask.")
-        if return_assistant_tokens_mask and not return_dict:
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
 
         template = self.get_chat_template(chat_template, tools)
-        backends = self._chat_backends(template)
-        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
-        chats, inputs = as_data(chats), as_data({"tools": schemas, "documents": documents, **kwargs})
-        marks = Marks.unused_in(chain([template], strings_in(chats), strings_in(inputs)))
-        occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
-        chats = marks.break_up(chats, occurrence)
-        if self.encodes_messages_alone:
-            for message in chain.from_iterable(chats):
-                if message.get("content"):
-                    message["content"] = f"{marks.border}{message['content']}{marks.border}"
+        inputs = {"tools": self.read_tools(tools), "documents": documents, "border": "", **kwargs}
+        if tokenize:
+            backends = self._chat_backends(template)
+            chats, inputs = as_data(chats), as_data(inputs)
+            marks = Marks.unused_in(template, json.dumps([chats, inputs], ensure_ascii=False))
+            occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
+            chats = marks.break_up(chats, occurrence)
+            inputs = marks.break_up(inputs, occurrence) | {"border": marks.border}
+            if self.encodes_messages_alone:
+                for message in chain.from_iterable(chats):
+                    if message.get("content"):
+                        message["content"] = f"{marks.border}{message['content']}{marks.border}"
         rendered: list[str]
         spans: list[list[tuple[int, int]]]
         rendered, spans = render_jinja_template(  # type: ignore[str-unpack, assignment]
@@ -220,38 +208,38 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens_map, **marks.break_up(inputs, occurrence), "border": marks.border},
+            **{**self.special_tokens_map, **inputs},
         )
-        encoding_kwargs = dict(tokenizer_kwargs or {})
-        with_offsets = encoding_kwargs.pop("return_offsets_mapping", False)
-        rows = [
-            encode_chat(text, marks, backends, generated, with_offsets)
-            for text, generated in zip(rendered, spans or [None] * len(rendered), strict=True)
-        ]
-        batch = self._chat_batch(
-            rows,
+        if not tokenize:
+            return rendered if is_batched else rendered[0]
+        padding_side = self.prompt_padding_side if add_generation_prompt else None
+        batch = self._batch_of_chats(
+            [RenderedChat.encode(text, marks, backends) for text in rendered],
+            spans if return_assistant_tokens_mask else None,
             is_batched,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **encoding_kwargs,
+            padding,
+            truncation,
+            max_length,
+            return_tensors,
+            **{"padding_side": padding_side, **(tokenizer_kwargs or {})},
         )
         return batch if return_dict else batch["input_ids"]
 
     def encode_message(self, content: str) -> list[int]:
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
         template = self.chat_template if isinstance(self.chat_template, str) else ""
-        with naming_surrogates(content):
-            return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+        return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+
+    @cached_property
+    def _latest_chat_backends(self) -> dict[tuple, "ChatBackends"]:
+        return {}
 
     def _chat_backends(self, template: str) -> ChatBackends:
         """The backends for the control tokens of now; built again when tokens are added or the template changes."""
         listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
-        key = (template, listed, tuple((index, repr(token)) for index, token in added.items()))
-        cached = self.__dict__.get("_chat_backends_cache")
-        if cached is None or cached[0] != key or cached[1] is not self._tokenizer:
+        key = (template, listed, self._tokenizer, *((index, repr(token)) for index, token in added.items()))
+        if key not in self._latest_chat_backends:
             control = {
                 token.content: index
                 for index, token in added.items()
@@ -266,29 +254,25 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 if token in template:
                     raise ValueError(f"the chat template has {token!r}: control tokens need more than one character.")
                 del control[token]
-            cached = (key, self._tokenizer, ChatBackends.build(plain, control))
-            self.__dict__["_chat_backends_cache"] = cached
-        return cached[2]
+            self._latest_chat_backends.clear()
+            self._latest_chat_backends[key] = ChatBackends.build(plain, control)
+        return self._latest_chat_backends[key]
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
         return without_control_tokens(self._tokenizer, control)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Caches stay out of pickles: datasets fingerprints a tokenizer by its pickle.
-        return {key: value for key, value in self.__dict__.items() if key != "_chat_backends_cache"}
-
-    def _chat_batch(
+    def _batch_of_chats(
         self,
-        rows: "list[EncodedChat]",
+        chats: "list[RenderedChat]",
+        spans: list[list[tuple[int, int]]] | None,
         is_batched: bool,
         padding,
         truncation,
         max_length: int | None,
         return_tensors,
-        stride: int = 0,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
-        return_overflowing_tokens: bool = False,
+        return_offsets_mapping: bool = False,
         verbose: bool = True,
         add_special_tokens: bool = False,
         **flags,
@@ -297,41 +281,30 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
             padding, truncation, max_length, pad_to_multiple_of, verbose, **flags
         )
-        if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
-            for row in rows:
-                row.truncate(max_length, stride, self.truncation_side)
-        source = list(range(len(rows)))
-        if return_overflowing_tokens:
-            source = [index for index, row in enumerate(rows) for _ in range(1 + len(row.encoding.overflowing))]
-            rows = [part for row in rows for part in (row, *row.overflowing())]
-        for row in rows:
-            self._eventual_warn_about_too_long_sequence(row.encoding.ids, max_length, verbose)
-        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
-            if padding_strategy == PaddingStrategy.LONGEST:
-                max_length = max(len(row.encoding) for row in rows)
-            multiple = pad_to_multiple_of or 1
-            for row in rows:
-                row.pad(
-                    -(-max_length // multiple) * multiple,
-                    direction=padding_side or self.padding_side,
-                    pad_id=self.pad_token_id,
-                    pad_type_id=self.pad_token_type_id,
-                    pad_token=self.pad_token,
-                )
-        # char_to_token and the like are there when they can be right.
-        encodings = [row.encoding for row in rows] if all(row.has_exact_offsets for row in rows) else None
-        data: dict[str, list] = {}
-        for row in rows:
-            backend_columns, _ = self._convert_encoding(row.encoding, verbose=verbose, **flags)
-            for name, values in backend_columns.items():
-                data.setdefault(name, []).extend(values)
-            for name, values in row.columns.items():
-                data.setdefault(name, []).append(values)
-        if return_overflowing_tokens:
-            data["overflow_to_sample_mapping"] = source
-        elif not is_batched and return_tensors is None:
-            data = {name: values[0] if isinstance(values[0], list) else values for name, values in data.items()}
-        return BatchEncoding(data, encodings, tensor_type=return_tensors)
+        encodings = [chat.encoding for chat in chats]
+        for encoding in encodings:
+            if truncation_strategy != "do_not_truncate":
+                encoding.truncate(max_length, direction=self.truncation_side)
+            self._eventual_warn_about_too_long_sequence(encoding.ids, max_length, verbose)
+        self.pad_encodings(encodings, padding_strategy, max_length, pad_to_multiple_of, padding_side)
+        columns = {}
+        if return_offsets_mapping:
+            columns["offset_mapping"] = [self._beside(chat.encoding, chat.offsets(), (0, 0)) for chat in chats]
+        if spans is not None:
+            columns["assistant_masks"] = [
+                self._beside(chat.encoding, chat.generated(parts), 0) for chat, parts in zip(chats, spans, strict=True)
+            ]
+        batch = self.batch_of(encodings, is_batched, return_tensors, columns, **flags)
+        if not all(chat.has_exact_offsets for chat in chats):
+            return BatchEncoding(batch.data)  # without char_to_token and the like, which would be wrong
+        return batch
+
+    def _beside(self, encoding: Encoding, values: list, filler: Any) -> list:
+        """Values of a chat's tokens, for those that truncation has left, with `filler` for padding."""
+        kept = sum(encoding.attention_mask)
+        values = values[len(values) - kept :] if self.truncation_side == "left" else values[:kept]
+        before = encoding.attention_mask.index(1) if kept else 0
+        return [filler] * before + values + [filler] * (len(encoding) - before - kept)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -348,81 +321,57 @@ class Section(NamedTuple):
 
 def sections(rendered: str, marks: Marks, control: str) -> Iterator[Section]:
     last = 0
-    for match in re.finditer(f"{marks.border}|({control})", rendered):
+    for match in re.finditer(f"{marks.border}|({control})|\\Z", rendered):
         if last < match.start():
             yield Section(rendered[last : match.start()], last, False)
         if match[1]:
             yield Section(match[1], match.start(), True)
         last = match.end()
-    if last < len(rendered):
-        yield Section(rendered[last:], last, False)
 
 
-@dataclass
-class EncodedChat:
-    """The tokens of one chat: the backend's encoding, and what it cannot know, with an entry for every token."""
+class RenderedChat(NamedTuple):
+    """A rendered chat, marks included, and its tokens: those of each section, and of the whole."""
 
-    PADDING: ClassVar[dict[str, Any]] = {"assistant_masks": 0, "offset_mapping": (0, 0)}
-
+    text: str
+    marks: Marks
+    parts: list[tuple[Section, Encoding]]
     encoding: Encoding
-    columns: dict[str, list]
-    has_exact_offsets: bool  # whether the offsets in `encoding` are those in the chat
 
-    def truncate(self, max_length: int, stride: int, side: str) -> None:
-        excess = max(len(self.encoding) - max_length, 0)
-        self.encoding.truncate(max_length, stride=stride, direction=side)
-        for values in self.columns.values():
-            del values[slice(excess) if side == "left" else slice(max_length, None)]
-
-    def overflowing(self) -> "list[EncodedChat]":
-        """What `truncate` cut off."""
-        if self.columns and self.encoding.overflowing:
-            raise ValueError(f"return_overflowing_tokens is not compatible with {' and '.join(self.columns)}.")
-        return [EncodedChat(encoding, {}, self.has_exact_offsets) for encoding in self.encoding.overflowing]
-
-    def pad(self, length: int, direction: str, **tokens: Any) -> None:
-        missing = max(length - len(self.encoding), 0)
-        self.encoding.pad(length, direction=direction, **tokens)
-        for name, values in self.columns.items():
-            at = 0 if direction == "left" else len(values)
-            values[at:at] = [self.PADDING[name]] * missing
-
-
-def encode_chat(
-    rendered: str,
-    marks: Marks,
-    backends: ChatBackends,
-    generated: list[tuple[int, int]] | None,
-    with_offsets: bool,
-) -> EncodedChat:
-    """Encodes a rendered chat section by section.
-
-    Args:
-        generated: the characters of `rendered` that the assistant generates, as (start, end); adds the column
-            `assistant_masks`, 1 for the tokens that lie in one of them.
-        with_offsets: add the column `offset_mapping`, in characters of the chat without the marks.
-    """
-    parts = list(sections(rendered, marks, backends.control))
-    texts = [part.text.replace(marks.glue, "") for part in parts if not part.is_control]
-    with naming_surrogates(texts):
+    @classmethod
+    def encode(cls, text: str, marks: Marks, backends: ChatBackends) -> "RenderedChat":
+        """Encodes a rendered chat section by section."""
+        found = list(sections(text, marks, backends.control))
+        texts = [part.text.replace(marks.glue, "") for part in found if not part.is_control]
         plain = iter(backends.plain.encode_batch(texts, add_special_tokens=False))
-    encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in parts]
+        encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in found]
+        whole = Encoding.merge(encodings, growing_offsets=True)
+        return cls(text, marks, list(zip(found, encodings, strict=True)), whole)
 
-    columns: dict[str, list] = {}
-    if generated is not None or with_offsets:
-        places = [place for pair in zip(parts, encodings, strict=True) for place in token_places(*pair, marks.glue)]
-        if generated is not None:
-            columns["assistant_masks"] = [
-                int(any(low < max(end, start + 1) and start < high for low, high in generated))
-                for start, end in places
-            ]
-        if with_offsets:
-            shown = list(accumulate((char not in marks for char in rendered), initial=0))
-            columns["offset_mapping"] = [(shown[start], shown[end]) for start, end in places]
-    # Merging counts on from the end of each section's last token, which may stand before the end of the section.
-    lengths = [len(part.text.replace(marks.glue, "")) for part in parts]
-    ends = [encoding.offsets[-1][1] if len(encoding) else 0 for encoding in encodings]
-    return EncodedChat(Encoding.merge(encodings, growing_offsets=True), columns, lengths == ends)
+    @property
+    def has_exact_offsets(self) -> bool:
+        """Whether the offsets in `encoding` are those in the chat without the marks.
+
+        Merging counts on from the end of each section's last token, which may stand before the end of the section.
+        """
+        return all(
+            len(part.text.replace(self.marks.glue, "")) == (encoding.offsets[-1][1] if len(encoding) else 0)
+            for part, encoding in self.parts
+        )
+
+    def places(self) -> list[tuple[int, int]]:
+        """The characters of `text` that each token stands for, as (start, end)."""
+        return [place for part in self.parts for place in token_places(*part, self.marks.glue)]
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """The characters of the chat without the marks that each token stands for, as (start, end)."""
+        shown = list(accumulate((char not in self.marks for char in self.text), initial=0))
+        return [(shown[start], shown[end]) for start, end in self.places()]
+
+    def generated(self, spans: list[tuple[int, int]]) -> list[int]:
+        """1 for tokens that lie in one of the `spans` of characters of `text`, which the assistant generates; else 0."""
+        return [
+            int(any(low < max(end, start + 1) and start < high for low, high in spans)) for start, end in self.places()
+        ]
 
 
 def token_places(section: Section, encoding: Encoding, glue: str) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,373 @@
+"""Who sees whom: the one place where an `attention_mask` is checked and brought into one form.
+
+| `attention_mask`                 | says                                                                               |
+|----------------------------------|------------------------------------------------------------------------------------|
+| None                             | every row is one sequence                                                          |
+| [batch, keys]                    | 0 for padding, 1 for tokens; or numbers from 1, one for each sequence packed into a row |
+| [batch, queries, keys]           | 0/1, 1 where a query sees a key, if it is not after it (ALiBi only)                |
+| [batch or 1, 1, queries, keys]   | bool or 0/1, True where a query sees a key; or additive: this says everything      |
+
+Keys are those in the cache and the new ones. Sequences may also be packed without a mask, by `position_ids` that restart.
+Flash attention, which takes no mask for single queries and keys, knows packing only like that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache, PreTrainedConfig
+
+from .. import _compat
+from .._compat import (
+    and_masks,
+    causal_mask_function,
+    find_packed_sequence_indices,
+    is_flash_attention_requested,
+    is_paged,
+    is_tracing,
+    or_masks,
+)
+from .flex import fixed_size, make_block_mask
+
+# The number of keys that the queries of every sequence see.
+EVERYONES = -1
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """An `attention_mask` that has been checked, beside the sizes of its forward pass. One of the last three is set, or none.
+
+    Attributes:
+        queries, keys: lengths of what the attention function gets, the free room of a static cache included.
+        past: number of keys in front of the first query; a static cache counts in a tensor.
+        sequences: [batch, past + queries] or [batch, keys], 0 for padding, equal numbers for the tokens of one sequence.
+        packed: whether there may be several sequences in a row; None while tracing, where values cannot be read.
+        pairs: [batch or 1, queries, keys] bool, on top of causality.
+        complete: [batch or 1, heads or 1, queries, keys], bool or additive; there is no causality besides.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    past: int | torch.Tensor
+    device: torch.device
+    sequences: torch.Tensor | None = None
+    packed: bool | None = False
+    pairs: torch.Tensor | None = None
+    complete: torch.Tensor | None = None
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        return torch.arange(self.queries, device=self.device) + self.past
+
+    @property
+    def key_positions(self) -> torch.Tensor:
+        return torch.arange(self.keys, device=self.device)
+
+    def function(self, table: Callable = torch.Tensor.contiguous) -> Callable:
+        """(batch, head, query position, key position) -> whether the query sees the key. Padding sees nothing.
+
+        Args:
+            table: makes of a tensor one that the function looks things up in.
+        """
+        if self.complete is not None:
+            if self.complete.shape[1] != 1:
+                raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
+            pairs = as_bool(self.complete)[:, 0].expand(self.batch, -1, -1)
+            return _look_up(table(pairs), self.query_positions[0])
+        if self.pairs is not None:
+            pairs = self.pairs.expand(self.batch, -1, -1)
+            return and_masks(causal_mask_function, _look_up(table(pairs), self.query_positions[0]))
+        if self.sequences is not None:
+            return and_masks(causal_mask_function, same_sequence(table(_up_to(self.sequences, self.keys))))
+        return causal_mask_function
+
+    def block_mask(self) -> BlockMask:
+        """For flex attention."""
+        return make_block_mask(self.function(fixed_size), self.batch, self.query_positions, self.key_positions)
+
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look.
+
+        The minimum rather than −inf: a row that may look nowhere stays finite.
+        """
+        if self.complete is not None:
+            mask = self.complete
+        else:
+            rows = torch.arange(1 if self.sequences is None and self.pairs is None else self.batch, device=self.device)
+            positions = self.query_positions[:, None], self.key_positions[None, :]
+            mask = self.function()(rows[:, None, None], None, *positions).view(-1, 1, self.queries, self.keys)
+        return as_additive(mask, dtype)
+
+
+def read_mask(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    learned_keys: int = 0,
+    forms: tuple[int, ...] = (2, 4),
+) -> AttentionMask:
+    """Checks an `attention_mask` and brings it into one form.
+
+    Args:
+        inputs_embeds: [batch, queries, ...]; only shape and device are read.
+        attention_mask: see the module's docstring.
+        cache: the cache before this forward pass.
+        learned_keys: how many of the cache's first keys are learned (P-tuning). All see them, and the mask does not
+            count them.
+        forms: the numbers of dimensions that the mask may have.
+
+    Raises:
+        ValueError: the mask does not fit, or is True where the original ChatGLM-6B hid a key.
+    """
+    batch, queries = inputs_embeds.shape[:2]
+    past, keys, device = 0, queries, inputs_embeds.device
+    if cache is not None:
+        layer = _layer_with(cache, window=None)
+        past, keys = cache.get_query_offset(layer), cache.get_mask_sizes(queries, layer)[0]
+    mask = AttentionMask(batch, queries, keys, past, device)
+    if attention_mask is None:
+        return mask
+    check_mask(attention_mask, batch, past - learned_keys, queries, keys, forms)
+    attention_mask = attention_mask.to(device)
+    if attention_mask.ndim == 2:
+        packed = is_packed(attention_mask)
+        everyones = True if attention_mask.dtype == torch.bool else EVERYONES
+        sequences = F.pad(attention_mask, (learned_keys, 0), value=everyones)
+        return replace(mask, sequences=sequences, packed=packed)
+    if not attention_mask.is_floating_point() or attention_mask.ndim == 3:
+        attention_mask = attention_mask != 0
+    unseen = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    if attention_mask.shape[-1] < keys:
+        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=True if unseen is False else 0.0)
+        attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=unseen)
+    if attention_mask.ndim == 3:
+        return replace(mask, pairs=attention_mask)
+    _refuse_inverted(attention_mask, mask)
+    return replace(mask, complete=attention_mask)
+
+
+def check_mask(
+    attention_mask: object,
+    batch: int,
+    past: int | torch.Tensor,
+    queries: int,
+    keys: int | None = None,
+    forms: tuple[int, ...] = (2, 4),
+) -> None:
+    """Refuses a mask of another shape than the inputs have. What `generate` made of one passes.
+
+    Args:
+        past: number of tokens in the cache. A static cache counts in a tensor, which is not looked at.
+        keys: length of what attention functions get, which a mask of 3 or 4 dimensions may have too.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if not isinstance(attention_mask, torch.Tensor):
+        return
+    shape = list(attention_mask.shape)
+    tokens = past + queries if isinstance(past, int) else max(shape[-1:], default=queries)
+    wanted = {2: [batch, tokens], 3: [batch, queries, tokens], 4: [batch, 1, queries, tokens]}
+    if attention_mask.ndim not in forms:
+        fits = False
+    elif attention_mask.ndim == 2:
+        fits = shape == wanted[2]
+    else:
+        fits = shape[0] in (1, batch) and shape[-2] == queries and tokens <= shape[-1] <= (keys or shape[-1])
+    if not fits:
+        raise ValueError(
+            f"`attention_mask` has shape {shape}, but the inputs are {batch} sequences of {tokens} tokens, those in "
+            f"`cache` included. Pass a mask of shape {' or '.join(str(wanted[form]) for form in forms)}."
+        )
+
+
+def _refuse_inverted(pairs: torch.Tensor, mask: AttentionMask) -> None:
+    """Refuses a 4-D bool mask in which no query sees itself: the original ChatGLM-6B's masks were True where a key is
+    hidden. Its padding was hidden from all, so rows that are True throughout tell nothing."""
+    if pairs.dtype != torch.bool or mask.queries == 1 or is_tracing(pairs) or pairs.device.type == "meta":
+        return
+    itself = pairs.gather(-1, mask.query_positions.expand(*pairs.shape[:2], -1)[..., None])[..., 0]
+    tells = ~pairs.all(-1)
+    if tells.any() and not (itself & tells).any():
+        raise ValueError(
+            "no query sees itself in `attention_mask`: it seems to be True where a key is hidden, as the original "
+            "ChatGLM-6B has it, but must be True where a query sees a key. Pass `~attention_mask`."
+        )
+
+
+def is_packed(attention_mask: object) -> bool | None:
+    """Whether a 2-D mask holds the numbers of several sequences; None while tracing, where values cannot be read."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or attention_mask.dtype == torch.bool:
+        return False
+    if is_tracing(attention_mask) or attention_mask.device.type == "meta":
+        return None
+    return bool((attention_mask > 1).any())
+
+
+def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cache: Cache | None) -> AttentionMask:
+    """Packs by restarts in `position_ids` [batch or 1, queries], where neither a mask nor a cache says more."""
+    if position_ids is None or cache is not None or (mask.sequences, mask.pairs, mask.complete) != (None, None, None):
+        return mask
+    sequences = find_packed_sequence_indices(position_ids.expand(mask.batch, -1))
+    return mask if sequences is None else replace(mask, sequences=sequences + 1, packed=True)
+
+
+# --- plain causal attention ------------------------------------------------------------------------------------------
+
+
+def create_causal_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    learned_keys: int = 0,
+) -> torch.Tensor | BlockMask | None:
+    """transformers' function of this name, for all forms of mask on all backends.
+
+    Args:
+        config: read for `_attn_implementation`.
+        learned_keys: see [`read_mask`].
+
+    Raises:
+        ValueError: the mask does not fit, or the backend cannot follow it.
+    """
+    if is_paged(cache):
+        return _compat.create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
+    mask = read_mask(inputs_embeds, attention_mask, cache, learned_keys)
+    return make_mask(config, inputs_embeds, mask, cache, position_ids)
+
+
+def make_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    mask: AttentionMask,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    or_mask_function: Callable | None = None,
+    window: int | None = None,
+) -> torch.Tensor | BlockMask | None:
+    """`mask` in the form that the configured backend takes.
+
+    Args:
+        or_mask_function: shows keys besides the causal ones.
+        window: a query sees itself and the `window` − 1 tokens before it. None: all of them.
+    """
+    backend, flash = config._attn_implementation, is_flash_attention_requested(config)
+    if flash and (mask.complete is not None or mask.packed):
+        raise ValueError(
+            f"attn_implementation={backend!r} takes no mask for single queries and keys: pass a 2-D `attention_mask` of "
+            "0 and 1 (with `position_ids` that restart where packed sequences begin), or use 'sdpa', 'flex_attention' "
+            "or 'eager'."
+        )
+    if mask.complete is not None:
+        if backend == "flex_attention":
+            return mask.block_mask()
+        return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
+    sequences = mask.sequences
+    if backend == "flex_attention":
+        mask = follow_restarts(mask, position_ids, cache)
+        return _causal_block_mask(mask, cache, or_mask_function, window)
+    if flash and sequences is None and cache is not None and mask.keys != mask.past + mask.queries:
+        # Flash attention would see the free room of a static cache.
+        sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
+    make = _compat.create_causal_mask
+    if window is not None:
+        # All that transformers reads of a configuration, as if every layer had this window.
+        config = SimpleNamespace(_attn_implementation=backend, sliding_window=window)  # type: ignore[assignment]
+        make = _compat.create_sliding_window_causal_mask
+    return make(
+        config,
+        inputs_embeds,
+        sequences,
+        cache,
+        position_ids,
+        or_mask_function=or_mask_function,
+        and_mask_function=same_sequence(_up_to(mask.sequences, mask.keys)) if mask.packed else None,
+    )
+
+
+def _causal_block_mask(
+    mask: AttentionMask, cache: Cache | None, or_mask_function: Callable | None, window: int | None
+) -> BlockMask:
+    keys, first_key = mask.keys, 0
+    if window is not None and cache is not None:  # layers with windows keep less
+        keys, first_key = cache.get_mask_sizes(mask.queries, _layer_with(cache, window))
+    functions = [
+        causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
+    ]
+    if window is not None:
+        functions.append(in_window(window))
+    if mask.sequences is not None:
+        sequences = fixed_size(_up_to(mask.sequences, first_key + keys))
+        functions.append(same_sequence(sequences) if mask.packed else no_padding(sequences))
+    key_positions = torch.arange(keys, device=mask.device) + first_key
+    return make_block_mask(and_masks(*functions), mask.batch, mask.query_positions, key_positions)
+
+
+# --- forms of a mask -------------------------------------------------------------------------------------------------
+
+
+def same_sequence(sequences: torch.Tensor) -> Callable:
+    """Mask function: key and query have the same number in `sequences` [batch, keys], or the key has EVERYONES."""
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        sequence = sequences[batch_idx, kv_idx]
+        return (sequence != 0) & ((sequence == sequences[batch_idx, q_idx]) | (sequence == EVERYONES))
+
+    return mask_function
+
+
+def no_padding(sequences: torch.Tensor) -> Callable:
+    """Mask function: the key is no padding, which is 0 in `sequences` [batch, keys]."""
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return sequences[batch_idx, kv_idx] != 0
+
+    return mask_function
+
+
+def in_window(window: int) -> Callable:
+    """Mask function: the key is not more than `window` − 1 tokens before the query."""
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return kv_idx > q_idx - window
+
+    return mask_function
+
+
+def _look_up(pairs: torch.Tensor, first_query: torch.Tensor) -> Callable:
+    """Mask function that looks up [batch, queries, keys], whose first row is position `first_query`, 0-d."""
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return pairs[batch_idx, q_idx - first_query, kv_idx]
+
+    return mask_function
+
+
+def as_bool(mask: torch.Tensor) -> torch.Tensor:
+    """A mask, bool or additive, as True where a query sees a key."""
+    return mask if mask.dtype == torch.bool else mask >= 0
+
+
+def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask, bool or additive, as what is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # eager attention's softmax is fp32
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+def _up_to(sequences: torch.Tensor, keys: int) -> torch.Tensor:
+    """A static cache has room for more keys than there are."""
+    return F.pad(sequences, (0, max(0, keys - sequences.shape[1])))
+
+
+def _layer_with(cache: Cache, window: int | None) -> int:
+    """A layer of the cache that has a window, or, for None, that has not."""
+    wanted = window is not None
+    return cache.is_sliding.index(wanted) if wanted in cache.is_sliding else 0
