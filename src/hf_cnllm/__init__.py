@@ -4,6 +4,7 @@ Importing this package registers its models and tokenizers, nothing else: origin
 `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`.
 """
 
+from . import _compat as _compat  # before all else: it says so if transformers is too old
 from .attention.bloom import accelerate
 from .auto import FAMILIES, register
 from .models.baichuan import *  # noqa: F403

@@ -10,6 +10,7 @@ are needed. `_contract.py` checks what is relied on here when the installed rele
 import functools
 import inspect
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import transformers
@@ -84,6 +85,8 @@ except ImportError as error:
 # What `generate` calls the cache. 5.24 renamed it everywhere.
 CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
+# What PEFT's prompt learning calls it in the inputs of a step. No release of PEFT knows the new name yet.
+_PEFT_CACHE = "past_key_values" if Version(version("peft")) < Version("0.22.dev0") else CACHE
 _RENAMED = CACHE == "past_key_values"
 
 
@@ -116,11 +119,11 @@ def one_cache_keyword(forward: Callable) -> Callable:
                 )
         return forward(self, *args, **kwargs)
 
-    if _RENAMED:  # until 5.23: `generate` looks in the signature for the keywords it may pass
-        signature = inspect.signature(forward)
-        parameters = [*signature.parameters.values()]
-        parameters.insert(-1, inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None))
-        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # `generate` (until 5.23) and PEFT (until 0.21) look in the signature for the keyword they pass.
+    signature = inspect.signature(forward)
+    parameters = [*signature.parameters.values()]
+    parameters.insert(-1, inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None))
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -226,6 +229,13 @@ class GenerationHooks:
             if name != CACHE and name in kwargs:
                 kwargs[CACHE] = kwargs.pop(name)
         return super().generate(*args, **kwargs)
+
+    @functools.wraps(_GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if _PEFT_CACHE != CACHE and CACHE in inputs:
+            inputs[_PEFT_CACHE] = inputs.pop(CACHE)
+        return inputs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         return self.prompt_position_ids(inputs_tensor, model_kwargs)

@@ -4,19 +4,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import ForCausalLMLoss, ForMaskedLMLoss
+from .._compat import ForCausalLMLoss, ForMaskedLMLoss, slice_logits_to_keep
 from ..models.baichuan.norm_head import NormHead
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .lazy_logits import deferred_logits
-
-try:
-    from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers before 5.20 or so knows the last positions and a list of positions only
-
-    def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return hidden_states[:, positions, :]
-
 
 _SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: False}
 """The loss functions that the chunked form stands in for, and whether they shift the labels."""

@@ -3,10 +3,17 @@
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from .._contract import check_transformers
 
 
 class CheckpointLoadingMixin:
     """Put in front of `PreTrainedModel`."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        check_transformers()
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

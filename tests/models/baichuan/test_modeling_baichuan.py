@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -286,7 +287,7 @@ def test_a_mask_that_rope_cannot_follow_is_refused():
 
 def test_continuous_batching_with_alibi_is_refused():
     with pytest.raises(ValueError, match="use `generate` with a padded batch"):
-        load("baichuan2_13b")(torch.ones(1, 4, dtype=torch.long), cache=object())
+        load("baichuan2_13b")(torch.ones(1, 4, dtype=torch.long), cache=PagedAttentionCache.__new__(PagedAttentionCache))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

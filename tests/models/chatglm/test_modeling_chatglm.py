@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -344,3 +346,60 @@ def test_the_classifier_reads_the_last_real_token(side):
     logits = model(ids, attention_mask=mask).logits
     for row, text in enumerate(TEXTS):
         assert_close(logits[row : row + 1], model(torch.tensor([text])).logits.detach())
+
+
+# --- the head is the embedding, as the old library's default had it ---------------------------------------------------
+
+
+def make_tied(**overrides):
+    config = AutoConfig.from_pretrained(GOLDENS / "chatglm_6b_3layer", **overrides)
+    torch.manual_seed(0)
+    return AutoModel.from_config(config)
+
+
+def test_the_head_is_the_embedding_unless_told_otherwise(tmp_path):
+    model = make_tied()
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    model.save_pretrained(tmp_path)
+    for kept in (
+        "transformer.word_embeddings.weight",
+        "lm_head.weight",
+    ):  # published files hold one of the two or both
+        weights = load_file(tmp_path / "model.safetensors")
+        matrix = weights.pop("lm_head.weight", weights.pop("transformer.word_embeddings.weight", None))
+        weights.pop("transformer.word_embeddings.weight", None)
+        save_file(weights | {kept: matrix.clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert loaded.lm_head.weight is loaded.transformer.word_embeddings.weight
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    untied = make_tied(tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.transformer.word_embeddings.weight
+
+
+def test_a_file_with_two_matrices_stays_untied(tmp_path):
+    model = AutoModel.from_pretrained(GOLDENS / "chatglm_6b_3layer")
+    assert not model.config.tie_word_embeddings
+    assert not torch.equal(model.lm_head.weight, model.transformer.word_embeddings.weight)
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again.transformer.word_embeddings.weight, model.transformer.word_embeddings.weight)
+
+
+def test_p_tuning_of_a_tied_model_trains_the_prefix_alone(tmp_path):
+    make_tied().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, pre_seq_len=4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"transformer.prefix_encoder.embedding.weight"}
+
+
+def test_the_trained_length_can_be_set_by_its_common_name():
+    for name, field in (("chatglm_6b_3layer", "max_sequence_length"), ("chatglm2_6b", "seq_length")):
+        config = AutoConfig.from_pretrained(GOLDENS / name)
+        config.max_position_embeddings = 77
+        assert getattr(config, field) == 77
+        assert AutoConfig.from_pretrained(GOLDENS / name, max_position_embeddings=78).max_position_embeddings == 78

@@ -27,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.utils import logging
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
+from hf_cnllm._compat import CACHE
 from hf_cnllm import QWenConfig, QWenLMHeadModel, QWenTokenizer
 
 CHECKPOINTS = ("qwen", "qwen_72b", "qwen_bias", "qwen_early")
@@ -241,7 +242,7 @@ def test_a_conversation_continues_on_its_cache(batch):
     model, ids = load(), batch[0][:1]
     first = generate(model, ids[:, :40], return_dict_in_generate=True)
     turn = torch.cat([first.sequences, ids[:, 40:60]], dim=1)
-    continued = generate(model, turn, cache=first.cache)
+    continued = generate(model, turn, cache=first[CACHE])
     recomputed = generate(model, turn, prompt_lengths=torch.tensor([40]))
     assert torch.equal(continued, recomputed)
 
@@ -365,7 +366,7 @@ def test_windows_hide_what_is_behind_them(windows, backend, batch):
 def test_windows_in_every_way_of_generating(windows, backend, batch):
     model = load(backend=backend, window_sizes=windows)
     expected = generate(model, *batch, use_cache=False)
-    cache = generate(model, *batch, return_dict_in_generate=True).cache
+    cache = generate(model, *batch, return_dict_in_generate=True)[CACHE]
     kept = max(window for window in windows if window)
     assert [layer.keys.shape[-2] for layer in cache.layers] == [
         kept - 1 if window else WIDTH + NEW_TOKENS - 1 for window in windows
@@ -572,7 +573,7 @@ def test_ids_and_caches_that_do_not_belong_to_the_model_are_refused(batch):
     other = LlamaForCausalLM(LlamaConfig(vocab_size=151, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
                                          num_attention_heads=4, num_key_value_heads=4))  # fmt: skip
     with pytest.raises(ValueError, match="filled by another model"):
-        model(ids, cache=other(ids, use_cache=True).cache)
+        model(ids, cache=other(ids, use_cache=True)[CACHE])
     with pytest.raises(ValueError, match="`prompt_lengths` holds 3 lengths, but the inputs are 1 sequences"):
         model(ids, prompt_lengths=torch.tensor([9, 9, 9]))
     with pytest.raises(ValueError, match="holds 1 sequences, but the inputs are 2"):

@@ -58,6 +58,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     keys_to_ignore_at_inference = [CACHE]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
     base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn.W_pack": "colwise_gather_output",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -67,6 +68,11 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
     }
 
     vocab_size: int = BAICHUAN2_VOCAB_SIZE

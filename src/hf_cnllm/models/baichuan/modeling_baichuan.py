@@ -165,7 +165,7 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         "attentions": BaichuanAttention,
     }
     # Baichuan-7B stored a buffer that the configuration determines.
-    _keys_to_ignore_on_load_unexpected = [r"self_attn\.rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected = [r"\.self_attn\.rotary_emb\.inv_freq$"]
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, NormHead):
@@ -275,6 +275,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)

@@ -34,6 +34,7 @@ HOW_TO_CHOOSE = 'Set `architecture` to "chatglm" (ChatGLM-6B) or "chatglm2" (Cha
 ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     "chatglm": {
         "vocab_size": 130528,
+        "tie_word_embeddings": True,
         "inner_hidden_size": 16384,
         "max_sequence_length": 2048,
         "position_encoding_2d": True,
@@ -45,6 +46,7 @@ ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "chatglm2": {
         "vocab_size": 65024,
+        "tie_word_embeddings": False,
         "ffn_hidden_size": 13696,
         "kv_channels": 128,
         "seq_length": 2048,
@@ -111,6 +113,9 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         architecture (`"chatglm"` or `"chatglm2"`, *optional*): (ours)
             Which of the two models this is. Left out, it is decided from the other keys (`DECISIVE_KEYS`); without any
             of them a checkpoint is an error, and a configuration made from nothing is `"chatglm2"`.
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the output head is the embedding. Left out, it is for `"chatglm"`: that checkpoint's `config.json` does
+            not say so, but its code ran where that was the default. A file with two different matrices loads untied.
         vocab_size (`int`, *optional*):
             Rows of the embedding. ChatGLM2/3 call it `padded_vocab_size`; both names work and both are saved.
         pre_seq_len (`int`, *optional*), prefix_projection (`bool`):
@@ -163,7 +168,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     layernorm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -293,7 +298,15 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        return self.max_sequence_length if self.architecture == "chatglm" else self.seq_length
+        return getattr(self, self._length_field)
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, length: int):
+        setattr(self, self._length_field, length)
+
+    @property
+    def _length_field(self) -> str:
+        return "max_sequence_length" if self.architecture == "chatglm" else "seq_length"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 
 from ..._compat import (
     ACT2FN,
@@ -177,7 +177,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
     # Stored by the original in every layer, determined by the configuration.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected = [r"\.attention\.rotary_emb\.inv_freq$"]
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
@@ -185,10 +185,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
     # A head's q | k | v are neighbours, so shards of the projection are whole heads.
     _tp_plan = {
+        "word_embeddings": "embedding_rowwise",
         "layers.*.attention.query_key_value": "colwise",
         "layers.*.attention.dense": "rowwise",
         "layers.*.mlp.dense_h_to_4h": "colwise",
         "layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+    _pp_plan = {  # type: ignore[assignment]  # as Llama has it
+        "word_embeddings": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "final_layernorm": (["hidden_states"], ["hidden_states"]),
     }
     _fsdp_plan = {
         "word_embeddings": "free_full_weight",
@@ -353,10 +359,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
 
 class ChatGLMForConditionalGeneration(
-    PrefixLMGenerationMixin, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration
+    PrefixLMGenerationMixin, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin
 ):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)

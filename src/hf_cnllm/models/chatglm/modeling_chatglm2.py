@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 
 from ..._compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -217,7 +217,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     _no_split_modules = ["GLMBlock"]
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
     # Stored by the originals: a buffer that the configuration determines, and, in the backbone, the output projection.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq", r"output_layer\.weight"]
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)rotary_pos_emb\.inv_freq$", r"^(transformer\.)?output_layer\.weight$"]
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
@@ -226,10 +226,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     output_layer: nn.Module  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
+        "embedding.word_embeddings": "embedding_rowwise",
         "encoder.layers.*.self_attention.query_key_value": "colwise_gather_output",
         "encoder.layers.*.self_attention.dense": "rowwise_split_input",
         "encoder.layers.*.mlp.dense_h_to_4h": "colwise_gather_output",
         "encoder.layers.*.mlp.dense_4h_to_h": "rowwise_split_input",
+    }
+    _pp_plan = {  # type: ignore[assignment]  # as Llama has it
+        "embedding": (["input_ids"], ["inputs_embeds"]),
+        "encoder.layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "encoder.final_layernorm": (["hidden_states"], ["hidden_states"]),
     }
     _fsdp_plan = {
         "embedding": "free_full_weight",
@@ -342,10 +348,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         return (torch.arange(length, device=device) + past_length).unsqueeze(0)
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration):
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin):
     transformer: ChatGLMModel
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
     _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
+    _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama
     _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
     def __init__(self, config: ChatGLMConfig):

@@ -100,6 +100,9 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
                 "`quantization_bit` to 8 or 4"
             )
         model._freeze_for_prefix_tuning()  # loading replaces the parameters
+        head_is_tied = any(name.endswith("weight") for name in model.all_tied_weights_keys)
+        if model.config.tie_word_embeddings and model.get_output_embeddings() is not None and not head_is_tied:
+            model.config.tie_word_embeddings = False  # the file holds two matrices, which transformers keeps apart
         return (model, loading_info) if output_loading_info else model
 
     def quantize(self, bits: int, quantize_embeddings: bool = False, **kwargs):

@@ -48,6 +48,15 @@ class ChatGLMQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel):
+        """With a quantised embedding the head is stored too, though it is the same: the original code wants both."""
+        state_dict, metadata = super().get_state_dict_and_metadata(model)
+        if self.quantization_config.quantize_embeddings:
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            for name in model.all_tied_weights_keys:
+                state_dict[name] = state_dict[name].clone()
+        return state_dict, metadata
+
     @property
     def is_trainable(self) -> bool:
         return True

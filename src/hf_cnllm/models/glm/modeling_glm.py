@@ -171,6 +171,25 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class GLMModel(GLMPreTrainedModel):
     """The backbone. Unlike the original's it gives no logits; those are [`GLMForConditionalGeneration`]'s."""
 
+    # The packed projection's rows q | k | v are not whole heads of each: its shards are gathered.
+    _tp_plan = {
+        "word_embeddings": "embedding_rowwise",
+        "transformer.layers.*.attention.query_key_value": "colwise_gather_output",
+        "transformer.layers.*.attention.dense": "rowwise_split_input",
+        "transformer.layers.*.mlp.dense_h_to_4h": "colwise",
+        "transformer.layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+    _pp_plan = {  # type: ignore[assignment]  # as Llama has it
+        "word_embeddings": (["input_ids"], ["inputs_embeds"]),
+        "transformer.layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "transformer.final_layernorm": (["hidden_states"], ["hidden_states"]),
+    }
+    _fsdp_plan = {
+        "word_embeddings": "free_full_weight",
+        "transformer.layers.*": "free_full_weight",
+        "transformer.final_layernorm": "keep_full_weight",
+    }
+
     def __init__(self, config: GLMConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -346,6 +365,8 @@ class GLMModel(GLMPreTrainedModel):
 class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GLMConfig):
         super().__init__(config)

@@ -80,6 +80,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     }
     # c_attn holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
     base_model_tp_plan = {
+        "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "colwise_gather_output",
         "h.*.mlp.w1": "colwise",
         "h.*.mlp.w2": "colwise",

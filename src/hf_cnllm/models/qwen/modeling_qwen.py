@@ -187,10 +187,10 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     }
     # Buffers that the originals registered and the configuration determines.
     _keys_to_ignore_on_load_unexpected = [
-        r"rotary_emb\.inv_freq$",
-        r"attn\.logn_tensor$",
-        r"attn\.masked_bias$",
-        r"attn\.bias$",
+        r"(^|\.)rotary_emb\.inv_freq$",
+        r"\.attn\.logn_tensor$",
+        r"\.attn\.masked_bias$",
+        r"\.attn\.bias$",
     ]
 
     def _init_weights(self, module: nn.Module):

@@ -1,0 +1,292 @@
+"""What hf_cnllm relies on in transformers, tried out: a release that breaks it ends in an error, never in a wrong token.
+
+transformers promises nothing about the insides that `_compat.py` touches, and a renamed keyword can vanish in somebody's
+`**kwargs` without an error. So when the installed release is newer than the newest tested, the first model that is built
+runs [`broken_promises`]: signatures, and the real functions on tensors of a few numbers, `generate` included. It takes a
+few hundredths of a second. The same check is a test, and part of `hf-cnllm doctor`.
+"""
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+from . import _compat
+from ._compat import CACHE, INSTALLED, NEWEST_TESTED, PIP_INSTALL, TESTED
+
+
+class UnsupportedTransformersError(RuntimeError):
+    """The installed transformers has changed what this package builds on."""
+
+
+@functools.cache
+def check_transformers() -> None:
+    """Called when a model is built; looks once, and only at a transformers newer than the newest tested.
+
+    Raises:
+        UnsupportedTransformersError: naming what changed, the tested versions and the command that installs one of them.
+    """
+    if INSTALLED <= NEWEST_TESTED:
+        return
+    if broken := broken_promises():
+        raise UnsupportedTransformersError(
+            f"transformers {INSTALLED} has changed what hf_cnllm builds on: {'; '.join(broken)}. "
+            f"hf_cnllm works with {TESTED}: {PIP_INSTALL}"
+        )
+    warnings.warn(
+        f"transformers {INSTALLED} is newer than {NEWEST_TESTED}, the newest that hf_cnllm was tested with. What it builds "
+        "on has been checked and still holds.",
+        stacklevel=2,
+    )
+
+
+def broken_promises() -> list[str]:
+    """What does not hold, a phrase each; empty if all is as it should be. Leaves no trace, the random state included."""
+    with _undisturbed():
+        return [broken for promise in PROMISES for broken in _outcome(promise)]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A model may be built on the meta device, in half precision, or inside of anything else: not so the check."""
+    level, dtype = _compat.logging.get_verbosity(), torch.get_default_dtype()
+    _compat.logging.set_verbosity_error()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        _compat.logging.set_verbosity(level)
+
+
+def _outcome(promise: Callable[[], list[str]]) -> list[str]:
+    try:
+        return promise()
+    except Exception as error:
+        name = promise.__name__.removeprefix("_").replace("_", " ")
+        return [f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"]
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+# The leading parameters of what is called by position, and those passed by keyword.
+SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
+    (GenerationMixin, "_prepare_position_ids_for_generation"): ("inputs_tensor", "model_kwargs"),
+    (GenerationMixin, "_expand_inputs_for_generation"): ("expand_size", "is_encoder_decoder", "input_ids"),
+    (GenerationMixin, "_prefill"): ("input_ids", "generation_config", "model_kwargs"),
+    (GenerationMixin, "_prepare_cache_for_generation"): ("generation_config", "model_kwargs", "generation_mode"),
+    (GenerationMixin, "_prepare_static_cache"): ("cache_implementation", "batch_size", "max_cache_len"),
+    (GenerationMixin, "prepare_inputs_for_generation"): ("input_ids", "next_sequence_length"),
+    (GenerationMixin, "init_continuous_batching"): (
+        "generation_config",
+        "continuous_batching_config",
+        "workload_hints",
+    ),
+    (PreTrainedModel, "_get_resized_lm_head"): ("old_lm_head", "new_num_tokens"),
+    (PreTrainedModel, "_init_added_lm_head_weights_with_mean"): (
+        "old_lm_head",
+        "new_lm_head",
+        "old_lm_head_dim",
+        "old_num_tokens",
+        "added_num_tokens",
+        "transposed",
+    ),
+}
+
+# A private method that a model overrides does nothing once nobody calls it any more.
+CALLERS = {
+    (PreTrainedModel, "_get_resized_lm_head"): "_resize_token_embeddings",
+    (PreTrainedModel, "_init_added_lm_head_weights_with_mean"): "_get_resized_lm_head",
+}
+
+
+def _signatures() -> list[str]:
+    broken = []
+    for (owner, name), expected in SIGNATURES.items():
+        if not hasattr(owner, name):
+            broken.append(f"{owner.__name__}.{name} is gone")
+            continue
+        parameters = inspect.signature(inspect.unwrap(getattr(owner, name))).parameters
+        found = [parameter for parameter in parameters if parameter != "self"][: len(expected)]
+        if found != list(expected):
+            broken.append(f"{owner.__name__}.{name} takes {found}, not {list(expected)}")
+    for (owner, name), caller in CALLERS.items():
+        if name not in inspect.unwrap(getattr(owner, caller)).__code__.co_names:
+            broken.append(f"{owner.__name__}.{caller} no longer calls {name}")
+    return broken
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+class _ProbeConfig(PreTrainedConfig):
+    model_type = "hf_cnllm_probe"
+    hidden_size, num_attention_heads, num_hidden_layers, vocab_size = 2, 1, 1, 4
+
+
+class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
+    """Answers token 1, keeps a cache, and notes which of its hooks `generate` calls."""
+
+    config_class = _ProbeConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: _ProbeConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.calls: list[str] = []
+        self.lengths: list[int] = []
+        self.post_init()
+
+    @_compat.one_cache_keyword
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
+        batch, length = input_ids.shape
+        self.lengths.append(-1 if cache is None else int(cache.get_seq_length()))
+        if cache is not None:
+            _compat.update_cache(cache, torch.zeros(batch, 1, length, 2), torch.zeros(batch, 1, length, 2), 0, kwargs)
+        logits = torch.zeros(batch, 1, 4)
+        logits[..., 1] = 1
+        return _compat.CausalLMOutputWithPast(logits=logits, cache=cache)
+
+    def prompt_position_ids(self, inputs, arguments):
+        self.calls.append("_prepare_position_ids_for_generation")
+        return super().prompt_position_ids(inputs, arguments)
+
+    def add_generation_arguments(self, input_ids, arguments):
+        self.calls.append("_expand_inputs_for_generation")
+
+    def check_prefill(self, input_ids, generation_config):
+        self.calls.append("_prefill")
+
+    def prepare_cache(self, arguments, is_assisted):
+        if isinstance(arguments.get(CACHE), _compat.Cache):
+            self.calls.append("_prepare_cache_for_generation")
+
+    @property
+    def learned_keys(self) -> int:
+        self.calls.append("_prepare_static_cache")
+        return 0
+
+    def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
+        self.calls.append("create_masks_for_generate")
+        return super().masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+
+
+ALWAYS_CALLED = (
+    "_prepare_position_ids_for_generation",
+    "_expand_inputs_for_generation",
+    "_prepare_cache_for_generation",
+    "_prefill",
+)
+CALLED_WITH_A_STATIC_CACHE = (*ALWAYS_CALLED, "_prepare_static_cache", "create_masks_for_generate")
+
+
+def _generation() -> list[str]:
+    broken = []
+    prompt, mask = torch.tensor([[2, 2, 3], [2, 3, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    for expected, options in (
+        (ALWAYS_CALLED, {}),
+        (CALLED_WITH_A_STATIC_CACHE, {"cache_implementation": "static", "disable_compile": True}),
+    ):
+        probe = _Probe(_ProbeConfig()).eval()
+        output = probe.generate(prompt, attention_mask=mask, max_new_tokens=3, do_sample=False, **options)
+        missing = [hook for hook in expected if hook not in probe.calls]
+        broken += [f"`generate` no longer calls {hook}" for hook in missing]
+        if probe.lengths != [0, 3, 4]:
+            broken.append(f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})")
+        if output.tolist() != [[*row, 1, 1, 1] for row in prompt.tolist()]:
+            broken.append(f"`generate` answers {output.tolist()}")
+    given = _compat.DynamicCache(config=_ProbeConfig())
+    for name in _compat.CACHE_NAMES:
+        probe = _Probe(_ProbeConfig()).eval()
+        probe.generate(prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, **{name: given})
+        if probe.lengths[0] < 0:
+            broken.append(f"`generate` drops `{name}`")
+        given = _compat.DynamicCache(config=_ProbeConfig())
+    return broken
+
+
+# --- layers, masks, attention, outputs --------------------------------------------------------------------------------
+
+
+class _ProbeLayer(_compat.GradientCheckpointingLayer):
+    def forward(self, hidden_states, cache=None, **kwargs):
+        return cache
+
+
+def _checkpointed_layers_drop_the_cache() -> list[str]:
+    layer = _ProbeLayer()
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = lambda function, *args, **kwargs: function(*args)
+    with torch.enable_grad():
+        kept = layer.train()(torch.zeros(1), cache=_compat.DynamicCache())
+    return [] if kept is None else ["GradientCheckpointingLayer keeps the cache while it checkpoints"]
+
+
+def _masks() -> list[str]:
+    config = _ProbeConfig(attn_implementation="sdpa")
+    inputs, padding = torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 1]])
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    even = torch.arange(4) % 2 == 0
+
+    def keys_are_even(batch_idx, head_idx, q_idx, kv_idx):
+        return kv_idx % 2 == 0
+
+    cases = (
+        ("causal and padding", {}, causal & (padding != 0)),
+        ("or_mask_function", {"or_mask_function": keys_are_even}, (causal | even) & (padding != 0)),
+        ("and_mask_function", {"and_mask_function": keys_are_even}, causal & even & (padding != 0)),
+    )
+    broken = []
+    for name, functions, expected in cases:
+        mask = _compat.create_causal_mask(config, inputs, padding, None, **functions)
+        if not isinstance(mask, torch.Tensor) or not torch.equal(mask[0, 0, 1:], expected[1:]):
+            broken.append(f"create_causal_mask gives another mask for {name}")
+    config.sliding_window = 2
+    mask = _compat.create_sliding_window_causal_mask(config, inputs, padding, None)
+    if not torch.equal(mask[0, 0, 1:], (causal & causal.triu(-1) & (padding != 0))[1:]):
+        broken.append("create_sliding_window_causal_mask gives another mask")
+    return broken
+
+
+def _attention_functions() -> list[str]:
+    module = nn.Module()
+    module.layer_idx, module.is_causal, module.num_key_value_groups = 0, True, 1
+    query, key, value = torch.arange(24.0).view(3, 1, 1, 4, 2).sin()
+    visible = torch.ones(4, 4, dtype=torch.bool).tril()
+    scores = (query @ key.mT * 0.3).masked_fill(~visible, -torch.inf)
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    bias = torch.zeros(1, 1, 4, 4).masked_fill(~visible, torch.finfo(torch.float32).min)
+    broken = []
+    for backend, mask in (("eager", bias), ("sdpa", None)):
+        function = _compat.ALL_ATTENTION_FUNCTIONS.get_interface(backend, _compat.eager_attention_forward)
+        output, _ = function(module, query, key, value, mask, dropout=0.0, scaling=0.3)
+        if not torch.allclose(output, expected, atol=1e-5):
+            broken.append(f"the {backend} attention function computes something else")
+    return broken
+
+
+def _outputs_hold_the_cache() -> list[str]:
+    broken = []
+    for output_class in (_compat.BaseModelOutputWithPast, _compat.CausalLMOutputWithPast):
+        cache = _compat.DynamicCache()
+        output = output_class(cache=cache)
+        if output.cache is not cache or output[CACHE] is not cache:
+            broken.append(f"{output_class.__name__} does not hold the cache as `{CACHE}`")
+    return broken
+
+
+PROMISES: tuple[Callable[[], list[str]], ...] = (
+    _signatures,
+    _generation,
+    _checkpointed_layers_drop_the_cache,
+    _masks,
+    _attention_functions,
+    _outputs_hold_the_cache,
+)
