@@ -9,15 +9,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from hf_cnllm.models.glm.tokenization_glm import (
-    GLMBertTokenizer,
-    GLMChineseTokenizer,
-    GLMGPT2Tokenizer,
-    GLMRobertaTokenizer,
-)
+from hf_cnllm import GLMChineseTokenizer
 from tokenizer_goldens import FIXTURES, SECTIONS, TokenizerGolden, differences, settings
 
 NAMES = ("glm_chinese", "glm_chinese_small")
@@ -338,71 +332,6 @@ def test_collator(chinese):
     ]
 
 
-# ---- the English models ----
-
-
-@pytest.fixture
-def gpt2(tmp_path):
-    alphabet = sorted(ByteLevel.alphabet())
-    vocab = {char: index for index, char in enumerate([*alphabet, "Ġa", "<|endoftext|>"])}
-    added = ("[CLS]", "[MASK]", "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]")
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ a\n")
-    (tmp_path / "added_tokens.json").write_text(json.dumps({t: len(vocab) + i for i, t in enumerate(added)}))
-    config = {
-        "tokenizer_class": "GLMGPT2Tokenizer",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "cls_token": "[CLS]",
-        "mask_token": "[MASK]",
-        "additional_special_tokens": list(added[2:]),
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return tmp_path
-
-
-def test_gpt2_form(gpt2):
-    tokenizer = GLMGPT2Tokenizer.from_pretrained(gpt2)
-    cls, mask, eos, size = tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id, 258
-    assert (cls, mask, eos, len(tokenizer)) == (258, 259, 257, 264)
-    b = tokenizer.convert_tokens_to_ids("b")
-    assert tokenizer("b a [MASK] b")["input_ids"] == [cls, b, size - 2, mask, b, eos]
-    assert tokenizer.mask_token_ids == [259, 262, 263]
-    inputs = tokenizer.build_inputs_for_generation(tokenizer(["b[gMASK]"], return_tensors="pt"), max_gen_length=2)
-    assert inputs["input_ids"].tolist() == [[cls, b, 263, eos, tokenizer.sop_token_id]]
-    assert inputs["position_ids"].tolist() == [[[0, 1, 2, 3, 2, 2], [0, 0, 0, 0, 1, 2]]]
-    assert tokenizer("b a b", truncation=True, max_length=4)["input_ids"] == [
-        cls,
-        *tokenizer("b a b")["input_ids"][-3:],
-    ]
-    with pytest.raises(ValueError, match="no form for two texts"):
-        tokenizer("a", "b")
-    tokenizer.save_pretrained(gpt2 / "saved")
-    again = GLMGPT2Tokenizer.from_pretrained(gpt2 / "saved")
-    assert again("b a [MASK] b").data == tokenizer("b a [MASK] b").data
-
-
-@pytest.mark.parametrize("tokenizer_class", (GLMBertTokenizer, GLMRobertaTokenizer))
-def test_forms_with_one_kind_of_blank(tokenizer_class):
-    special = {"<|startofpiece|>": 6, "<|endofpiece|>": 7}
-    if tokenizer_class is GLMBertTokenizer:
-        vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "b": 5} | special
-        tokenizer = tokenizer_class(vocab=vocab, extra_special_tokens=list(special))
-        text = "b[MASK]"
-    else:
-        vocab = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4, "b": 5} | special
-        tokenizer = tokenizer_class(vocab=vocab, merges=[], extra_special_tokens=list(special))
-        text = "b<mask>"
-    encoded = tokenizer([text], return_tensors="pt")
-    assert encoded["input_ids"].tolist() == [[2, 5, 4, 3]]
-    assert tokenizer.truncation_side == "left" and tokenizer.mask_token_ids == [4]
-    inputs = tokenizer.build_inputs_for_generation(encoded, targets=["b"])
-    assert inputs["input_ids"].tolist() == [[2, 5, 4, 3, 6, 5]] and inputs["labels"][0, -2:].tolist() == [5, 7]
-    for kind in ("gmask", "smask"):
-        with pytest.raises(NotImplementedError, match="the model doesn't support"):
-            getattr(tokenizer, f"{kind}_token_id")
-
-
 @pytest.mark.parametrize("trust_remote_code", (None, True))
 @pytest.mark.parametrize("legacy_format", (None, True, False))
 def test_auto_tokenizer_finds_it_in_a_saved_checkpoint(chinese, tmp_path, legacy_format, trust_remote_code):
@@ -413,6 +342,6 @@ def test_auto_tokenizer_finds_it_in_a_saved_checkpoint(chinese, tmp_path, legacy
 
 
 @pytest.mark.parametrize("trust_remote_code", (None, True))
-def test_auto_tokenizer(gpt2, trust_remote_code):
-    for folder, tokenizer_class in ((VOCAB / "glm_chinese_small", GLMChineseTokenizer), (gpt2, GLMGPT2Tokenizer)):
-        assert type(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)) is tokenizer_class
+def test_auto_tokenizer(trust_remote_code):
+    tokenizer = AutoTokenizer.from_pretrained(VOCAB / "glm_chinese_small", trust_remote_code=trust_remote_code)
+    assert type(tokenizer) is GLMChineseTokenizer

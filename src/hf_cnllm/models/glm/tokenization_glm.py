@@ -42,6 +42,7 @@ class GLMTokenizerMixin:
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
     truncation_side = "left"
+    tokenize = OriginalVocabularyTokenizer.tokenize
 
     @property
     def _auto_map(self) -> dict[str, list[str | None]]:
