@@ -14,7 +14,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from hf_cnllm.attention.alibi import AlibiMask, _with_columns, alibi_slopes, fold_alibi
+from hf_cnllm.attention.alibi import FoldedAlibi, _with_columns, alibi_slopes, fold_alibi
 
 
 def attend(form: str, query, key, value, slopes, scaling):
@@ -25,7 +25,7 @@ def attend(form: str, query, key, value, slopes, scaling):
     hidden = index[None, :] > rows[:, None]
     if form == "folded":
         columns = fold_alibi(slopes, rows, index, None, scaling, query.dtype)
-        mask = AlibiMask(slopes, query_columns=columns[0], key_columns=columns[1])
+        mask = FoldedAlibi(*columns)
         query, key, value_wide, scaling = _with_columns(query, key, value, mask, scaling)
         bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, -math.inf)
         output = F.scaled_dot_product_attention(query, key, value_wide, attn_mask=bias[None, None], scale=scaling)

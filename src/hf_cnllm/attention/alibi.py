@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
@@ -38,7 +37,7 @@ from .._compat import (
     repeat_kv,
     sdpa_attention_forward,
 )
-from .alibi_flash import FlashSequences, find_sequences, flash_attention_with_slopes
+from .alibi_flash import FlashSequences, flash_attention_with_slopes, flash_sequences
 from .flex import fixed_size
 from .masks import AttentionMask, follow_restarts, read_mask
 
@@ -269,37 +268,21 @@ def _for_flash(mask: AttentionMask, slopes: torch.Tensor) -> FlashAlibi:
             'attn_implementation="sdpa".'
         )
     keys = int(mask.past) + mask.queries
-    sequences = None if mask.sequences is None else find_sequences(mask.sequences[:, :keys], mask.queries)
+    sequences = None if mask.sequences is None else flash_sequences(mask.sequences[:, :keys], mask.queries)
     return FlashAlibi(slopes, sequences, keys)
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------
+# module, query [batch, heads, queries, head_dim], key and value [batch, key_value_heads, keys, head_dim], the AlibiMask
+# -> output [batch, queries, heads, head_dim], attention weights or None
 
 
-def alibi_eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def alibi_eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Dense scores plus dense bias; returns the attention weights too."""
     return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
 
 
-def alibi_sdpa_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | FoldedAlibi,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+def alibi_sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Folded for several queries, with a dense bias for one."""
     head_dim, mask = value.shape[-1], attention_mask
     if isinstance(mask, FoldedAlibi):
@@ -311,16 +294,7 @@ def alibi_sdpa_attention(
     return output[..., :head_dim], None
 
 
-def alibi_flex_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: FlexAlibi,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+def alibi_flex_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """The bias as a `score_mod`, the mask as a `BlockMask`."""
     if dropout > 0:
         raise ValueError("flex_attention has no attention dropout; use sdpa or eager.")
@@ -330,28 +304,14 @@ def alibi_flex_attention(
         return score + slopes[head_idx] * (kv_idx - positions[q_idx])
 
     groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     output = compile_friendly_flex_attention(
-        query,
-        repeat_kv(key, groups),
-        repeat_kv(value, groups),
-        score_mod=add_bias,
-        block_mask=block_mask,
-        scale=scaling,
-        training=module.training,
+        query, key, value, score_mod=add_bias, block_mask=block_mask, scale=scaling, training=module.training
     )
     return output.transpose(1, 2).contiguous(), None
 
 
-def alibi_flash_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: FlashAlibi,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+def alibi_flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """flash-attn 2 with its own ALiBi."""
     slopes, sequences, keys = attention_mask
     dtype = get_target_dtype(query, module) or query.dtype  # norms kept in fp32 make fp32 queries

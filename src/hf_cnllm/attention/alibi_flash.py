@@ -9,27 +9,18 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch import nn
+
+from .masks import Stretches, find_sequences
 
 
 class FlashSequences(NamedTuple):
-    """The sequences of a batch, as `flash_attn_varlen_func` takes them.
+    """The sequences of a batch, among the flattened [batch · queries] and [batch · keys]."""
 
-    Attributes:
-        query_tokens, key_tokens: indices into the flattened [batch · queries] and [batch · keys].
-        query_borders, key_borders: [sequences + 1] int32, where each sequence begins and ends among the tokens.
-        longest_query, longest_key: length of the longest sequence.
-    """
-
-    query_tokens: torch.Tensor
-    key_tokens: torch.Tensor
-    query_borders: torch.Tensor
-    key_borders: torch.Tensor
-    longest_query: int
-    longest_key: int
+    queries: Stretches
+    keys: Stretches
 
 
-def find_sequences(numbers: torch.Tensor, queries: int) -> FlashSequences | None:
+def flash_sequences(numbers: torch.Tensor, queries: int) -> FlashSequences | None:
     """The sequences of a batch; None if they are whole rows without padding.
 
     Args:
@@ -39,38 +30,21 @@ def find_sequences(numbers: torch.Tensor, queries: int) -> FlashSequences | None
     Raises:
         ValueError: a row holds one sequence in two places, as with padding inside it.
     """
-    batch, keys = numbers.shape
+    keys, device = numbers.shape[1], numbers.device
     if bool((numbers == 1).all()):
         return None
-    numbers = numbers.long()
-    row = torch.arange(batch, device=numbers.device)[:, None].expand_as(numbers)
-    begins = torch.ones_like(numbers, dtype=torch.bool)
-    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    sequence = begins.flatten().cumsum(0).view_as(numbers) - 1
-    token = numbers != 0
-
-    starts = begins & token
-    pairs = torch.stack([row[starts], numbers[starts]], dim=1)
-    if torch.unique(pairs, dim=0).shape[0] != pairs.shape[0]:
+    found = find_sequences(numbers)
+    if found is None:
         raise ValueError(
             "`attention_mask` has padding inside a sequence, which flash attention would close up, and ALiBi counts "
             'distances over it: pad on one side only (the left, to generate), or use attn_implementation="sdpa".'
         )
-    is_query = torch.zeros_like(token)
-    is_query[:, keys - queries :] = token[:, keys - queries :]
-    asked = torch.zeros(batch * keys, dtype=torch.bool, device=numbers.device)
-    asked[sequence[is_query]] = True  # a sequence that is over has keys but no queries
-    is_key = token & asked[sequence]
-
-    query_lengths = torch.bincount(sequence[is_query], minlength=batch * keys)[asked]
-    key_lengths = torch.bincount(sequence[is_key], minlength=batch * keys)[asked]
+    past = keys - queries
+    row, start, end = (column[found[2] > past] for column in found)  # a sequence that is over has no queries
+    in_queries = row * queries - past
     return FlashSequences(
-        query_tokens=is_query[:, keys - queries :].flatten().nonzero().flatten(),
-        key_tokens=is_key.flatten().nonzero().flatten(),
-        query_borders=nn.functional.pad(query_lengths.cumsum(0), (1, 0)).int(),
-        key_borders=nn.functional.pad(key_lengths.cumsum(0), (1, 0)).int(),
-        longest_query=max(query_lengths.tolist(), default=0),
-        longest_key=max(key_lengths.tolist(), default=0),
+        Stretches.between(in_queries + start.clamp(min=past), in_queries + end, device),
+        Stretches.between(row * keys + start, row * keys + end, device),
     )
 
 
@@ -106,17 +80,17 @@ def flash_attention_with_slopes(
     }
     if sequences is None:
         return flash_attn_func(query, key, value, **options)
-    if sequences.query_tokens.numel() == 0:
+    if sequences.queries.longest == 0:
         return torch.zeros_like(query)
+    queries, keys = sequences
     output = flash_attn_varlen_func(
-        query.flatten(0, 1)[sequences.query_tokens],
-        key.flatten(0, 1)[sequences.key_tokens],
-        value.flatten(0, 1)[sequences.key_tokens],
-        sequences.query_borders,
-        sequences.key_borders,
-        sequences.longest_query,
-        sequences.longest_key,
+        query.flatten(0, 1)[queries.tokens],
+        key.flatten(0, 1)[keys.tokens],
+        value.flatten(0, 1)[keys.tokens],
+        queries.borders,
+        keys.borders,
+        queries.longest,
+        keys.longest,
         **options,
     )
-    padded = torch.zeros(query.shape[0] * query.shape[1], *output.shape[1:], dtype=output.dtype, device=output.device)
-    return padded.index_copy(0, sequences.query_tokens, output).view(query.shape)
+    return output.new_zeros(query.flatten(0, 1).shape).index_copy(0, queries.tokens, output).view(query.shape)

@@ -13,6 +13,7 @@ Flash attention, which takes no mask for single queries and keys, knows packing 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,6 +34,8 @@ from .flex import fixed_size, make_block_mask
 
 # The number of keys that the queries of every sequence see.
 EVERYONES = -1
+# What is added to a score to hide its key: this or less, for all of which softmax gives 0.
+HIDES = -1e4
 
 
 @dataclass(frozen=True)
@@ -315,6 +318,46 @@ def _causal_block_mask(
     return make_block_mask(and_masks(*functions), mask.batch, mask.query_positions, key_positions)
 
 
+# --- sequences one by one ---------------------------------------------------------------------------------------------
+
+
+def find_sequences(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The row, the start and the end of every sequence, on the CPU; None if one is in two places, as with padding inside.
+
+    Args:
+        numbers: [batch, length], 0 for padding, equal for the tokens of one sequence.
+    """
+    numbers = numbers.to("cpu", torch.long)
+    border = F.pad(numbers, (1, 1), value=0).diff(dim=1) != 0  # [batch, length + 1]
+    row, start = (border[:, :-1] & (numbers != 0)).nonzero(as_tuple=True)
+    end = (border[:, 1:] & (numbers != 0)).nonzero(as_tuple=True)[1] + 1
+    if torch.unique(torch.stack([row, numbers[row, start]]), dim=1).shape[1] != row.numel():
+        return None
+    return row, start, end
+
+
+class Stretches(NamedTuple):
+    """Stretches of tokens, one after the other, as flash attention's kernels for sequences of several lengths take them.
+
+    Attributes:
+        tokens: their indices.
+        borders: [stretches + 1] int32, where each begins and ends among them.
+        longest: length of the longest.
+    """
+
+    tokens: torch.Tensor
+    borders: torch.Tensor
+    longest: int
+
+    @classmethod
+    def between(cls, first: torch.Tensor, last: torch.Tensor, device: torch.device) -> "Stretches":
+        """From `first` to before `last` of each."""
+        lengths = last - first
+        borders = F.pad(lengths.cumsum(0), (1, 0))
+        tokens = torch.arange(int(borders[-1])) + torch.repeat_interleave(first - borders[:-1], lengths)
+        return cls(tokens.to(device), borders.to(device, torch.int32), max(lengths.tolist(), default=0))
+
+
 # --- forms of a mask -------------------------------------------------------------------------------------------------
 
 
@@ -356,8 +399,19 @@ def _look_up(pairs: torch.Tensor, first_query: torch.Tensor) -> Callable:
 
 
 def as_bool(mask: torch.Tensor) -> torch.Tensor:
-    """A mask, bool or additive, as True where a query sees a key."""
-    return mask if mask.dtype == torch.bool else mask >= 0
+    """A mask, bool or additive, as True where a query sees a key.
+
+    Raises:
+        ValueError: an additive mask has other biases than 0 and what hides a key.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not is_tracing(mask) and ((mask != 0) & (mask > HIDES)).any():
+        raise ValueError(
+            "flex_attention takes an additive `attention_mask` only of 0 and the dtype's minimum, or bool; for other "
+            "biases use 'sdpa' or 'eager'."
+        )
+    return mask == 0
 
 
 def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

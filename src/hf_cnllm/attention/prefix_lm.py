@@ -41,7 +41,7 @@ from .._compat import (
     repeat_kv,
 )
 from .flex import fixed_size
-from .masks import EVERYONES, is_packed, make_mask, read_mask
+from .masks import EVERYONES, Stretches, find_sequences, is_packed, make_mask, read_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
@@ -129,10 +129,10 @@ def create_prefix_lm_mask(
     if packed:
         sequences = torch.cat([front * EVERYONES, sequences], dim=1)
         mask = replace(mask, sequences=sequences, packed=True)
-    return make_mask(config, inputs_embeds, mask, cache, or_mask_function=_in_prefix(prefix, past, mask.keys))
+    return make_mask(config, inputs_embeds, mask, cache, or_mask_function=in_prefix(prefix, past, mask.keys))
 
 
-def _in_prefix(prefix: torch.Tensor, past: int | torch.Tensor, keys: int) -> Callable:
+def in_prefix(prefix: torch.Tensor, past: int | torch.Tensor, keys: int) -> Callable:
     """Mask function: the key is in `prefix` [batch, queries], where the first query is the key at `past`."""
     index = torch.arange(keys, device=prefix.device) - past
     is_query = (index >= 0) & (index < prefix.shape[1])
@@ -161,14 +161,10 @@ def find_layout(prefix: torch.Tensor, numbers: torch.Tensor | None, past: int = 
     batch, length = prefix.shape
     if numbers is None:
         numbers = torch.ones_like(prefix)
-    numbers, prefix = numbers.to("cpu", torch.long), prefix.cpu()
-    border = F.pad(numbers, (1, 1), value=0).diff(dim=1) != 0  # [batch, length + 1]
-    token = numbers != 0
-    row, start = (border[:, :-1] & token).nonzero(as_tuple=True)
-    end = (border[:, 1:] & token).nonzero(as_tuple=True)[1] + 1
-    if torch.unique(torch.stack([row, numbers[row, start]]), dim=1).shape[1] != row.numel():
-        return None  # one number in two places of a row
-    count = F.pad((prefix & token).cumsum(1), (1, 0))
+    if (found := find_sequences(numbers)) is None:
+        return None
+    row, start, end = found
+    count = F.pad((prefix & (numbers != 0)).cpu().cumsum(1), (1, 0))
     middle = start + count[row, end] - count[row, start]
     if (count[row, middle] - count[row, start] != middle - start).any():
         return None
@@ -311,37 +307,31 @@ def two_flash_calls(
         interface: transformers' `flash_attention_forward` for a module; the rest as in `two_sdpa_calls`.
     """
     batch, heads, length, head_dim = query.shape
-    total, past = key.shape[2], layout.past
-    sequences = sorted((row, one) for rows, in_row in layout.rows.items() for row in rows for one in in_row)
+    total, past, device = key.shape[2], layout.past, query.device
+    sequences = [(row, *one) for rows, in_row in layout.rows.items() for row in rows for one in in_row]
+    row, start, middle, end = torch.tensor(sequences, dtype=torch.long).view(-1, 4).T
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     output = query.new_zeros(batch * length, heads, head_dim)
-    for causal in (False, True):
-        q_index, k_index = [], []
-        for row, (start, middle, end) in sequences:
-            first, last = (middle, end) if causal else (start, middle)
-            if last > first:
-                q_index.append(torch.arange(row * length + first, row * length + last))
-                front = row * total
-                k_index.append(
-                    torch.cat(
-                        [torch.arange(front, front + past), torch.arange(front + past + start, front + past + last)]
-                    )
-                )
-        if not q_index:
+    for causal, first, last in ((False, start, middle), (True, middle, end)):
+        in_row, begin, first, last = (column[last > first] for column in (row, start, first, last))
+        if in_row.numel() == 0:
             continue
-        q_lengths, k_lengths = (torch.tensor([len(index) for index in indices]) for indices in (q_index, k_index))
-        q_tokens, k_tokens = (torch.cat(indices).to(query.device) for indices in (q_index, k_index))
+        queries = Stretches.between(in_row * length + first, in_row * length + last, device)
+        # The keys in front of a row, and those of its sequence, one after the other.
+        front = in_row * total
+        pairs = (torch.stack([front, front + past + begin], 1), torch.stack([front + past, front + past + last], 1))
+        keys = Stretches.between(pairs[0].flatten(), pairs[1].flatten(), device)
         result, _ = interface(
-            query[q_tokens].transpose(0, 1)[None],
-            key[k_tokens].transpose(0, 1)[None],
-            value[k_tokens].transpose(0, 1)[None],
+            query[queries.tokens].transpose(0, 1)[None],
+            key[keys.tokens].transpose(0, 1)[None],
+            value[keys.tokens].transpose(0, 1)[None],
             None,
             is_causal=causal,
-            cu_seq_lens_q=F.pad(q_lengths.cumsum(0), (1, 0)).to(query.device, torch.int32),
-            cu_seq_lens_k=F.pad(k_lengths.cumsum(0), (1, 0)).to(query.device, torch.int32),
-            max_length_q=int(q_lengths.max()),
-            max_length_k=int(k_lengths.max()),
+            cu_seq_lens_q=queries.borders,
+            cu_seq_lens_k=keys.borders[::2].contiguous(),
+            max_length_q=queries.longest,
+            max_length_k=int((past + last - begin).max()),
             **kwargs,
         )
-        output = output.index_copy(0, q_tokens, result[0].to(output.dtype))
+        output = output.index_copy(0, queries.tokens, result[0].to(output.dtype))
     return output.view(batch, length, heads, head_dim)
