@@ -39,8 +39,8 @@ try:
     from transformers.generation.configuration_utils import GenerationMode
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
     from transformers.generation.streamers import BaseStreamer
-    from transformers.integrations.flex_attention import compile_friendly_flex_attention
     from transformers.integrations.flash_attention import get_target_dtype
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
     from transformers.masking_utils import (
@@ -90,55 +90,34 @@ _PEFT_CACHE = "past_key_values" if Version(version("peft")) < Version("0.22.dev0
 _RENAMED = CACHE == "past_key_values"
 
 
-def is_paged(cache: object) -> bool:
-    """Whether this is continuous batching's cache (`generate_batch`), which packs the requests into one row."""
-    return isinstance(cache, PagedAttentionCache)
+class _PagedCacheUntil523:
+    """Until 5.23 the attention function updated a paged cache; here it is handed on to it."""
+
+    def __init__(self, pages: PagedAttentionCache):
+        self.pages = pages
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        kwargs["cache"] = self.pages
+        return key, value
 
 
-def one_cache_keyword(forward: Callable) -> Callable:
-    """A forward pass that takes its `cache` under that name or as `past_key_values`, on every release.
+def update_as_others(pages: PagedAttentionCache) -> Any:
+    """A paged cache that layers update like every other."""
+    return _PagedCacheUntil523(pages) if _RENAMED and isinstance(pages, PagedAttentionCache) else pages
 
-    Raises:
-        TypeError: a cache comes under another keyword. It would be ignored, and the answer silently wrong: this is how
-            5.24, which renamed the keyword, broke models that did not know.
-    """
 
-    @functools.wraps(forward)
-    def wrapped(self, *args, **kwargs):
-        if "past_key_values" in kwargs:
-            cache = kwargs.pop("past_key_values")
-            if cache is not None and kwargs.get("cache") is not None:
-                raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
-            kwargs["cache"] = kwargs.get("cache") if cache is None else cache
-        for name, value in kwargs.items():
-            if isinstance(value, Cache | PagedAttentionCache) and name != "cache":
-                raise TypeError(
-                    f"{type(self).__name__}.forward got a {type(value).__name__} as `{name}`, which it does not know: "
-                    f"pass it as `cache`. If this call is transformers' own, its release {INSTALLED} has renamed the "
-                    f"argument; hf_cnllm works with {TESTED}: {PIP_INSTALL}"
-                )
-        return forward(self, *args, **kwargs)
+# Continuous batching's caches (`generate_batch`), which pack the requests into one row.
+PAGED_CACHES = (PagedAttentionCache, _PagedCacheUntil523)
 
-    # `generate` (until 5.23) and PEFT (until 0.21) look in the signature for the keyword they pass.
+
+def takes_cache(forward: Callable) -> Callable:
+    """Says of a forward pass that ends in `validation.take_cache` that it knows both names: `generate` (until 5.23) and PEFT
+    (until 0.21) look in the signature for the keyword they pass."""
     signature = inspect.signature(forward)
     parameters = [*signature.parameters.values()]
     parameters.insert(-1, inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None))
-    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return wrapped
-
-
-def update_cache(cache: Cache, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]):
-    """The keys and values that a layer's queries see, those of this call stored in the cache.
-
-    Args:
-        kwargs: what goes on to the attention function; a paged cache leaves there what the kernel needs.
-    """
-    if not _RENAMED:
-        return cache.update(key, value, layer_idx, kwargs=kwargs)
-    if is_paged(cache):  # until 5.23: the attention function updates it
-        kwargs["cache"] = cache
-        return key, value
-    return cache.update(key, value, layer_idx)
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 if _RENAMED:
@@ -179,20 +158,8 @@ else:
 # --- masks ------------------------------------------------------------------------------------------------------------
 # The cache is their fourth argument and goes by position, which no release has changed.
 
-
-def _without_pages(make_mask: Callable) -> Callable:
-    """Until 5.23 the mask functions did not know paged caches, whose masks come ready made."""
-
-    @functools.wraps(make_mask)
-    def wrapped(config, inputs_embeds, attention_mask, cache, *args, **kwargs):
-        cache = None if is_paged(cache) and _RENAMED else cache
-        return make_mask(config, inputs_embeds, attention_mask, cache, *args, **kwargs)
-
-    return wrapped
-
-
-create_causal_mask = _without_pages(_masking.create_causal_mask)
-create_sliding_window_causal_mask = _without_pages(_masking.create_sliding_window_causal_mask)
+create_causal_mask = _masking.create_causal_mask
+create_sliding_window_causal_mask = _masking.create_sliding_window_causal_mask
 
 # --- generation -------------------------------------------------------------------------------------------------------
 

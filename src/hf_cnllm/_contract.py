@@ -144,12 +144,18 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         self.lengths: list[int] = []
         self.post_init()
 
-    @_compat.one_cache_keyword
+    @_compat.takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
+        cache = kwargs.get("past_key_values") if cache is None else cache  # as `validation.take_cache` does
         batch, length = input_ids.shape
+        unknown = [
+            name for name, value in kwargs.items() if isinstance(value, _compat.Cache) and name != "past_key_values"
+        ]
+        if unknown:
+            raise TypeError(f"the forward pass gets its cache as `{unknown[0]}`")
         self.lengths.append(-1 if cache is None else int(cache.get_seq_length()))
         if cache is not None:
-            _compat.update_cache(cache, torch.zeros(batch, 1, length, 2), torch.zeros(batch, 1, length, 2), 0, kwargs)
+            cache.update(torch.zeros(batch, 1, length, 2), torch.zeros(batch, 1, length, 2), 0, kwargs=kwargs)
         logits = torch.zeros(batch, 1, 4)
         logits[..., 1] = 1
         return _compat.CausalLMOutputWithPast(logits=logits, cache=cache)

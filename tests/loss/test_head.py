@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from hf_cnllm import BaichuanConfig, BaichuanForCausalLM
+from hf_cnllm.loss import head
 from hf_cnllm.loss.head import loss_and_logits
 from hf_cnllm.loss.lazy_logits import DeferredTensor
 

@@ -75,6 +75,8 @@ class FlashAlibi(NamedTuple):
 
 # A tensor is the dense bias, [batch or 1, heads, queries, keys], with the mask in it.
 AlibiMask: TypeAlias = torch.Tensor | FoldedAlibi | FlexAlibi | FlashAlibi
+# Those that need an attention function of this file; a tensor is the dense bias, which every function adds.
+ALIBI_MASKS = (FoldedAlibi, FlexAlibi, FlashAlibi)
 # Under which name `generate` hands a dense bias that was made outside of the forward pass to it.
 PREPARED = "alibi_bias"
 
@@ -277,11 +279,6 @@ def _for_flash(mask: AttentionMask, slopes: torch.Tensor) -> FlashAlibi:
 # -> output [batch, queries, heads, head_dim], attention weights or None
 
 
-def alibi_eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Dense scores plus dense bias; returns the attention weights too."""
-    return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
-
-
 def alibi_sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Folded for several queries, with a dense bias for one."""
     head_dim, mask = value.shape[-1], attention_mask
@@ -320,7 +317,7 @@ def alibi_flash_attention(module, query, key, value, attention_mask, scaling, dr
 
 
 ALIBI_ATTENTION: dict[str, Callable] = {
-    "eager": alibi_eager_attention,
+    "eager": eager_attention_forward,
     "sdpa": alibi_sdpa_attention,
     "flex_attention": alibi_flex_attention,
     "flash_attention_2": alibi_flash_attention,

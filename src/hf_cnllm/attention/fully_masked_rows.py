@@ -37,12 +37,10 @@ def find_padding_in_front(attention_mask: object, length: int) -> FullyMaskedRow
 
 
 def fill_fully_masked_rows(
-    output: torch.Tensor, value: torch.Tensor, fully_masked_rows: FullyMaskedRows | None
+    output: torch.Tensor, value: torch.Tensor, fully_masked_rows: FullyMaskedRows
 ) -> torch.Tensor:
     """`output` [batch, queries, heads, head_dim] with those rows replaced by their mean of `value`
     [batch, heads, keys, head_dim]; in time and memory linear in the length."""
-    if fully_masked_rows is None:
-        return output
     value = value[:, :, : output.shape[1]]
     if fully_masked_rows.tokens is None:
         mean = value.mean(dim=2, keepdim=True)

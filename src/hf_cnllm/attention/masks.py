@@ -22,11 +22,11 @@ from transformers import Cache, PreTrainedConfig
 
 from .. import _compat
 from .._compat import (
+    PAGED_CACHES,
     and_masks,
     causal_mask_function,
     find_packed_sequence_indices,
     is_flash_attention_requested,
-    is_paged,
     is_tracing,
     or_masks,
 )
@@ -246,8 +246,8 @@ def create_causal_mask(
     Raises:
         ValueError: the mask does not fit, or the backend cannot follow it.
     """
-    if is_paged(cache):
-        return _compat.create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
+    if isinstance(cache, PAGED_CACHES):
+        return _compat.create_causal_mask(config, inputs_embeds, attention_mask, None, position_ids)  # it is ready
     mask = read_mask(inputs_embeds, attention_mask, cache, learned_keys)
     return make_mask(config, inputs_embeds, mask, cache, position_ids)
 

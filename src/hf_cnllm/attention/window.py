@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import is_paged
+from .._compat import PAGED_CACHES
 from .masks import create_causal_mask, make_mask, read_mask
 
 FULL = "full_attention"
@@ -39,7 +39,7 @@ def create_window_masks(
         config: a configuration with `window_sizes`; the rest as for [`create_causal_mask`], whose errors it has.
     """
     windows = {_name(window, config.sliding_window): window for window in config.window_sizes or (None,)}
-    if is_paged(cache):
+    if isinstance(cache, PAGED_CACHES):
         return dict.fromkeys(windows, create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids))
     mask = read_mask(inputs_embeds, attention_mask, cache)
     return {

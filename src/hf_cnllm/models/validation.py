@@ -1,10 +1,12 @@
 """Checks of what a forward pass is given, where PyTorch's own message would not say what is wrong."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import is_paged
+from .._compat import INSTALLED, PAGED_CACHES, PIP_INSTALL, TESTED, update_as_others
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -25,18 +27,25 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def validate_inputs(
-    config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None
-) -> None:
-    """Refuses what a forward pass cannot begin with, before any work.
+    config: PreTrainedConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    cache: Cache | None,
+    kwargs: dict[str, Any],
+) -> Cache | None:
+    """Refuses what a forward pass cannot begin with, before any work, and returns its cache.
 
     Args:
         input_ids: [batch, length], or None.
         inputs_embeds: [batch, length, hidden_size], or None; one of the two is given.
         cache: the keys and values so far, or None.
+        kwargs: the forward pass's other arguments, among them perhaps the cache by its old name.
 
     Raises:
         ValueError: naming the argument and what to pass instead.
+        TypeError: a cache under another keyword, see [`take_cache`].
     """
+    cache = take_cache(cache, kwargs)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:
@@ -47,6 +56,28 @@ def validate_inputs(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
     check_cache(cache, inputs.shape[0], config.num_hidden_layers, heads, head_dim)
+    return cache
+
+
+def take_cache(cache: object, kwargs: dict[str, Any]) -> Any:
+    """The cache of a forward pass, by whichever of its names it came: `past_key_values` is taken out of `kwargs`.
+
+    Raises:
+        TypeError: a cache came by both, or under another keyword. There it would be ignored, and the answer silently
+            wrong: this is how 5.24, which renamed the keyword, broke models that did not know.
+    """
+    old = kwargs.pop("past_key_values", None)
+    if cache is not None and old is not None:
+        raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
+    for name, value in kwargs.items():
+        if isinstance(value, (Cache, *PAGED_CACHES)):
+            raise TypeError(
+                f"the model got a {type(value).__name__} as `{name}`, which it does not know: pass it as `cache`. If "
+                f"this call is transformers' own, its release {INSTALLED} has renamed the argument; hf_cnllm works with "
+                f"{TESTED}: {PIP_INSTALL}"
+            )
+    cache = old if cache is None else cache
+    return update_as_others(cache) if isinstance(cache, PAGED_CACHES) else cache
 
 
 def check_length(inputs_embeds: Tensor) -> None:
@@ -61,7 +92,7 @@ def check_length(inputs_embeds: Tensor) -> None:
 
 def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int | Tensor:
     """How many tokens `cache` holds; the learned keys of P-tuning, which come with the first of them, are none."""
-    if cache is None or is_paged(cache):
+    if cache is None or isinstance(cache, PAGED_CACHES):
         return 0
     length = cache.get_seq_length()
     return length - learned_keys if learned_keys and isinstance(length, int) and length else length
@@ -73,7 +104,7 @@ def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads
     Raises:
         ValueError: naming what differs.
     """
-    if is_paged(cache):
+    if isinstance(cache, PAGED_CACHES):
         return
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
     CompileConfig,
     pipeline,
 )
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer

@@ -27,8 +27,8 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.utils import logging
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
-from hf_cnllm._compat import CACHE
 from hf_cnllm import QWenConfig, QWenLMHeadModel, QWenTokenizer
+from hf_cnllm._compat import CACHE
 
 CHECKPOINTS = ("qwen", "qwen_72b", "qwen_bias", "qwen_early")
 BUGS_OF_THE_ORIGINAL = ("chunked_orig_bug",)

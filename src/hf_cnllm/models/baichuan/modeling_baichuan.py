@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from ..._compat import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
+    PAGED_CACHES,
     SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -26,12 +27,10 @@ from ..._compat import (
     capture_outputs,
     eager_attention_forward,
     init,
-    is_paged,
     merge_with_config_defaults,
-    one_cache_keyword,
-    update_cache,
+    takes_cache,
 )
-from ...attention.alibi import AlibiMask, alibi_attention, create_alibi_mask, prepare_alibi_mask
+from ...attention.alibi import ALIBI_MASKS, AlibiMask, alibi_attention, create_alibi_mask, prepare_alibi_mask
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.masks import create_causal_mask, is_packed
 from ...loss.causal_lm import causal_lm_loss
@@ -95,9 +94,12 @@ class BaichuanAttention(nn.Module):
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         if cache is not None:
-            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
-        attention_interface = self._attention_interface()
+        backend = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        if isinstance(attention_mask, ALIBI_MASKS):
+            attention_interface = alibi_attention(backend)
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -108,14 +110,10 @@ class BaichuanAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
+        if fully_masked_rows is not None:
+            attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
-
-    def _attention_interface(self) -> Callable:
-        if self.config.position_embedding == "alibi":
-            return alibi_attention(self.config._attn_implementation)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
 
 class BaichuanDecoderLayer(GradientCheckpointingLayer):
@@ -191,7 +189,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -214,7 +212,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             padded rows too, the rotation being relative. ALiBi has no use for them, except that without mask and cache
             a restart begins a packed sequence, as everywhere in transformers.
         """
-        validate_inputs(self.config, input_ids, inputs_embeds, cache)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
@@ -222,7 +220,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         if self.config.position_embedding == "alibi":
-            if is_paged(cache):
+            if isinstance(cache, PAGED_CACHES):
                 raise ValueError(
                     "continuous batching (`generate_batch`) packs requests into one row with a mask that does not say "
                     "how far apart tokens are, which ALiBi needs; use `generate` with a padded batch"
@@ -288,7 +286,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         self.loss_function = causal_lm_loss
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -16,8 +16,7 @@ from ..._compat import (
     capture_outputs,
     eager_attention_forward,
     merge_with_config_defaults,
-    one_cache_keyword,
-    update_cache,
+    takes_cache,
 )
 from ...attention.masks import check_mask
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
@@ -102,11 +101,13 @@ class SelfAttention(nn.Module):
             key_states = torch.cat((prefix[0], key_states), dim=-2)
             value_states = torch.cat((prefix[1], value_states), dim=-2)
         if cache is not None:
-            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        attn_output, attn_weights = prefix_lm_attention(backend, attention_interface)(
+        if isinstance(attention_mask, PrefixLMLayout):
+            attention_interface = prefix_lm_attention(backend, attention_interface)
+        attn_output, attn_weights = attention_interface(
             self,
             query_states,
             key_states,
@@ -220,7 +221,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.word_embeddings = value
 
-    @one_cache_keyword
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -250,7 +251,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Raises:
             ValueError: `input_ids` are not as said, or `position_ids` have the wrong shape.
         """
-        validate_inputs(self.config, input_ids, inputs_embeds, cache)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         batch_size, length = inputs_embeds.shape[:2]

@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 
 from ..._compat import (
     ALL_ATTENTION_FUNCTIONS,
+    PAGED_CACHES,
     BaseModelOutputWithPast,
     GradientCheckpointingLayer,
     TransformersKwargs,
@@ -16,11 +17,9 @@ from ..._compat import (
     capture_outputs,
     eager_attention_forward,
     find_packed_sequence_indices,
-    is_paged,
     logging,
     merge_with_config_defaults,
-    one_cache_keyword,
-    update_cache,
+    takes_cache,
 )
 from ...attention.masks import create_causal_mask
 from ..validation import validate_inputs
@@ -104,7 +103,7 @@ class SelfAttention(nn.Module):
             key_states = torch.cat((prefix[0], key_states), dim=-2)
             value_states = torch.cat((prefix[1], value_states), dim=-2)
         if cache is not None:
-            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -217,7 +216,10 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     _no_split_modules = ["GLMBlock"]
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
     # Stored by the originals: a buffer that the configuration determines, and, in the backbone, the output projection.
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)rotary_pos_emb\.inv_freq$", r"^(transformer\.)?output_layer\.weight$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"(^|\.)rotary_pos_emb\.inv_freq$",
+        r"^(transformer\.)?output_layer\.weight$",
+    ]
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
@@ -261,7 +263,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
 
-    @one_cache_keyword
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -283,7 +285,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Returns:
             `hidden_states`, if asked for, are the embeddings and each layer's output, before the final norm.
         """
-        validate_inputs(self.config, input_ids, inputs_embeds, cache)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
@@ -296,7 +298,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
         prefix, past = None, cache
         if self.prefix_encoder is not None:
-            if is_paged(cache):
+            if isinstance(cache, PAGED_CACHES):
                 raise ValueError(
                     "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
                 )

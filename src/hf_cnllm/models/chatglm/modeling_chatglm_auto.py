@@ -34,7 +34,7 @@ from ..._compat import (
     TransformersKwargs,
     Unpack,
     can_return_tuple,
-    one_cache_keyword,
+    takes_cache,
 )
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
@@ -170,7 +170,7 @@ class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLM
 
     transformer: ChatGLMModel
 
-    @one_cache_keyword
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -229,7 +229,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -21,8 +21,7 @@ from ..._compat import (
     eager_attention_forward,
     init,
     merge_with_config_defaults,
-    one_cache_keyword,
-    update_cache,
+    takes_cache,
 )
 from ...attention.masks import check_mask
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
@@ -67,11 +66,13 @@ class SelfAttention(nn.Module):
         query_states, key_states, value_states = (states.transpose(1, 2) for states in mixed.unbind(-3))
 
         if cache is not None:
-            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        attn_output, attn_weights = prefix_lm_attention(backend, attention_interface)(
+        if isinstance(attention_mask, PrefixLMLayout):
+            attention_interface = prefix_lm_attention(backend, attention_interface)
+        attn_output, attn_weights = attention_interface(
             self,
             query_states,
             key_states,
@@ -203,7 +204,7 @@ class GLMModel(GLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.word_embeddings = value
 
-    @one_cache_keyword
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -239,7 +240,7 @@ class GLMModel(GLMPreTrainedModel):
             ValueError: a text is longer than the table of positions; `attention_mask` or `position_ids` have the wrong
                 form; positions cannot be worked out.
         """
-        validate_inputs(self.config, input_ids, inputs_embeds, cache)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and cache is None:
@@ -375,7 +376,7 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
         self.loss_type = "ForMaskedLM"  # not shifted: `<|startofpiece|>` predicts the span's first token
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -464,7 +465,7 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache
 
-from ..._compat import CACHE, GenerationHooks, is_paged
+from ..._compat import CACHE, PAGED_CACHES, GenerationHooks
 from ...attention.prefix_lm import create_prefix_lm_mask
 from ..validation import cached_length
 
@@ -34,7 +34,7 @@ def take_positions(
         ValueError: the caller's own were shifted by PEFT's prefix tuning; or continuous batching asks, which knows neither
             2-D positions nor a prefix.
     """
-    if is_paged(cache):
+    if isinstance(cache, PAGED_CACHES):
         raise ValueError(
             "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model; "
             "use `generate`"

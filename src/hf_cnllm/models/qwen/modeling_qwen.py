@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
 from ..._compat import (
     ALL_ATTENTION_FUNCTIONS,
+    PAGED_CACHES,
     SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -23,11 +24,9 @@ from ..._compat import (
     capture_outputs,
     eager_attention_forward,
     init,
-    is_paged,
     logging,
     merge_with_config_defaults,
-    one_cache_keyword,
-    update_cache,
+    takes_cache,
 )
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.logn import logn_scale
@@ -103,7 +102,7 @@ class QWenAttention(nn.Module):
         if query_scale is not None:
             query_states = query_states * query_scale
         if cache is not None:
-            key_states, value_states = update_cache(cache, key_states, value_states, self.layer_idx, kwargs)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -119,7 +118,8 @@ class QWenAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
+        if fully_masked_rows is not None:
+            attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.c_proj(attn_output), attn_weights
 
@@ -214,7 +214,7 @@ class QWenModel(QWenPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -236,7 +236,7 @@ class QWenModel(QWenPreTrainedModel):
             `[batch]`, tokens in the prompt of each row, from which dynamic NTK takes its factor. By default the number
             of tokens at prefill. `generate` sets it; a loop without a cache should.
         """
-        validate_inputs(self.config, input_ids, inputs_embeds, cache)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
@@ -248,7 +248,7 @@ class QWenModel(QWenPreTrainedModel):
         inv_freq = self.rotary_emb.plain
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
         # stays off there; the former lets no prompt in that would need it.
-        is_served = is_paged(cache) or kwargs.get("attention_instances") is not None
+        is_served = isinstance(cache, PAGED_CACHES) or kwargs.get("attention_instances") is not None
         if self.config.use_dynamic_ntk and not self.training and not is_served:
             inv_freq = self.rotary_emb.select(inputs_embeds, attention_mask, position_ids, cache, prompt_lengths)
         # How far the positions reach, where that is known without looking at tensors.
@@ -312,7 +312,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         self.loss_function = causal_lm_loss
         self.post_init()
 
-    @one_cache_keyword
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
