@@ -84,7 +84,8 @@ except ImportError as error:
 
 # What `generate` calls the cache. 5.24 renamed it everywhere.
 CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else "past_key_values"
-CACHE_NAMES = ("cache", "past_key_values")
+OLD_CACHE_NAME = "past_key_values"
+CACHE_NAMES = ("cache", OLD_CACHE_NAME)
 # What PEFT's prompt learning calls it in the inputs of a step. No release of PEFT knows the new name yet.
 _PEFT_CACHE = "past_key_values" if Version(version("peft")) < Version("0.22.dev0") else CACHE
 _RENAMED = CACHE == "past_key_values"

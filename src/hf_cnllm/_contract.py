@@ -146,7 +146,7 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
 
     @_compat.takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
-        cache = kwargs.get("past_key_values") if cache is None else cache  # as `validation.take_cache` does
+        cache = kwargs.get(_compat.OLD_CACHE_NAME) if cache is None else cache  # as `validation.take_cache` does
         batch, length = input_ids.shape
         unknown = [
             name for name, value in kwargs.items() if isinstance(value, _compat.Cache) and name != "past_key_values"
