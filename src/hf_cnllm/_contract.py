@@ -149,7 +149,9 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         cache = kwargs.get(_compat.OLD_CACHE_NAME) if cache is None else cache  # as `validation.take_cache` does
         batch, length = input_ids.shape
         unknown = [
-            name for name, value in kwargs.items() if isinstance(value, _compat.Cache) and name != "past_key_values"
+            name
+            for name, value in kwargs.items()
+            if isinstance(value, _compat.Cache) and name != _compat.OLD_CACHE_NAME
         ]
         if unknown:
             raise TypeError(f"the forward pass gets its cache as `{unknown[0]}`")
