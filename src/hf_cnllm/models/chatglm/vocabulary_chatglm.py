@@ -66,52 +66,43 @@ class ChatGLMVersion(NamedTuple):
         return self.single.partition("$A")[2].strip()
 
 
-_ICE_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-_ICE_SPECIAL = {"bos_token": "<sop>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "[MASK]"}
-_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
+_CHATGLM = ChatGLMVersion(
+    vocab_file=ICE_TEXT,
+    control=("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
+    special_tokens={
+        "bos_token": "<sop>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "[MASK]",
+        "eos_token": "<eop>",
+    },
+    template="chatglm",
+    single="$A [gMASK] <sop>",
+    pair="$A [gMASK] <sop> $B <eop>",
+    input_names=("input_ids", "attention_mask", "position_ids"),
+    cleans_up=True,
+)
+_CHATGLM2 = ChatGLMVersion(
+    vocab_file=TOKENIZER_MODEL,
+    control=("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    special_tokens={"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"},
+    template="chatglm2",
+    single="[gMASK] sop $A",
+    pair="[gMASK] sop $A $B </s>",
+    input_names=("input_ids", "attention_mask", "position_ids"),
+)
 VERSIONS = {
-    "chatglm_early": ChatGLMVersion(
-        vocab_file=ICE_TEXT,
-        control=_ICE_CONTROL,
-        special_tokens={**_ICE_SPECIAL, "eos_token": "</s>"},
-        template="chatglm",
-        single="$A [gMASK] <sop>",
+    "chatglm_early": _CHATGLM._replace(
+        special_tokens=_CHATGLM.special_tokens | {"eos_token": "</s>"},
         pair="$A $B [gMASK] <sop>",
-        input_names=_INPUTS[:2],  # the original gave no mask, so that padding was read as text
+        input_names=("input_ids", "attention_mask"),  # the original gave no mask, so that padding was read as text
         keeps_unknown=True,
+        cleans_up=False,
     ),
-    "chatglm": ChatGLMVersion(
-        vocab_file=ICE_TEXT,
-        control=_ICE_CONTROL,
-        special_tokens={**_ICE_SPECIAL, "eos_token": "<eop>"},
-        template="chatglm",
-        single="$A [gMASK] <sop>",
-        pair="$A [gMASK] <sop> $B <eop>",
-        input_names=_INPUTS,
-        cleans_up=True,
-    ),
-    "chatglm2": ChatGLMVersion(
-        vocab_file=TOKENIZER_MODEL,
-        control=_CONTROL,
-        special_tokens=_SPECIAL,
-        template="chatglm2",
-        single="[gMASK] sop $A",
-        pair="[gMASK] sop $A $B </s>",
-        input_names=_INPUTS,
-    ),
-    "chatglm3": ChatGLMVersion(
-        vocab_file=TOKENIZER_MODEL,
-        control=_CONTROL + ROLES,
-        special_tokens=_SPECIAL,
-        template="chatglm3",
-        single="[gMASK] sop $A",
-        pair="[gMASK] sop $A $B </s>",
-        input_names=_INPUTS,
-        shows_control=True,
-        ignores_unknown_ids=True,
+    "chatglm": _CHATGLM,
+    "chatglm2": _CHATGLM2,
+    "chatglm3": _CHATGLM2._replace(
+        control=_CHATGLM2.control + ROLES, template="chatglm3", shows_control=True, ignores_unknown_ids=True
     ),
 }
 
