@@ -71,6 +71,9 @@ try:
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+    # The halves of `apply_chat_template`: chats are rendered, and encoded in sections of our own.
+    from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
     from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
     from transformers.utils.import_utils import is_tracing
     from transformers.utils.output_capturing import capture_outputs
@@ -240,9 +243,3 @@ else:  # until 5.20: the last positions and a list of positions only
 
 # The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
 SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)
-
-# --- tokenizers -------------------------------------------------------------------------------------------------------
-# Chats are rendered here and encoded in sections by `tokenization.chat_sections`, so the halves of
-# `apply_chat_template` are needed one by one, and no release has them at the top level.
-
-from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template  # noqa: E402

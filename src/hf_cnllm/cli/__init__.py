@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 COMMANDS = {
     # name: (module, what --help says)
     "demo": ("hf_cnllm.demo", "fine-tune a tiny checkpoint, or your own, end to end"),
+    "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
 }
 

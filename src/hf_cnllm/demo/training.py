@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers import GenerationConfig, ProgressCallback, Trainer, TrainingArguments
 
 from ..data.conversations import Conversation
 from .summary import Curve
