@@ -1,9 +1,9 @@
 """What hf_cnllm relies on in transformers, tried out: a release that breaks it ends in an error, never in a wrong token.
 
 transformers promises nothing about the insides that `_compat.py` touches, and a renamed keyword can vanish in somebody's
-`**kwargs` without an error. So when the installed release is newer than the newest tested, the first model that is built
-runs [`broken_promises`]: signatures, and the real functions on tensors of a few numbers, `generate` included. It takes a
-few hundredths of a second. The same check is a test, and part of `hf-cnllm doctor`.
+`**kwargs` without an error. So when the installed release is newer than the newest tested, the first model or tokenizer
+that is made runs [`broken_promises`]: signatures, and the real functions on tensors of a few numbers, `generate`
+included. It takes a few hundredths of a second. The same check is a test, and part of `hf-cnllm doctor`.
 """
 
 import contextlib
@@ -11,10 +11,17 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from types import CodeType
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from . import _compat
 from ._compat import CACHE, INSTALLED, NEWEST_TESTED, PIP_INSTALL, TESTED
@@ -98,12 +105,24 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
         "added_num_tokens",
         "transposed",
     ),
+    (PreTrainedTokenizerFast, "_encode_plus"): ("text", "text_pair", "add_special_tokens"),
+    (PreTrainedTokenizerFast, "_decode"): ("token_ids", "skip_special_tokens"),
+    (PreTrainedTokenizerFast, "_add_tokens"): ("new_tokens", "special_tokens"),
+    (PreTrainedTokenizerFast, "_convert_encoding"): ("encoding",),
+    (PreTrainedTokenizerFast, "_pad"): ("encoded_inputs",),
+    (PreTrainedTokenizerFast, "_save_pretrained"): ("save_directory", "file_names"),
 }
 
-# A private method that a model overrides does nothing once nobody calls it any more.
+# A private method that is overridden here does nothing once nobody calls it any more.
 CALLERS = {
     (PreTrainedModel, "_get_resized_lm_head"): "_resize_token_embeddings",
     (PreTrainedModel, "_init_added_lm_head_weights_with_mean"): "_get_resized_lm_head",
+    (PreTrainedTokenizerFast, "_encode_plus"): "__call__",
+    (PreTrainedTokenizerFast, "_decode"): "decode",
+    (PreTrainedTokenizerFast, "_add_tokens"): "add_tokens",
+    (PreTrainedTokenizerFast, "_convert_encoding"): "_encode_plus",
+    (PreTrainedTokenizerFast, "_pad"): "pad",
+    (PreTrainedTokenizerBase, "_save_pretrained"): "save_pretrained",
 }
 
 
@@ -118,9 +137,15 @@ def _signatures() -> list[str]:
         if found != list(expected):
             broken.append(f"{owner.__name__}.{name} takes {found}, not {list(expected)}")
     for (owner, name), caller in CALLERS.items():
-        if name not in inspect.unwrap(getattr(owner, caller)).__code__.co_names:
+        if name not in _names_in(inspect.unwrap(getattr(owner, caller)).__code__):
             broken.append(f"{owner.__name__}.{caller} no longer calls {name}")
     return broken
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """What a function's code looks up, comprehensions included."""
+    nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names_in, nested))
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

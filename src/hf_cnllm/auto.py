@@ -1,11 +1,13 @@
-"""THE table: which classes serve which `model_type`, and the one function that tells transformers.
+"""THE table: what each family is. Everything that lists families reads it: the auto classes, PEFT's default targets,
+`hf-cnllm info`, `doctor` and `demo`, the model cards and the benchmark.
 
 After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give these classes for the original checkpoints,
 whether or not a script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to
 the checkpoint's code files, for tokenizers when they are found by their class name.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import transformers
 from peft import utils as peft_utils
@@ -14,20 +16,180 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from .models import baichuan, chatglm, glm, qwen
 
 
+class Shape(NamedTuple):
+    """Sizes of a decoder as Llama counts them; `ffn_size` is the width of a gated MLP with three matrices."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    ffn_size: int
+    vocab_size: int
+
+
+class Line(NamedTuple):
+    """One published line of models, as model cards, `info` and the demo name it.
+
+    Attributes:
+        title: the authors' name for it.
+        license: of the original weights, by name; fine-tuned weights remain under it.
+        paper: arXiv identifier of the report that describes it.
+        demo: folder of its tiny checkpoint in `demo/checkpoints`, if the demo has one.
+    """
+
+    title: str
+    license: str
+    paper: str
+    demo: str | None = None
+
+
+class Architecture(NamedTuple):
+    """One kind of network among a family's: what `doctor` checks and the benchmark measures.
+
+    Attributes:
+        fields: the shape, and what makes it this kind, in the words of the family's configuration.
+        prompt_end: the configuration's names of the tokens that end a prompt. Where there are any, the prompt sees
+            itself in both directions.
+    """
+
+    fields: Callable[[Shape], dict[str, Any]]
+    prompt_end: tuple[str, ...] = ()
+
+
 class Family(NamedTuple):
-    """One row: a configuration class, what `AutoModel*` makes of it, its tokenizers, and LoRA's default targets.
+    """One row.
 
     Attributes:
         config: the configuration class; its `model_type` is the key.
         models: name of the auto class -> model class.
         tokenizers: the first is the default for the configuration; all are found by their class names.
         lora_targets: names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`.
+        lines: name -> line.
+        line_of: the name of a configuration's line.
+        architectures: name -> architecture.
+        decisions: what `info` tells about a configuration.
     """
 
     config: type[PreTrainedConfig]
     models: dict[str, type[PreTrainedModel]]
-    tokenizers: tuple[type, ...] = ()
-    lora_targets: tuple[str, ...] = ()
+    tokenizers: tuple[type, ...]
+    lora_targets: tuple[str, ...]
+    lines: dict[str, Line]
+    line_of: Callable[[Any], str]
+    architectures: dict[str, Architecture]
+    decisions: dict[str, Callable[[Any], Any]]
+
+    @property
+    def generates_with(self) -> str:
+        """The auto class that gives the model with its output head."""
+        return next(name for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") if name in self.models)
+
+    def make_config(self, architecture: str, shape: Shape, **overrides: Any) -> PreTrainedConfig:
+        """The configuration of a model of that architecture and shape, with ids of control tokens at the vocabulary's end
+        and 0, 1 and 2 for padding, begin and end otherwise."""
+        return self.config.from_dict(
+            {
+                "vocab_size": shape.vocab_size,
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": shape.heads,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
+            | self.architectures[architecture].fields(shape)
+            | overrides
+        )
+
+
+CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
+CONTROL_IDS = 16  # so many ids at the end of the vocabulary are left to control tokens
+
+
+def _control_ids(shape: Shape) -> dict[str, int]:
+    return {name: shape.vocab_size - CONTROL_IDS + index for index, name in enumerate(CONTROL_TOKENS)}
+
+
+def _baichuan(shape: Shape, position_embedding: str, norm_head: bool) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": shape.layers,
+        "intermediate_size": shape.ffn_size,
+        "position_embedding": position_embedding,
+        "norm_head": norm_head,
+        "model_max_length": 4096,
+    }
+
+
+def _chatglm(shape: Shape) -> dict[str, Any]:
+    ids = _control_ids(shape)
+    return {
+        "architecture": "chatglm",
+        "num_layers": shape.layers,
+        "inner_hidden_size": shape.ffn_size * 3 // 2,  # two matrices with the parameters of three
+        "position_encoding_2d": True,
+        "bos_token_id": ids.pop("sop_token_id"),
+        "eos_token_id": ids.pop("eop_token_id"),
+        **ids,
+    }
+
+
+def _chatglm2(shape: Shape) -> dict[str, Any]:
+    return {
+        "architecture": "chatglm2",
+        "num_layers": shape.layers,
+        "ffn_hidden_size": shape.ffn_size,
+        "kv_channels": shape.hidden_size // shape.heads,
+        "multi_query_attention": True,
+        "multi_query_group_num": min(2, shape.heads),
+        "seq_length": 8192,
+    }
+
+
+def _glm(shape: Shape) -> dict[str, Any]:
+    ids = _control_ids(shape)
+    dropouts = ("embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob")
+    return {
+        "num_layers": shape.layers,
+        "max_sequence_length": 2**15,
+        "eos_token_id": ids["eop_token_id"],
+        **dict.fromkeys(dropouts, 0.0),
+        **ids,
+    }
+
+
+def _qwen(shape: Shape) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": shape.layers,
+        "intermediate_size": 2 * shape.ffn_size,
+        "seq_length": 2048,  # dynamic NTK and LogN act beyond, as in Qwen-7B
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "emb_dropout_prob": 0.0,
+        "attn_dropout_prob": 0.0,
+    }
+
+
+def _chatglm_line(config: Any) -> str:
+    """ChatGLM2 and ChatGLM3 share their architecture; the name the checkpoint was loaded from tells them apart, and
+    `chatglm2` is the answer if it does not."""
+    if config.architecture == "chatglm2" and "chatglm3" in config.name_or_path.lower():
+        return "chatglm3"
+    return config.architecture
+
+
+def _rope_ratio(config: Any) -> str:
+    if config.architecture == "chatglm":
+        return "not used by this architecture"
+    effect = {"base": "multiplies the rotary base", "linear": "divides the positions"}[config.rope_ratio_type]
+    return f"{config.rope_ratio} ({effect}; set rope_ratio_type to change that)"
+
+
+def _learned_prefix(config: Any) -> str:
+    how = "projected by an MLP" if config.prefix_projection else "learned directly"
+    return f"{config.pre_seq_len} positions, {how}" if config.pre_seq_len else "none"
+
+
+def _known_control_tokens(config: Any) -> str:
+    unknown = [name for name in CONTROL_TOKENS if getattr(config, name) is None]
+    return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -42,6 +204,23 @@ FAMILIES: tuple[Family, ...] = (
         },
         tokenizers=(baichuan.BaichuanTokenizer, baichuan.BaiChuanTokenizer),
         lora_targets=("W_pack",),
+        lines={
+            "baichuan": Line(
+                "Baichuan", "Baichuan-7B License or Community License for Baichuan-13B Model", "2309.10305"
+            ),
+            "baichuan2": Line("Baichuan 2", "Community License for Baichuan2 Model", "2309.10305", demo="baichuan"),
+        },
+        line_of=lambda config: "baichuan2" if config.norm_head else "baichuan",
+        architectures={
+            "baichuan-rope": Architecture(lambda shape: _baichuan(shape, "rope", norm_head=False)),
+            "baichuan-alibi": Architecture(lambda shape: _baichuan(shape, "alibi", norm_head=True)),
+        },
+        decisions={
+            "positions": lambda c: {"rope": "RoPE", "alibi": "ALiBi"}[c.position_embedding],
+            "output head": lambda c: "NormHead" if c.norm_head else "linear",
+            "trained length": lambda c: f"{c.max_position_embeddings or c.model_max_length} tokens",
+            "max-z loss weight": lambda c: c.z_loss_weight,
+        },
     ),
     # AutoModel gives the generation model, as the checkpoints' own `auto_map` does.
     Family(
@@ -54,6 +233,27 @@ FAMILIES: tuple[Family, ...] = (
         },
         tokenizers=(chatglm.ChatGLMTokenizer,),
         lora_targets=("query_key_value",),
+        lines={
+            "chatglm": Line("ChatGLM-6B", "ChatGLM-6B License", "2406.12793", demo="chatglm"),
+            "chatglm2": Line("ChatGLM2-6B", "ChatGLM2-6B License", "2406.12793", demo="chatglm2"),
+            "chatglm3": Line("ChatGLM3-6B", "ChatGLM3-6B License", "2406.12793", demo="chatglm3"),
+        },
+        line_of=_chatglm_line,
+        architectures={
+            "chatglm": Architecture(_chatglm, prompt_end=("gmask_token_id", "bos_token_id")),
+            "chatglm2": Architecture(_chatglm2),
+        },
+        decisions={
+            "architecture": lambda c: {
+                "chatglm": "prefix language model, 2-D rotary positions (ChatGLM-6B)",
+                "chatglm2": "causal, multi-query, partial rotary positions (ChatGLM2, ChatGLM3)",
+            }[c.architecture],
+            "rope_ratio": _rope_ratio,
+            "trained length": lambda c: f"{c.max_position_embeddings} tokens",
+            "key/value heads": lambda c: f"{c.num_key_value_heads} of {c.num_attention_heads}",
+            "P-tuning v2 prefix": _learned_prefix,
+            "quantization": lambda c: f"{c.quantization_bit}-bit weights" if c.quantization_bit else "none",
+        },
     ),
     # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are LoRA targets too.
     Family(
@@ -70,6 +270,14 @@ FAMILIES: tuple[Family, ...] = (
             glm.GLMRobertaTokenizer,
         ),
         lora_targets=("query_key_value", "q_proj", "v_proj"),
+        lines={"glm": Line("GLM", "the license stated with the original checkpoint", "2103.10360", demo="glm")},
+        line_of=lambda config: "glm",
+        architectures={"glm": Architecture(_glm, prompt_end=("gmask_token_id", "sop_token_id"))},
+        decisions={
+            "positions": lambda c: "learned, with block positions" if c.block_position_encoding else "learned",
+            "trained length": lambda c: f"{c.max_position_embeddings} tokens",
+            "control tokens": _known_control_tokens,
+        },
     ),
     Family(
         config=qwen.QWenConfig,
@@ -81,8 +289,29 @@ FAMILIES: tuple[Family, ...] = (
         },
         tokenizers=(qwen.QWenTokenizer,),
         lora_targets=("c_attn",),
+        lines={"qwen": Line("Qwen", "Tongyi Qianwen License Agreement", "2309.16609", demo="qwen")},
+        line_of=lambda config: "qwen",
+        architectures={"qwen": Architecture(_qwen)},
+        decisions={
+            "trained length": lambda c: f"{c.seq_length or c.max_position_embeddings} tokens",
+            "dynamic NTK": lambda c: "on" if c.use_dynamic_ntk else "off",
+            "LogN": lambda c: "on" if c.use_logn_attn else "off",
+            "windows": lambda c: "by layer" if c.window_sizes else "none",
+        },
     ),
 )
+
+LINES: dict[str, Line] = {name: line for family in FAMILIES for name, line in family.lines.items()}
+
+
+def family_of(config: PreTrainedConfig) -> Family | None:
+    """The row of a loaded configuration; None if it is of no family here (GLM-4 has the `model_type` of GLM)."""
+    return next((family for family in FAMILIES if isinstance(config, family.config)), None)
+
+
+def family_with(architecture: str) -> Family:
+    """The row that has an architecture of that name."""
+    return next(family for family in FAMILIES if architecture in family.architectures)
 
 
 class TokenizerFoundByName(PreTrainedConfig):
@@ -106,5 +335,4 @@ def register() -> None:
             peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
             peft_utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
         ):
-            if family.lora_targets:
-                targets.setdefault(model_type, list(family.lora_targets))
+            targets.setdefault(model_type, list(family.lora_targets))

@@ -10,6 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
+from .._contract import check_transformers
+
 
 class OriginalVocabularyTokenizer(TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
@@ -43,6 +45,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         tokenizer_object: Tokenizer | None = None,
         **kwargs: Any,
     ):
+        check_transformers()
         # The code files that a checkpoint's auto_map points to are never used, and are not there after saving.
         kwargs.pop("auto_map", None)
         if tokenizer_object is None:
