@@ -202,8 +202,14 @@ class GenerationHooks:
         return super().generate(*args, **kwargs)
 
     @functools.wraps(_GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
+        if self.learned_keys and next_sequence_length is not None and kwargs.get(CACHE) is not None:
+            length = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
+            if next_sequence_length == length - int(kwargs[CACHE].get_seq_length()):
+                next_sequence_length += self.learned_keys  # `generate` took the learned keys for tokens
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         if _PEFT_CACHE != CACHE and CACHE in inputs:
             inputs[_PEFT_CACHE] = inputs.pop(CACHE)
         return inputs

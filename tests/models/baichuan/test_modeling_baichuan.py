@@ -287,7 +287,9 @@ def test_a_mask_that_rope_cannot_follow_is_refused():
 
 def test_continuous_batching_with_alibi_is_refused():
     with pytest.raises(ValueError, match="use `generate` with a padded batch"):
-        load("baichuan2_13b")(torch.ones(1, 4, dtype=torch.long), cache=PagedAttentionCache.__new__(PagedAttentionCache))
+        load("baichuan2_13b")(
+            torch.ones(1, 4, dtype=torch.long), cache=PagedAttentionCache.__new__(PagedAttentionCache)
+        )
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -136,9 +136,7 @@ def test_what_a_call_decides_is_carried_from_then_on(kind):
     decided = rotary.select(prompt, mask, cache=cache)
     assert torch.equal(decided, rotary.for_lengths(torch.tensor([[9], [3]])))
     step = torch.zeros(2, 1, 1)
-    assert (
-        rotary.select(step, torch.ones(2, 10), cache=cache).data_ptr() == carried_inv_freq(cache).data_ptr()
-    )
+    assert rotary.select(step, torch.ones(2, 10), cache=cache).data_ptr() == carried_inv_freq(cache).data_ptr()
     with pytest.raises(ValueError, match="2 sequences, but the inputs are 3"):
         rotary.select(torch.zeros(3, 1, 1), cache=cache)
 

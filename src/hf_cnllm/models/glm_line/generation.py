@@ -111,9 +111,6 @@ class PrefixLMGenerationMixin(GenerationHooks):
             tokens = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
             position_ids = self.positions_of_prompt(input_ids, tokens, check=False)
         kwargs["position_ids"] = position_ids
-        learned_keys = getattr(self.config, "pre_seq_len", None)
-        if learned_keys and next_sequence_length is not None and (past := int(cached_length(kwargs.get(CACHE)))) > 0:
-            next_sequence_length = length - (past - learned_keys)  # `generate` took the learned keys for tokens
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
