@@ -105,7 +105,7 @@ class _PagedCacheUntil523:
         return key, value
 
 
-def update_as_others(pages: PagedAttentionCache) -> Any:
+def update_as_others(pages: Any) -> Any:
     """A paged cache that layers update like every other."""
     return _PagedCacheUntil523(pages) if _RENAMED and isinstance(pages, PagedAttentionCache) else pages
 

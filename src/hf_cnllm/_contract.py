@@ -256,14 +256,15 @@ class _ProbeLayer(_compat.GradientCheckpointingLayer):
 def _checkpointed_layers_drop_the_cache() -> list[str]:
     layer = _ProbeLayer()
     layer.gradient_checkpointing = True
-    layer._gradient_checkpointing_func = lambda function, *args, **kwargs: function(*args)
+    layer.__dict__["_gradient_checkpointing_func"] = lambda function, *args, **kwargs: function(*args)
     with torch.enable_grad():
         kept = layer.train()(torch.zeros(1), cache=_compat.DynamicCache())
     return [] if kept is None else ["GradientCheckpointingLayer keeps the cache while it checkpoints"]
 
 
 def _masks() -> list[str]:
-    config = _ProbeConfig(attn_implementation="sdpa")
+    config = _ProbeConfig()
+    config._attn_implementation = "sdpa"
     inputs, padding = torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 1]])
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     even = torch.arange(4) % 2 == 0
@@ -271,7 +272,7 @@ def _masks() -> list[str]:
     def keys_are_even(batch_idx, head_idx, q_idx, kv_idx):
         return kv_idx % 2 == 0
 
-    cases = (
+    cases: tuple[tuple[str, dict[str, Callable], torch.Tensor], ...] = (
         ("causal and padding", {}, causal & (padding != 0)),
         ("or_mask_function", {"or_mask_function": keys_are_even}, (causal | even) & (padding != 0)),
         ("and_mask_function", {"and_mask_function": keys_are_even}, causal & even & (padding != 0)),
@@ -290,7 +291,7 @@ def _masks() -> list[str]:
 
 def _attention_functions() -> list[str]:
     module = nn.Module()
-    module.layer_idx, module.is_causal, module.num_key_value_groups = 0, True, 1
+    module.__dict__.update(layer_idx=0, is_causal=True, num_key_value_groups=1)
     query, key, value = torch.arange(24.0).view(3, 1, 1, 4, 2).sin()
     visible = torch.ones(4, 4, dtype=torch.bool).tril()
     scores = (query @ key.mT * 0.3).masked_fill(~visible, -torch.inf)

@@ -11,8 +11,8 @@ from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo import pipeline, training
 from hf_cnllm.demo.dataset import SIGN_OFFS, embedded_split, own_split, signed_off, without_sign_off
-from hf_cnllm.demo.families import TINY_FAMILIES, write_tiny_checkpoint
-from hf_cnllm.demo.tasks import task_class_for
+from hf_cnllm.demo.families import LINE_OF, TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.demo.tasks import task_for
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,10 @@ def short():
 
 
 def _tenth(split):
-    for use in ("train", "adapter", "transfer"):
-        setattr(split, use, getattr(split, use)[: len(getattr(split, use)) // 10])
-    return split
+    shortened = {
+        use: getattr(split, use)[: len(getattr(split, use)) // 10] for use in ("train", "adapter", "transfer")
+    }
+    return split._replace(**shortened)
 
 
 def run(family, output, *options):
@@ -106,7 +107,7 @@ def test_every_family(family, short, tmp_path):
 def test_rows_that_pad_the_embedding_have_no_text(family, tmp_path):
     texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
     write_tiny_checkpoint(family, tmp_path / "checkpoint", texts)
-    task_class = task_class_for(AutoConfig.from_pretrained(tmp_path / "checkpoint"))
+    task_class = task_for(AutoConfig.from_pretrained(tmp_path / "checkpoint"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
     model = task_class.auto_class.from_pretrained(tmp_path / "checkpoint")
     task = task_class(tokenizer, model, max_length=64)
@@ -115,6 +116,10 @@ def test_rows_that_pad_the_embedding_have_no_text(family, tmp_path):
     padding = [last] if last >= len(tokenizer) else []
     assert task.texts([word + padding, word]) == ["天空", "天空"]
     assert task.texts(torch.tensor([word + padding])) == ["天空"]
+
+
+def test_the_table_of_families_names_every_tiny_checkpoint():
+    assert set(LINE_OF) == set(TINY_FAMILIES)
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))

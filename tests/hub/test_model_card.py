@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_cnllm.hub.model_card import ORIGINS, fine_tuned_model_card
+from hf_cnllm.auto import LINES
+from hf_cnllm.hub.model_card import fine_tuned_model_card
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -37,7 +38,7 @@ def test_a_card_says_what_was_done(tmp_path):
     assert "| 你好 | a \\| b \\<script\\> |" in read.text
 
 
-def test_weights_of_ones_own_are_under_ones_own_licence():
+def test_weights_of_ones_own_are_under_ones_own_license():
     card = fine_tuned_model_card("Tiny", "qwen")
     assert card.data.license == "apache-2.0" and card.data.base_model is None
     assert "## Samples" not in card.text and "## Training" not in card.text
@@ -52,11 +53,11 @@ def test_an_unknown_family_is_refused():
         fine_tuned_model_card("x", "bloom")
 
 
-@pytest.mark.parametrize("family", sorted(ORIGINS))
+@pytest.mark.parametrize("family", sorted(LINES))
 def test_every_family_has_a_card_for_the_hub(family):
     card = ModelCard.load(CARDS / f"{family}.md")
     assert card.data.library_name == "transformers" and family in card.data.tags and card.data.license == "other"
-    for part in ("import hf_cnllm", "from_pretrained(path", "## Usage", "What differs", "## Licence", "## Limits"):
+    for part in ("import hf_cnllm", "from_pretrained(path", "## Usage", "What differs", "## License", "## Limits"):
         assert part in card.text
     usage = card.text.split("```python\n")[1].split("```")[0]
     compile(usage, family, "exec")

@@ -5,9 +5,12 @@ there on it uses nothing but the public interfaces of transformers and PEFT.
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
-from .families import TINY_FAMILIES
+from .families import OWN_RECIPE, TINY_FAMILIES
+
+POSITIVE = ("epochs", "batch_size", "learning_rate", "max_length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; the exit code is 0 if every check held, else 1."""
-    from .pipeline import DemoOptions, run_demo
+    """Run the demo; the exit code is 0 if every check held, else 1.
 
-    values = {name: value for name, value in vars(args).items() if name in DemoOptions.__dataclass_fields__}
-    return 0 if run_demo(DemoOptions(**values)).passed else 1
+    Raises:
+        ValueError: an option or the data cannot be used.
+        ImportError: a package of the extra `train` is missing.
+        FileExistsError: the output folder must not be replaced.
+    """
+    if (args.model is None) != (args.data is None):
+        missing = "--data FILE.jsonl" if args.data is None else "--model PATH"
+        raise ValueError(f"your own checkpoint and your own data go together: {missing} is missing")
+    recipe = TINY_FAMILIES[args.family].recipe if args.model is None else OWN_RECIPE
+    for name, default in recipe._asdict().items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, default)
+    for name in POSITIVE:
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    args.output = args.output or Path("outputs") / f"demo-{args.family if args.model is None else args.model.name}"
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the loss curve needs matplotlib: pip install "hf-cnllm[train]"')
+    from .pipeline import run_demo
+
+    return 0 if run_demo(args).passed else 1

@@ -2,9 +2,8 @@
 
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..data.conversations import Conversation, ConversationError, load_instructions, read_conversations
 
@@ -12,30 +11,29 @@ SMALLEST_DATA = 8
 SIGN_OFFS = {"zh": "希望对你有帮助。", "en": "Hope this helps!"}
 
 
-@dataclass
-class Split:
+class Split(NamedTuple):
     """Conversations by what they are used for.
 
     Attributes:
         train: full fine-tuning sees them.
         held_out: no training sees them.
         adapter: the adapter is trained on them, for something that full fine-tuning did not teach.
-        transfer: the adapter does not see them, but what it learnt should show on their questions; empty if that
+        transfer: the adapter does not see them, but what it learned should show on their questions; empty if that
             cannot be said of the data.
     """
 
     train: list[Conversation]
     held_out: list[Conversation]
     adapter: list[Conversation]
-    transfer: list[Conversation] = field(default_factory=list)
+    transfer: list[Conversation]
 
 
 def embedded_split(seed: int) -> Split:
     """The embedded instruction set: a twentieth held out; the adapter learns on a quarter to sign off its replies.
 
-    Whether it learnt that and no mere answers is seen on conversations of the other three quarters.
+    Whether it learned that and no mere answers is seen on conversations of the other three quarters.
     """
-    train, held_out = _shuffled_and_cut(load_instructions(), seed, parts=20)
+    train, held_out = _hold_out(load_instructions(), seed)
     quarter = len(train) // 4
     return Split(train, held_out, [signed_off(c) for c in train[:quarter]], train[quarter : 2 * quarter])
 
@@ -47,16 +45,14 @@ def own_split(path: Path, seed: int) -> Split:
         raise ConversationError(
             f"{path}: holds {len(conversations)} conversations, at least {SMALLEST_DATA} are needed"
         )
-    rest, held_out = _shuffled_and_cut(conversations, seed, parts=20)
+    rest, held_out = _hold_out(conversations, seed)
     eighth = max(1, len(rest) // 8)
-    return Split(train=rest[eighth:], held_out=held_out, adapter=rest[:eighth])
+    return Split(rest[eighth:], held_out, rest[:eighth], transfer=[])
 
 
-def _shuffled_and_cut(
-    conversations: Sequence[Conversation], seed: int, parts: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def _hold_out(conversations: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
     shuffled = random.Random(seed).sample(conversations, len(conversations))
-    cut = max(1, len(shuffled) // parts)
+    cut = max(1, len(shuffled) // 20)
     return shuffled[cut:], shuffled[:cut]
 
 

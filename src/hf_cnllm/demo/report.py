@@ -1,87 +1,170 @@
-"""How a run is told: on the terminal, as JSON, as a loss curve and as the model card."""
+"""What a run leaves: the summary of what it measured, on the terminal, as JSON, as a loss curve and as the model card, in
+a folder that appears whole or not at all."""
 
-import importlib.util
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..hub.model_card import fine_tuned_model_card
-from .output import SUMMARY_FILE
-from .summary import Curve, Summary
+from .training import Curve
 
+SUMMARY_FILE = "summary.json"  # written last; it marks a folder as one of ours
 LOSS_CURVE_FILE = "loss.png"
-CARD_FILE = "README.md"
 
 
-def require_matplotlib() -> None:
-    """Say early what will be needed late.
+@dataclass
+class Sample:
+    """A question, the reply in the data, and the model's replies by stage."""
 
-    Raises:
-        ImportError: matplotlib is not installed.
+    question: str
+    expected: str
+    replies: dict[str, str] = field(default_factory=dict)
+
+    def told(self) -> dict[str, str]:
+        """Question and replies on one short line each; untrained models do not stop by themselves."""
+        lines = {name: " ".join(text.split()) for name, text in {"question": self.question, **self.replies}.items()}
+        return {
+            name: line if name == "question" or len(line) <= 72 else line[:71] + "…" for name, line in lines.items()
+        }
+
+
+@dataclass
+class Summary:
+    """Everything that one run measured.
+
+    Attributes:
+        family: the line of models, as model cards name it.
+        checkpoint: where the weights came from.
+        parameters: of the model, without the adapter.
+        conversations: how many, by use.
+        losses: stage -> use -> mean loss over the replies' tokens in nats (with the max-z term, if the family has one).
+        word_for_word: stage -> share of training questions answered exactly as in the data.
+        signed_off: stage -> share of replies with the behavior the adapter was to learn, on questions that it never
+            saw; empty for data that defines no such behavior.
+        merge_difference: largest difference of a logit between the adapter and the merged weights.
+        checks: what has to hold.
+        curves: training -> (step, loss).
+        seconds: stage -> how long it took.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('the loss curve needs matplotlib: pip install "hf-cnllm[train]"')
 
+    family: str
+    checkpoint: str
+    parameters: int
+    conversations: dict[str, int]
+    samples: list[Sample]
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    word_for_word: dict[str, float] = field(default_factory=dict)
+    signed_off: dict[str, float] = field(default_factory=dict)
+    merge_difference: float = float("nan")
+    checks: dict[str, bool] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-def write_report(
-    summary: Summary,
-    folder: Path,
-    *,
-    auto_class: str,
-    tokenizer_class: str,
-    base_model: str | None,
-    training: dict,
-) -> None:
-    """Write the loss curve, the model card and, last, the summary into `folder`."""
-    draw_curves(summary.curves, folder / LOSS_CURVE_FILE)
-    card = fine_tuned_model_card(
-        f"{summary.family}, fine-tuned",
-        summary.family,
-        base_model=base_model,
-        auto_class=auto_class,
-        tokenizer_class=tokenizer_class,
-        model_path="finetuned",
-        training=training,
-        results=summary.results(),
-        samples=[
-            {"question": s.question} | {stage: _shortened(reply) for stage, reply in s.replies.items()}
-            for s in summary.samples
-        ],
-        loss_curve=LOSS_CURVE_FILE,
-    )
-    card.save(folder / CARD_FILE)
-    text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
-    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(self.checks.values())
+
+    def results(self) -> dict[str, str]:
+        """What was measured, name and value, ready to be shown."""
+        difference = "largest difference of a logit, merged against adapter"
+        return {
+            **{
+                f"loss {stage}": ", ".join(f"{use.replace('_', ' ')} {loss:.3f}" for use, loss in losses.items())
+                for stage, losses in self.losses.items()
+            },
+            **{
+                f"training questions answered word for word {stage}": f"{share:.0%}"
+                for stage, share in self.word_for_word.items()
+            },
+            **{
+                f"replies with the adapter's sign-off {stage}": f"{share:.0%}"
+                for stage, share in self.signed_off.items()
+            },
+            difference: f"{self.merge_difference:.1e}",
+            **{claim: "yes" if held else "NO" for claim, held in self.checks.items()},
+        }
+
+    def as_text(self, output: Path) -> str:
+        """Lines for the terminal."""
+        lines = ["", "Samples"]
+        for question, *replies in (sample.told().items() for sample in self.samples):
+            lines += [f"  {question[1]}", *(f"    {stage + ':':<24} {reply}" for stage, reply in replies)]
+        results = self.results()
+        width = max(map(len, results))
+        lines += ["", "What was measured", *(f"  {name:<{width}}  {value}" for name, value in results.items())]
+        return "\n".join([*lines, "", f"Took {sum(self.seconds.values()):.0f} s. Everything is in {output}"])
+
+    def write(self, folder: Path, **card: Any) -> None:
+        """Writes the loss curve, the model card and, last, the summary.
+
+        Args:
+            card: for `fine_tuned_model_card`.
+        """
+        draw_curves(self.curves, folder / LOSS_CURVE_FILE)
+        fine_tuned_model_card(
+            f"{self.family}, fine-tuned",
+            self.family,
+            model_path="finetuned",
+            results=self.results(),
+            samples=[sample.told() for sample in self.samples],
+            loss_curve=LOSS_CURVE_FILE,
+            **card,
+        ).save(folder / "README.md")
+        text = json.dumps({**asdict(self), "passed": self.passed}, ensure_ascii=False, indent=2)
+        (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def draw_curves(curves: dict[str, Curve], path: Path) -> None:
-    """Draw each training's loss by step, side by side, as a PNG."""
+    """Draws each training's loss by step, side by side, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        axes.plot([step for step, _ in curve], [loss for _, loss in curve])
+        axes.plot(*zip(*curve, strict=True))
         axes.set(title=name, xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def as_text(summary: Summary, output: Path) -> str:
-    """The summary as lines for the terminal."""
-    lines = ["", "Samples"]
-    for sample in summary.samples:
-        lines.append(f"  {sample.question}")
-        lines += [f"    {stage + ':':<24} {_shortened(reply)}" for stage, reply in sample.replies.items()]
-    lines += ["", "What was measured"]
-    results = summary.results()
-    width = max(map(len, results))
-    lines += [f"  {name:<{width}}  {value}" for name, value in results.items()]
-    lines += ["", f"Took {sum(summary.seconds.values()):.0f} s. Everything is in {output}"]
-    return "\n".join(lines)
+def check_output(output: Path, overwrite: bool) -> None:
+    """Says before any work starts whether `output` may be written.
+
+    Raises:
+        FileExistsError: it is a file, or a folder with something in it that must not be replaced.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise FileExistsError(f"--output {output} exists and is not a folder; choose another name")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"--output {output} is not empty; choose another folder or add --overwrite")
+    if not (output / SUMMARY_FILE).is_file():
+        raise FileExistsError(
+            f"--output {output} holds no {SUMMARY_FILE}, so no earlier run wrote it; it is not replaced"
+        )
 
 
-def _shortened(reply: str, length: int = 72) -> str:
-    """One line of a reply; untrained models do not stop by themselves."""
-    reply = " ".join(reply.split())
-    return reply if len(reply) <= length else reply[: length - 1] + "…"
+@contextmanager
+def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Gives a temporary folder beside `output` that takes its place on success and is removed otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        staged, old = Path(scratch) / "new", Path(scratch) / "old"
+        staged.mkdir()
+        yield staged
+        check_output(output, overwrite)  # once more: that was minutes ago
+        if output.exists():
+            output.rename(old)
+        try:
+            staged.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise

@@ -15,9 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..auto import family_of
 from ..data.conversations import Conversation, encode_conversation, reply_end_ids, with_system_in_question
 
 Example = dict[str, Any]
+Batch = dict[str, torch.Tensor]
 
 
 class Task(ABC):
@@ -43,11 +45,11 @@ class Task(ABC):
         """One training example."""
 
     @abstractmethod
-    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: list[Example]) -> Batch:
         """A batch of them, with labels."""
 
     @abstractmethod
-    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> dict[str, torch.Tensor]:
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
         """What `generate` takes to answer the last question of each conversation."""
 
     def texts(self, ids: list[list[int]] | torch.Tensor) -> list[str]:
@@ -57,7 +59,7 @@ class Task(ABC):
         return [text.strip() for text in self.tokenizer.batch_decode(known, skip_special_tokens=True)]
 
     def as_generated(self, text: str) -> str:
-        """The text as it would come back from the model: some vocabularies normalise, `，` to `,` for example."""
+        """The text as it would come back from the model: some vocabularies normalize, `，` to `,` for example."""
         return self.texts([self.tokenizer(text, add_special_tokens=False)["input_ids"]])[0]
 
 
@@ -70,32 +72,23 @@ class ChatTask(Task):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.end_token_ids = reply_end_ids(tokenizer, model.generation_config)
-        self.has_system_role = _has_system_role(tokenizer)
         self.pad = DataCollatorForSeq2Seq(tokenizer)
+        try:
+            tokenizer.apply_chat_template([{"role": role, "content": "?"} for role in ("system", "user")])
+            self.messages = list
+        except TemplateError:  # those of ChatGLM-6B and ChatGLM2-6B know no system message
+            self.messages = with_system_in_question
 
     def example(self, conversation: Conversation) -> Example:
-        messages = self._messages(conversation)
-        return encode_conversation(self.tokenizer, messages, self.end_token_ids, self.max_length)
+        return encode_conversation(self.tokenizer, self.messages(conversation), self.end_token_ids, self.max_length)
 
-    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: list[Example]) -> Batch:
         return self.pad(examples)
 
-    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> dict[str, torch.Tensor]:
-        asked = [self._messages(c)[:-1] for c in conversations]
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
+        asked = [self.messages(conversation)[:-1] for conversation in conversations]
         encoded: Any = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
         return dict(self.tokenizer.pad(encoded, padding_side="left", return_tensors="pt"))
-
-    def _messages(self, conversation: Conversation) -> Conversation:
-        return conversation if self.has_system_role else with_system_in_question(conversation)
-
-
-def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template takes a system message (those of ChatGLM-6B and ChatGLM2-6B refuse one)."""
-    try:
-        tokenizer.apply_chat_template([{"role": role, "content": "?"} for role in ("system", "user")])
-    except TemplateError:
-        return False
-    return True
 
 
 class InfillingTask(Task):
@@ -118,31 +111,32 @@ class InfillingTask(Task):
         *context, reply = (message["content"] for message in conversation)
         return {"text": " ".join(context) + self.blank, "target": reply}
 
-    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        texts = self._tokenized([example["text"] for example in examples])
+    def collate(self, examples: list[Example]) -> Batch:
         targets = [example["target"] for example in examples]
-        return dict(self.tokenizer.build_inputs_for_generation(texts, self.half_length, targets=targets))
+        return self._inputs(examples, self.half_length, targets=targets)
 
-    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> dict[str, torch.Tensor]:
-        texts = self._tokenized([self.example(conversation)["text"] for conversation in conversations])
-        return dict(self.tokenizer.build_inputs_for_generation(texts, max_gen_length=max_new_tokens))
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
+        return self._inputs([self.example(conversation) for conversation in conversations], max_new_tokens)
 
-    def _tokenized(self, texts: list[str]) -> Any:
-        # Cut on the left, so that the blank stays.
-        return self.tokenizer(texts, padding=True, truncation=True, max_length=self.half_length, return_tensors="pt")
+    def _inputs(self, examples: list[Example], max_gen_length: int, **targets: list[str]) -> Batch:
+        texts = self.tokenizer(  # cut on the left, so that the blank stays
+            [example["text"] for example in examples],
+            padding=True,
+            truncation=True,
+            max_length=self.half_length,
+            return_tensors="pt",
+        )
+        return dict(self.tokenizer.build_inputs_for_generation(texts, max_gen_length, **targets))
 
 
-def task_class_for(config: PreTrainedConfig) -> type[Task]:
+def task_for(config: PreTrainedConfig) -> type[Task]:
     """The task of a checkpoint, from its configuration.
 
     Raises:
         ValueError: the checkpoint is of no family of this package.
     """
-    if not type(config).__module__.startswith("hf_cnllm."):
+    if (family := family_of(config)) is None:
         raise ValueError(
             f"model_type {config.model_type!r} is served by transformers itself; the demo is for the families here"
         )
-    return _TASKS.get(config.model_type, ChatTask)
-
-
-_TASKS: dict[str, type[Task]] = {"glm": InfillingTask}  # the others chat
+    return next(task for task in (ChatTask, InfillingTask) if task.auto_class.__name__ == family.generates_with)

@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, ProgressCallback, Trainer, TrainingArguments
 
 from ..data.conversations import Conversation
-from .summary import Curve
 from .tasks import Task
 
 MAX_NEW_TOKENS = 64
+
+Curve = list[tuple[int, float]]
 
 
 class QuietProgressCallback(ProgressCallback):
@@ -26,33 +27,27 @@ class QuietProgressCallback(ProgressCallback):
 
 
 def fit(
-    model: nn.Module,
-    task: Task,
-    conversations: Sequence[Conversation],
-    scratch: Path,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    gradient_checkpointing: bool = False,
+    model: nn.Module, task: Task, conversations: Sequence[Conversation], scratch: Path, batch_size: int, **options: Any
 ) -> Curve:
-    """Train `model` in place with AdamW and a cosine schedule; returns (step, training loss) of every step."""
-    arguments = _arguments(
+    """Trains `model` in place with AdamW and a cosine schedule; returns (step, training loss) of every step.
+
+    Args:
+        scratch: a folder for Trainer.
+        options: of `TrainingArguments`.
+    """
+    with _trainer(
+        model,
+        task,
         scratch,
         batch_size,
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
+        {"train_dataset": [task.example(c) for c in conversations]},
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         adam_beta2=0.95,
         weight_decay=0.01,
         logging_steps=1,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
-    with _use_cache_kept(model):
-        trainer = _trainer(model, arguments, task, train_dataset=[task.example(c) for c in conversations])
+        **options,
+    ) as trainer:
         trainer.train()
     return [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
@@ -61,15 +56,18 @@ def mean_loss(
     model: nn.Module, task: Task, conversations: Sequence[Conversation], scratch: Path, batch_size: int
 ) -> float:
     """The model's loss on the conversations, without training."""
-    examples = [task.example(c) for c in conversations]
-    with _use_cache_kept(model):
-        trainer = _trainer(model, _arguments(scratch, batch_size), task, eval_dataset=examples)
+    examples = {"eval_dataset": [task.example(c) for c in conversations]}
+    with _trainer(model, task, scratch, batch_size, examples) as trainer:
         return trainer.evaluate()["eval_loss"]
 
 
-def _arguments(scratch: Path, batch_size: int, **options: Any) -> TrainingArguments:
+@contextmanager
+def _trainer(
+    model: nn.Module, task: Task, scratch: Path, batch_size: int, datasets: dict[str, Any], **options: Any
+) -> Iterator[Trainer]:
+    """Trainer switches `config.use_cache` off for good; a model that is saved afterwards should still generate fast."""
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
@@ -80,33 +78,18 @@ def _arguments(scratch: Path, batch_size: int, **options: Any) -> TrainingArgume
         report_to="none",
         **options,
     )
-
-
-def _trainer(model: nn.Module, arguments: TrainingArguments, task: Task, **datasets: Any) -> Trainer:
+    use_cache = model.config.use_cache
     trainer = Trainer(model, arguments, data_collator=task.collate, **datasets)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgressCallback)
-    return trainer
-
-
-@contextmanager
-def _use_cache_kept(model: nn.Module) -> Iterator[None]:
-    """Trainer switches `config.use_cache` off for good; a model that is saved afterwards should still generate fast."""
-    before = model.config.use_cache
     try:
-        yield
+        yield trainer
     finally:
-        model.config.use_cache = before
+        model.config.use_cache = use_cache
 
 
-def reply(
-    model: Any,
-    task: Task,
-    conversations: Sequence[Conversation],
-    description: str,
-    batch_size: int = 16,
-) -> list[str]:
-    """Answer the last question of each conversation greedily."""
+def reply(model: Any, task: Task, conversations: Sequence[Conversation], description: str) -> list[str]:
+    """Answers the last question of each conversation greedily, 16 at a time."""
     model.eval()
     greedy = GenerationConfig(
         do_sample=False,
@@ -116,8 +99,8 @@ def reply(
         repetition_penalty=1.0,
     )
     replies: list[str] = []
-    for start in tqdm(range(0, len(conversations), batch_size), desc=description, unit="batch"):
-        prompts = task.prompts(conversations[start : start + batch_size], MAX_NEW_TOKENS)
+    for start in tqdm(range(0, len(conversations), 16), desc=description, unit="batch"):
+        prompts = task.prompts(conversations[start : start + 16], MAX_NEW_TOKENS)
         prompts = {name: tensor.to(model.device) for name, tensor in prompts.items()}
         output = model.generate(**prompts, generation_config=greedy)
         replies += task.texts(output[:, prompts["input_ids"].shape[1] :])

@@ -13,7 +13,7 @@ class CheckpointLoadingMixin:
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         check_transformers()
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # PreTrainedModel stands behind
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -112,7 +112,7 @@ class PrefixLMGenerationMixin(GenerationHooks):
             position_ids = self.positions_of_prompt(input_ids, tokens, check=False)
         kwargs["position_ids"] = position_ids
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
+            input_ids,  # type: ignore[arg-type]  # mypy takes the wrapper for a function without self
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
