@@ -41,13 +41,19 @@ def run_demo(args: Namespace) -> Summary:
     ):
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside transformers and PEFT
         run = _Run(args, split, folder, Path(scratch))
-        stages = [
-            *([] if run.own else [run.write_checkpoint]),
-            *(run.load, run.fine_tune, run.save_and_reload, run.train_adapter, run.reload_adapter, run.merge),
-            run.write_report,
-        ]
-        for number, stage in enumerate(stages, start=1):
-            title = (stage.__doc__ or "").format(run=run).rstrip(".")
+        stages = {
+            f"Writing a tiny {args.family} checkpoint in the layout of the Hub": run.write_checkpoint,
+            "Loading it and asking it questions": run.load,
+            f"Full fine-tuning on {len(split.train)} conversations, {args.epochs} epochs": run.fine_tune,
+            "Saving and reloading it": run.save_and_reload,
+            f"LoRA with gradient checkpointing on {len(split.adapter)} conversations": run.train_adapter,
+            "Saving and reloading the adapter": run.reload_adapter,
+            "Merging the adapter": run.merge,
+            "Writing the loss curve, the model card and the summary": run.write_report,
+        }
+        if run.own:
+            del stages[next(iter(stages))]
+        for number, (title, stage) in enumerate(stages.items(), start=1):
             print(f"\n[{number}/{len(stages)}] {title}", flush=True)
             since = time.perf_counter()
             stage()
@@ -57,8 +63,7 @@ def run_demo(args: Namespace) -> Summary:
 
 
 class _Run:
-    """One run: the model and what is known about it so far. Each public method is a stage, and its docstring is what the
-    terminal says about it."""
+    """One run: the model and what is known about it so far. Each public method is a stage."""
 
     def __init__(self, args: Namespace, split: Split, folder: Path, scratch: Path):
         self.args, self.split, self.folder, self.scratch = args, split, folder, scratch
@@ -70,12 +75,10 @@ class _Run:
         self.seconds: dict[str, float] = {}
 
     def write_checkpoint(self) -> None:
-        """Writing a tiny {run.args.family} checkpoint in the layout of the Hub."""
         texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
         write_tiny_checkpoint(self.args.family, Path(self.checkpoint), texts, self.args.seed)
 
     def load(self) -> None:
-        """Loading it and asking it questions."""
         config = AutoConfig.from_pretrained(self.checkpoint)
         self.task_class = task_for(config)
         if hasattr(config, "z_loss_weight"):
@@ -99,13 +102,11 @@ class _Run:
         self._measure("before training", "train", "held_out")
 
     def fine_tune(self) -> None:
-        """Full fine-tuning on {run.summary.conversations[train]} conversations, {run.args.epochs} epochs."""
         self._fit("full fine-tuning", self.split.train, learning_rate=self.args.learning_rate)
         self._measure("after full fine-tuning", "train", "held_out", "adapter")
         self._measure_transfer("after full fine-tuning")
 
     def save_and_reload(self) -> None:
-        """Saving and reloading it."""
         self.model.save_pretrained(self.finetuned)
         self.tokenizer.save_pretrained(self.finetuned)
         trained = self._logits()
@@ -113,7 +114,6 @@ class _Run:
         self._check("reloaded model gives bit-identical logits", torch.equal(trained, self._logits()))
 
     def train_adapter(self) -> None:
-        """LoRA with gradient checkpointing on {run.summary.conversations[adapter]} conversations."""
         self.model.name_or_path = str(self.args.output.resolve() / self.finetuned.name)  # where it is going to be
         self.model = get_peft_model(self.model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         self.model.print_trainable_parameters()
@@ -124,7 +124,6 @@ class _Run:
         self._measure_transfer("with the adapter")
 
     def reload_adapter(self) -> None:
-        """Saving and reloading the adapter."""
         self.model.save_pretrained(str(self.adapter), save_embedding_layers=False)  # they are not adapted
         trained = self._logits()
         self._load(self.finetuned)
@@ -133,7 +132,6 @@ class _Run:
         self._check("reloaded adapter gives bit-identical logits", torch.equal(trained, self.adapter_logits))
 
     def merge(self) -> None:
-        """Merging the adapter."""
         self.model.merge_and_unload().save_pretrained(str(self.merged))
         self.tokenizer.save_pretrained(self.merged)
         self._load(self.merged)
@@ -142,7 +140,6 @@ class _Run:
         self._check("merged model gives the adapter's logits", difference <= MERGE_TOLERANCE)
 
     def write_report(self) -> None:
-        """Writing the loss curve, the model card and the summary."""
         self.summary.write(
             self.folder,
             auto_class=self.task_class.auto_class.__name__,

@@ -75,20 +75,23 @@ class ChatTask(Task):
         self.pad = DataCollatorForSeq2Seq(tokenizer)
         try:
             tokenizer.apply_chat_template([{"role": role, "content": "?"} for role in ("system", "user")])
-            self.messages = list
-        except TemplateError:  # those of ChatGLM-6B and ChatGLM2-6B know no system message
-            self.messages = with_system_in_question
+            self.has_system_role = True
+        except TemplateError:  # those of ChatGLM-6B and ChatGLM2-6B refuse one
+            self.has_system_role = False
 
     def example(self, conversation: Conversation) -> Example:
-        return encode_conversation(self.tokenizer, self.messages(conversation), self.end_token_ids, self.max_length)
+        return encode_conversation(self.tokenizer, self._messages(conversation), self.end_token_ids, self.max_length)
 
     def collate(self, examples: list[Example]) -> Batch:
         return self.pad(examples)
 
     def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
-        asked = [self.messages(conversation)[:-1] for conversation in conversations]
+        asked = [self._messages(conversation)[:-1] for conversation in conversations]
         encoded: Any = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
         return dict(self.tokenizer.pad(encoded, padding_side="left", return_tensors="pt"))
+
+    def _messages(self, conversation: Conversation) -> Conversation:
+        return conversation if self.has_system_role else with_system_in_question(conversation)
 
 
 class InfillingTask(Task):
