@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_cnllm
 from goldens import GOLDENS
+from hf_cnllm.auto import CONTROL_IDS, Shape, family_of
 
 VOCABULARIES = GOLDENS.parent / "tokenizers" / "vocab"
 CHECKPOINTS = {
@@ -74,9 +76,29 @@ def test_importing_prints_nothing_and_needs_no_flash_attention():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_every_public_name_is_there_once():
+    assert len(set(hf_cnllm.__all__)) == len(hf_cnllm.__all__)
+    functions_and_classes = [getattr(hf_cnllm, name) for name in hf_cnllm.__all__ if name != "FAMILIES"]
+    assert all(public.__module__.startswith("hf_cnllm.") for public in functions_and_classes)
+
+
 @pytest.mark.parametrize("family", hf_cnllm.FAMILIES, ids=lambda family: family.config.model_type)
 def test_every_row_of_the_table_is_what_the_auto_classes_give(family):
-    import transformers
-
     for auto_class, model_class in family.models.items():
         assert getattr(transformers, auto_class)._model_mapping[family.config] is model_class
+
+
+@pytest.mark.parametrize("family", hf_cnllm.FAMILIES, ids=lambda family: family.config.model_type)
+def test_every_architecture_of_the_table_is_a_model_of_its_family(family):
+    shape = Shape(hidden_size=32, layers=1, heads=4, ffn_size=48, vocab_size=96)
+    for name, architecture in family.architectures.items():
+        config = family.make_config(name, shape)
+        model = getattr(transformers, family.generates_with).from_config(config)
+        assert family_of(config) is family and family.line_of(config) in family.lines
+        assert isinstance(model, family.models[family.generates_with])
+        ends = [getattr(config, end) for end in architecture.prompt_end]
+        assert all(shape.vocab_size - CONTROL_IDS <= token < shape.vocab_size for token in ends)
+
+
+def test_a_model_of_transformers_is_of_no_family():
+    assert family_of(transformers.GlmConfig()) is None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_cnllm import accelerate
+import hf_cnllm
+from hf_cnllm import use_folded_alibi
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def pair():
     eager = BloomForCausalLM(config).eval()
     fast = BloomForCausalLM(copy.deepcopy(config)).eval()
     fast.load_state_dict(eager.state_dict())
-    return eager, accelerate(fast)
+    return eager, use_folded_alibi(fast)
 
 
 @pytest.mark.parametrize("mask", ["none", "ones", "left", "right", "inside"])
@@ -58,7 +59,7 @@ def test_a_left_padded_batch_generates_its_rows(pair):
 
 
 def test_it_may_be_called_twice_and_saves_as_before(pair, tmp_path):
-    fast = accelerate(pair[1])
+    fast = use_folded_alibi(pair[1])
     fast.save_pretrained(tmp_path)
     again = BloomForCausalLM.from_pretrained(tmp_path)
     assert again.config._attn_implementation == "eager"
@@ -71,4 +72,8 @@ def test_other_models_are_refused():
         LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
     with pytest.raises(TypeError, match="BLOOM"):
-        accelerate(llama)
+        use_folded_alibi(llama)
+
+
+def test_the_name_of_the_first_release_works():
+    assert hf_cnllm.accelerate is use_folded_alibi

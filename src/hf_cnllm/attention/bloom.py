@@ -1,4 +1,4 @@
-"""ALiBi without the bias tensor for transformers' own BLOOM, which has eager attention only. Opt-in: [`accelerate`]."""
+"""ALiBi without the bias tensor for transformers' own BLOOM, which has eager attention only. Opt-in: [`use_folded_alibi`]."""
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class FoldedBloomAttention(BloomAttention):
         return FoldedAlibi(*columns, mask.additive(query.dtype) if mask.past else None)
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def use_folded_alibi(model: nn.Module) -> nn.Module:
     """Gives transformers' BLOOM ALiBi in linear memory, in place; for prefill and training on any device.
 
     Args:
@@ -96,7 +96,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, BloomPreTrainedModel):
         raise TypeError(
-            f"accelerate() is for transformers' BLOOM models, got {type(model).__name__}. The models of hf_cnllm are "
+            f"use_folded_alibi() is for transformers' BLOOM models, got {type(model).__name__}. The models of hf_cnllm are "
             'fast as they are; choose their attention with attn_implementation="sdpa".'
         )
     AttentionInterface.register(NAME, sdpa_attention_forward)
