@@ -31,7 +31,7 @@ try:
     from .models.glm import __all__ as _glm
     from .models.qwen import *  # noqa: F403
     from .models.qwen import __all__ as _qwen
-except ImportError as error:
+except Exception as error:
     if unmet := unmet_requirements():  # half an upgrade is the usual reason
         raise ImportError(f"{error} ({'; '.join(unmet)})") from error
     raise

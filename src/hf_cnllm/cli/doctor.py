@@ -14,14 +14,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
 from .._compat import TESTED, logging
 from .._contract import broken_promises
 from .._stack import LIBRARIES, installed_version, unmet_requirements
+from ..auto import FAMILIES, Family, Shape
 
 TOLERANCE = 2e-5
 NEW_TOKENS = 4
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+
+
+SHAPE = Shape(hidden_size=32, layers=2, heads=4, ffn_size=64, vocab_size=80)
+SPECIAL_FIELDS = {"qwen": {"seq_length": 8}}  # dynamic NTK and LogN act on the prompts here
 
 
 class NotApplicable(Exception):
@@ -29,22 +35,31 @@ class NotApplicable(Exception):
 
 
 class Patient(NamedTuple):
-    """A tiny model and what a prompt of its family ends with.
+    """A tiny model of one architecture."""
 
-    Attributes:
-        make: () -> the model, the same weights every time.
-        prompt_end: a blank and the start token, for the prefix language models.
-        packs: whether restarting `position_ids` separate sequences.
-    """
+    family: Family
+    architecture: str
+    fields: dict[str, Any]
 
-    make: Callable[[], Any]
-    prompt_end: tuple[int, ...] = ()
-    packs: bool = True
+    def make(self) -> Any:
+        """The model, with the same random weights every time; large ones, so that attention makes a difference."""
+        config = self.family.make_config(self.architecture, SHAPE, initializer_range=0.2, **self.fields)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = getattr(transformers, self.family.generates_with).from_config(config)
+        model.generation_config.eos_token_id = None
+        return model.eval()
 
     def prompt(self, length: int) -> torch.Tensor:
         """[1, length] token ids."""
-        body = torch.arange(length - len(self.prompt_end)) * 7 % 40 + 20
-        return torch.cat([body, torch.tensor(self.prompt_end, dtype=torch.long)])[None]
+        config = self.family.make_config(self.architecture, SHAPE)
+        end = [getattr(config, name) for name in self.family.architectures[self.architecture].prompt_end]
+        body = torch.arange(length - len(end)) * 7 % 40 + 20
+        return torch.cat([body, torch.tensor(end, dtype=torch.long)])[None]
+
+    @property
+    def is_prefix_lm(self) -> bool:
+        return bool(self.family.architectures[self.architecture].prompt_end)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,78 +110,11 @@ def versions() -> dict[str, str]:
 
 
 def patients() -> dict[str, Patient]:
-    """The models by name."""
-    from .. import (
-        BaichuanConfig,
-        BaichuanForCausalLM,
-        ChatGLMConfig,
-        ChatGLMForConditionalGeneration,
-        GLMConfig,
-        GLMForConditionalGeneration,
-        QWenConfig,
-        QWenLMHeadModel,
-    )
-
-    common = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 80}
-    llama = common | {"intermediate_size": 64, "num_hidden_layers": 2}
-    glm = common | {"num_layers": 2}
-
-    def seeded(model_class: Callable, config_class: Callable, **fields) -> Callable:
-        def make():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = model_class(config_class(**fields, eos_token_id=None, pad_token_id=0, initializer_range=0.2))
-            model.generation_config.eos_token_id = None
-            return model.eval()
-
-        return make
-
-    chatglm, tokens = (
-        ChatGLMForConditionalGeneration,
-        {"gmask_token_id": 11, "mask_token_id": 10, "smask_token_id": 12},
-    )
+    """A model of every architecture there is, by name."""
     return {
-        "Baichuan, RoPE": Patient(
-            seeded(BaichuanForCausalLM, BaichuanConfig, **llama, position_embedding="rope", norm_head=False)
-        ),
-        "Baichuan, ALiBi, NormHead": Patient(
-            seeded(BaichuanForCausalLM, BaichuanConfig, **llama, position_embedding="alibi", norm_head=True)
-        ),
-        "Qwen, NTK, LogN": Patient(seeded(QWenLMHeadModel, QWenConfig, **llama, seq_length=8)),
-        "ChatGLM-6B": Patient(
-            seeded(
-                chatglm, ChatGLMConfig, **glm, **tokens, architecture="chatglm", inner_hidden_size=64, bos_token_id=14
-            ),
-            prompt_end=(11, 14),
-            packs=False,
-        ),
-        "ChatGLM2, ChatGLM3": Patient(
-            seeded(
-                chatglm,
-                ChatGLMConfig,
-                **glm,
-                architecture="chatglm2",
-                ffn_hidden_size=64,
-                kv_channels=8,
-                multi_query_attention=True,
-                multi_query_group_num=2,
-            )
-        ),
-        "GLM": Patient(
-            seeded(
-                GLMForConditionalGeneration,
-                GLMConfig,
-                **glm,
-                mask_token_id=10,
-                sop_token_id=14,
-                eop_token_id=15,
-                embedding_dropout_prob=0.0,
-                attention_dropout_prob=0.0,
-                output_dropout_prob=0.0,
-            ),
-            prompt_end=(10, 14),
-            packs=False,
-        ),
+        name: Patient(family, name, SPECIAL_FIELDS.get(name, {}))
+        for family in FAMILIES
+        for name in family.architectures
     }
 
 
@@ -235,13 +183,13 @@ def _batch_generation(patient: Patient) -> None:
 
 
 def _packing(patient: Patient) -> None:
-    if not patient.packs:
-        raise NotApplicable("positions have two rows; sequences are packed by numbers in the mask")
     model, first, second = patient.make(), patient.prompt(5), patient.prompt(7)
-    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
-    alone = [model(ids, use_cache=False).logits for ids in (first, second)]
-    same(packed, torch.cat(alone, dim=1))
+    if patient.is_prefix_lm:
+        said = {"attention_mask": torch.tensor([[1] * 5 + [2] * 7])}
+    else:
+        said = {"position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]}
+    packed = model(torch.cat([first, second], dim=1), use_cache=False, **said).logits
+    same(packed, torch.cat([logits_of(model, ids) for ids in (first, second)], dim=1))
 
 
 def _saving(patient: Patient) -> None:
