@@ -175,6 +175,19 @@ class Example(NamedTuple):
     block_positions: list[int]
     labels: list[int]
 
+    @classmethod
+    def of_context(cls, context: Sequence[int]) -> "Example":
+        """A row in which no blank is filled yet."""
+        length = len(context)
+        return cls([*context], [*range(length)], [0] * length, [IGNORED] * length)
+
+    def fill(self, place: int, tokens: Sequence[int], labels: Sequence[int] = (), done: int = 0) -> None:
+        """Writes `tokens` into the blank at `place`, behind `done` others that are in it already."""
+        self.input_ids.extend(tokens)
+        self.positions.extend([place] * len(tokens))
+        self.block_positions.extend(range(done + 1, done + len(tokens) + 1))
+        self.labels.extend(labels)
+
 
 def make_example(
     tokens: Sequence[int],
@@ -201,12 +214,9 @@ def make_example(
     if rng is not None:
         rng.shuffle(blanks)
 
-    example = Example([*context], [*range(len(context))], [0] * len(context), [IGNORED] * len(context))
+    example = Example.of_context(context)
     for place, span in blanks:
-        example.input_ids.extend([control.start, *span])
-        example.positions.extend([place] * (len(span) + 1))
-        example.block_positions.extend(range(1, len(span) + 2))
-        example.labels.extend([*span, control.end])
+        example.fill(place, [control.start, *span], labels=[*span, control.end])
     return example
 
 
@@ -401,15 +411,10 @@ def infill(
     places = [place for place, token in enumerate(context) if token in control.masks.values()]
     if not places:
         raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
-    row = Example(context, [*range(len(context))], [0] * len(context), [])
+    row = Example.of_context(context)
     for place in places:
-        row.input_ids.append(control.start)
-        row.positions.append(place)
-        row.block_positions.append(1)
-        span = _generate_span(model, control, row, max_new_tokens, **generate_kwargs)
-        row.input_ids.extend(span)
-        row.positions.extend([place] * len(span))
-        row.block_positions.extend(range(2, len(span) + 2))
+        row.fill(place, [control.start])
+        row.fill(place, _generate_span(model, control, row, max_new_tokens, **generate_kwargs), done=1)
     filled = restore_text(row.input_ids, row.positions, row.block_positions)
     filled = filled[len(control.before) : len(filled) - len(control.after)]
     return str(tokenizer.decode(filled, skip_special_tokens=True))
