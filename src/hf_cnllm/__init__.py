@@ -4,21 +4,15 @@ Importing this package registers its models and tokenizers, nothing else: origin
 `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`.
 """
 
+from importlib import import_module
+from typing import Any
+
 from ._stack import unmet_requirements
 
 try:
     from . import _compat  # noqa: F401  # before all else: it says so if transformers is too old
     from .attention.bloom import use_folded_alibi
     from .auto import FAMILIES, register
-    from .data.blank_infilling import DataCollatorForBlankInfilling, infill
-    from .data.conversations import (
-        encode_conversation,
-        load_instructions,
-        read_conversations,
-        reply_end_ids,
-        with_system_in_question,
-    )
-    from .hub.model_card import fine_tuned_model_card
     from .loss.causal_lm import causal_lm_loss, chunked_causal_lm_loss
     from .models.baichuan import *  # noqa: F403
     from .models.baichuan import __all__ as _baichuan
@@ -37,29 +31,41 @@ except Exception as error:
     raise
 
 __version__ = "0.1.0"
+# Imported when they are asked for: no model needs them.
+_LATER = {
+    "DataCollatorForBlankInfilling": "data.blank_infilling",
+    "encode_conversation": "data.conversations",
+    "fine_tuned_model_card": "hub.model_card",
+    "infill": "data.blank_infilling",
+    "load_instructions": "data.conversations",
+    "read_conversations": "data.conversations",
+    "reply_end_ids": "data.conversations",
+    "with_system_in_question": "data.conversations",
+}
+
 __all__ = [
     "FAMILIES",
     "ChatGLMQuantizationConfig",
-    "DataCollatorForBlankInfilling",
     "causal_lm_loss",
     "chunked_causal_lm_loss",
-    "encode_conversation",
-    "fine_tuned_model_card",
-    "infill",
-    "load_instructions",
     "load_prefix_encoder",
     "parse_tool_call",
-    "read_conversations",
     "register",
-    "reply_end_ids",
     "use_folded_alibi",
-    "with_system_in_question",
     *_baichuan,
     *_chatglm,
     *_glm,
     *_qwen,
+    *_LATER,
 ]
 
 accelerate = use_folded_alibi  # its name in the first release
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
 
 register()
