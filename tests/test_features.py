@@ -1,4 +1,4 @@
-"""The matrix family × feature: what users of the Hugging Face stack do, on every causal family of the package.
+"""The matrix family × feature: what users of the Hugging Face stack do, on every family of the package.
 
 Each row of `FAMILIES` is a tiny golden checkpoint in the original layout; each test is one feature. What is special to
 one family is in that family's own tests.
@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
@@ -19,10 +19,22 @@ from goldens import GOLDENS
 
 @dataclass(frozen=True)
 class Row:
+    """One family.
+
+    Attributes:
+        prompt_end: what a prompt ends with (ChatGLM-6B generates after [gMASK] <sop>).
+        needs_mask: without an `attention_mask` the model is causal (GLM).
+    """
+
     checkpoint: str
-    # Tokens that a prompt of this family ends with (ChatGLM-6B generates after [gMASK] <sop>).
     prompt_end: tuple[int, ...] = ()
     overrides: dict = field(default_factory=dict)
+    auto_class: type = AutoModelForCausalLM
+    needs_mask: bool = False
+
+
+GLM_TOKENS = {"mask_token_id": 5, "sop_token_id": 6, "eop_token_id": 7, "smask_token_id": 8, "gmask_token_id": 9}
+NO_DROPOUT = {"embedding_dropout_prob": 0.0, "attention_dropout_prob": 0.0, "output_dropout_prob": 0.0}
 
 
 FAMILIES = [
@@ -34,6 +46,9 @@ FAMILIES = [
     Row("chatglm_6b_3layer", prompt_end=(141, 144)),
     Row("chatglm2_6b"),
     Row("chatglm3_6b"),
+    Row(
+        "glm", prompt_end=(9, 6), overrides=GLM_TOKENS | NO_DROPOUT, auto_class=AutoModelForSeq2SeqLM, needs_mask=True
+    ),
 ]
 families = pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.checkpoint)
 # Prefix language models pack by the numbers in the mask, which their own tests show: their positions have two rows.
@@ -46,7 +61,7 @@ NEW_TOKENS = 6
 
 
 def load(row: Row, backend: str = "sdpa", **kwargs):
-    model = AutoModelForCausalLM.from_pretrained(
+    model = row.auto_class.from_pretrained(
         GOLDENS / row.checkpoint, attn_implementation=backend, **row.overrides, **kwargs
     )
     model.generation_config.eos_token_id = None
@@ -72,6 +87,12 @@ def padded_batch(row: Row, side: str) -> tuple[list[torch.Tensor], torch.Tensor,
     return alone, ids, mask
 
 
+def forward(row: Row, model, ids, **kwargs):
+    if row.needs_mask:
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+    return model(ids, **kwargs)
+
+
 def generate(model, ids, **kwargs):
     kwargs.setdefault("attention_mask", torch.ones_like(ids))
     return model.generate(ids, max_new_tokens=NEW_TOKENS, **{"do_sample": False, **kwargs})
@@ -86,7 +107,9 @@ def test_a_padded_batch_gives_the_logits_of_its_rows(row, backend, side):
     alone, ids, mask = padded_batch(row, side)
     logits = model(ids, attention_mask=mask).logits
     for index, single in enumerate(alone):
-        torch.testing.assert_close(logits[index][mask[index] == 1], model(single).logits[0], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            logits[index][mask[index] == 1], forward(row, model, single).logits[0], atol=TOLERANCE, rtol=0
+        )
 
 
 @families
@@ -155,7 +178,8 @@ def test_two_interleaved_generations_do_not_disturb_each_other(row):
 def test_logits_to_keep_keeps_the_last(row):
     model = load(row)
     ids = prompt(row, 9)
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:], atol=TOLERANCE, rtol=0)
+    last = forward(row, model, ids, logits_to_keep=2).logits
+    torch.testing.assert_close(last, forward(row, model, ids).logits[:, -2:], atol=TOLERANCE, rtol=0)
 
 
 @families
@@ -175,7 +199,7 @@ def test_saving_after_use_gives_back_the_checkpoint_bit_for_bit(row, tmp_path):
     assert all("inv_freq" in name or "masked_bias" in name or "logn" in name for name in ignored), ignored
     assert all(torch.equal(saved[name], original[name]) for name in saved)
     assert "auto_map" not in (tmp_path / "config.json").read_text()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = row.auto_class.from_pretrained(tmp_path).eval()
     assert type(again) is type(model)
     assert torch.equal(again(ids).logits, before)
 
@@ -259,9 +283,8 @@ def test_the_forward_pass_compiles_without_a_graph_break(row):
     ids = prompt(row, 9)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(
-            compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=TOLERANCE, rtol=0
-        )
+        logits, expected = (forward(row, run, ids, use_cache=False).logits for run in (compiled, model))
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
 @families
@@ -290,7 +313,7 @@ def test_a_mask_that_does_not_fit_is_refused(row, shape):
 @torch.no_grad()
 def test_a_mask_shorter_than_the_cache_is_refused(row):
     model = load(row)
-    cache = model(prompt(row, 8), use_cache=True).cache
+    cache = forward(row, model, prompt(row, 8), use_cache=True).cache
     with pytest.raises(ValueError, match=r"`attention_mask` has shape .*9"):
         model(torch.tensor([[20]]), attention_mask=torch.ones(1, 4, dtype=torch.long), cache=cache)
 
