@@ -7,7 +7,7 @@ install:
 	.venv/bin/pip install -q -c constraints.txt -e ".[dev]"
 
 test:
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2
 
 lint:
 	$(PYTHON) -m ruff check .

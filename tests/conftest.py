@@ -4,6 +4,8 @@ import os
 # Before anything imports huggingface_hub: no test may reach out.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports torch: models this small are slower on several threads. `pytest -n 2` uses two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
