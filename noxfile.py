@@ -43,7 +43,9 @@ def install(session: nox.Session, *requirements: str) -> None:
 def run_lane(session: nox.Session, name: str) -> None:
     report = REPORTS.resolve() / f"{name}.xml"
     report.unlink(missing_ok=True)
-    session.run("pytest", "-n", "2", "-m", "not slow", f"--junitxml={report}", *lane_files(), *session.posargs, env=OFFLINE)
+    session.run(
+        "pytest", "-n", "2", "-m", "not slow", f"--junitxml={report}", *lane_files(), *session.posargs, env=OFFLINE
+    )
 
 
 @nox.session
