@@ -4,13 +4,14 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
+from hf_cnllm.auto import Shape
+
 from .measure import CLOCKS
-from .subjects import SHAPES, SUBJECTS, Shape
+from .subjects import SHAPES, SUBJECTS
 from .tasks import MODEL_TASKS
 
 START_UP_TASKS = ("tokenizer", "load", "import")
@@ -47,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
 
     shape = parser.add_argument_group("shape of the models (default: small on a CPU, a 7B model's layers on CUDA)")
-    for field in fields(Shape):
-        shape.add_argument("--" + field.name.replace("_", "-"), type=_positive, metavar="N")
+    for name in Shape._fields:
+        shape.add_argument("--" + name.replace("_", "-"), type=_positive, metavar="N")
 
     work = parser.add_argument_group("work")
     for option, default, what in (
@@ -98,8 +99,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _shape(args: argparse.Namespace) -> Shape:
-    given = {field.name: getattr(args, field.name) for field in fields(Shape)}
-    shape = replace(SHAPES[args.device.type], **{name: size for name, size in given.items() if size is not None})
+    given = {name: getattr(args, name) for name in Shape._fields if getattr(args, name) is not None}
+    shape = SHAPES[args.device.type]._replace(**given)
     if shape.hidden_size % (2 * shape.heads):
         raise ValueError(f"--hidden-size {shape.hidden_size} must be a multiple of twice --heads {shape.heads}")
     if shape.vocab_size < 64:

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_cnllm.auto import Shape
+
 from .machine import Machine
-from .subjects import Shape
 from .tasks import Row
 
 COLUMNS = (
@@ -33,7 +34,7 @@ def heading(machine: Machine, shape: Shape, busy: str) -> list[str]:
     lines = [
         f"{machine.name} ({machine.device}, {machine.threads} threads), torch {machine.torch}; {busy}",
         f"matmul {rates}; copy {machine.bandwidth / 1e9:,.0f} GB/s",
-        "models: " + ", ".join(f"{name} {value}" for name, value in asdict(shape).items()),
+        "models: " + ", ".join(f"{name} {value}" for name, value in shape._asdict().items()),
     ]
     if machine.peak_flops:
         lines.append(f"shares are of the data sheet's {machine.peak_flops / 1e12:.0f} TFLOP/s (half precision), ")
@@ -66,7 +67,7 @@ def line(row: Row) -> str:
 def write_json(rows: Sequence[Row], machine: Machine, arguments: dict[str, Any], path: Path) -> None:
     content = {
         "machine": asdict(machine),
-        "arguments": arguments | {"shape": asdict(arguments["shape"])},
+        "arguments": arguments | {"shape": arguments["shape"]._asdict()},
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")

@@ -3,16 +3,17 @@
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from hf_cnllm.auto import Shape
+
 from .machine import Machine, synchronize
 from .measure import CLOCKS, Times, peak_growth, take_turns
 from .subjects import (
-    Shape,
     Subject,
     attention_flops,
     auto_class_for,
@@ -196,7 +197,7 @@ class Bench:
 
     def train(self) -> Iterator[Row]:
         """Forward, backward and AdamW on one sequence, at a vocabulary where the logits weigh."""
-        shape = replace(self.shape, vocab_size=self.work.train_vocab)
+        shape = self.shape._replace(vocab_size=self.work.train_vocab)
         input_ids = self.input_ids(1, self.work.train_tokens, shape)
         chunked = Training(self.build(self.subject.config(shape)), input_ids)
         llama = Training(self.build(llama_config(self.subject, shape)), input_ids)

@@ -15,7 +15,6 @@ from benchmark.measure import Times, peak_growth, take_turns
 from benchmark.runner import main
 from benchmark.subjects import (
     SUBJECTS,
-    Shape,
     attention_flops,
     auto_class_for,
     linear_flops_per_token,
@@ -23,6 +22,7 @@ from benchmark.subjects import (
     weight_bytes,
 )
 from benchmark.tasks import MODEL_TASKS
+from hf_cnllm.auto import Shape
 
 CPU = torch.device("cpu")
 BENCHMARK = Path(__file__).parents[2] / "scripts" / "benchmark"
