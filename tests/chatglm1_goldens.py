@@ -1,5 +1,7 @@
 """Golden cases of ChatGLM-6B, which are worded in the original's way: masks are 4-D and True where masked."""
 
+import copy
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def check_forward(model, case: Case):
     inputs, outputs, atol = case.inputs, case.outputs, tolerance(case)
     ids, real = inputs["input_ids"], real_tokens(model, case)
     if case.name.endswith("_fp16"):
-        model = model.half()
+        model = copy.deepcopy(model).half()
     given = {}
     if "attention_mask" in inputs:
         given = {"attention_mask": ~inputs["attention_mask"], "position_ids": inputs["position_ids"]}

@@ -1,12 +1,11 @@
 """Runs a golden case (tests/fixtures/goldens) on a model of this package and compares it with the original's numbers.
 
-A family's test file parametrises over `golden_cases(...)`, loads the checkpoint through the Auto classes and calls
-`check_case`. Cases that a family words in its own way have their own checks in that family's tests.
+A family's test file parametrizes over `golden_cases(...)`, takes the model from `golden_model` and calls `check_case`. Cases that a family words in its own way have their own checks in that family's tests.
 """
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,22 @@ def golden_cases(*goldens: str, skip: tuple[str, ...] = ()) -> list:
         for name, case in cases_of(golden).items()
         if name not in skip
     ]
+
+
+def golden_model(auto_class, case: Case, backend: str, **overrides):
+    """The checkpoint of a case in eval mode, loaded once for all cases that ask for the same.
+
+    Whoever takes it may switch modes and leave gradients, but not touch weights or configuration.
+    """
+    asked = case.config_overrides | {"attn_implementation": backend} | overrides
+    model = _load(auto_class, case.golden, tuple(sorted(asked.items())))
+    model.zero_grad()
+    return model.eval()
+
+
+@lru_cache(maxsize=24)  # a golden's cases follow one another, on every backend in turn
+def _load(auto_class, golden: str, kwargs: tuple[tuple[str, Any], ...]):
+    return auto_class.from_pretrained(GOLDENS / golden, **dict(kwargs))
 
 
 def assert_close(

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
+from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
 from hf_cnllm.attention.alibi import alibi_bias, alibi_slopes
 from hf_cnllm.models.baichuan.norm_head import NormHead
@@ -35,7 +35,7 @@ def load(name: str, backend: str = "sdpa", **overrides):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", golden_cases(*CHECKPOINTS, skip=SPECIAL_CASES))
 def test_golden(case, backend):
-    check_case(load(case.golden, backend, **case.config_overrides), case)
+    check_case(golden_model(AutoModelForCausalLM, case, backend), case)
 
 
 @pytest.mark.compiled

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import hf_cnllm
-from goldens import BACKENDS, GOLDENS, TOLERANCE, assert_close, cases_of, check_case, golden_cases
+from goldens import BACKENDS, GOLDENS, TOLERANCE, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm._compat import INSTALLED
 from hf_cnllm.models.chatglm import modeling_chatglm2
 from hf_cnllm.models.chatglm.modeling_chatglm2 import RotaryEmbedding
@@ -45,7 +45,7 @@ def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", golden_cases(*CHECKPOINTS, *PTUNING, skip=("rope_table",)))
 def test_golden(case, backend):
-    check_case(load(case.golden, backend, **case.config_overrides), case)
+    check_case(golden_model(AutoModelForCausalLM, case, backend), case)
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *PTUNING])

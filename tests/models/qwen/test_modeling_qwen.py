@@ -26,7 +26,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import logging
 
-from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases
+from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import QWenConfig, QWenLMHeadModel, QWenTokenizer
 from hf_cnllm._compat import CACHE
 
@@ -63,7 +63,7 @@ def generate(model, ids, mask=None, **kwargs):
 def test_golden(case, backend):
     if (case.golden, case.name) == ("qwen_early", "left_padded"):
         return check_the_mask_is_obeyed(case, backend)
-    check_case(load(case.golden, backend, **case.config_overrides), case)
+    check_case(golden_model(AutoModelForCausalLM, case, backend), case)
 
 
 @torch.no_grad()
