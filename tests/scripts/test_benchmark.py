@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 BENCHMARK = Path(__file__).parents[2] / "scripts" / "benchmark"
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "vocab"
 SHAPE = Shape(hidden_size=48, layers=2, heads=4, ffn_size=64, vocab_size=300)
+QUICK = ["baichuan-alibi", "glm"]  # a causal and a prefix model
 SMALL = [
     *("--hidden-size", "48", "--layers", "1", "--heads", "4", "--ffn-size", "64", "--vocab-size", "300"),
     *("--lengths", "16", "48", "--batch-sizes", "2", "--prompt", "6", "--new-tokens", "3"),
@@ -53,7 +54,9 @@ def refused(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "families", [["baichuan-alibi", "glm"], pytest.param(list(SUBJECTS), marks=pytest.mark.slow)], ids=["two", "all"]
+    "families",
+    [QUICK, pytest.param([name for name in SUBJECTS if name not in QUICK], marks=pytest.mark.slow)],
+    ids=["two", "the others"],
 )
 def test_every_task(families, tmp_path, capsys):
     output = tmp_path / "result"
