@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmark.measure import CLOCKS, peak_growth, take_turns
 from hf_cnllm.loss.causal_lm import chunked_causal_lm_loss, reference_causal_lm_loss
-from hf_cnllm.models.baichuan.norm_head import normalize_rows
+from hf_cnllm.loss.norm_head import normalize_rows
 
 
 def other_libraries(hidden_states, weight, labels, normalize, device):

@@ -185,6 +185,14 @@ def test_both_names_of_the_cache_are_one_on_every_release(family, recwarn):
     assert not [warning for warning in recwarn.list if "cache" in str(warning.message)]
     with pytest.raises(TypeError, match="not both"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match="not both"):
+        model.generate(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+    nothing = dict.fromkeys(_compat.CACHE_NAMES)
+    assert model.generate(ids, **nothing, **options).tolist() == expected.tolist()
+    for name, other in zip(_compat.CACHE_NAMES, reversed(_compat.CACHE_NAMES), strict=True):
+        given = DynamicCache(config=model.config)
+        model.generate(ids, **{name: given, other: None}, **options)
+        assert given.get_seq_length() > 0
 
 
 PUBLIC_NAMES = set(dir(transformers))  # which transformers works out anew at every call

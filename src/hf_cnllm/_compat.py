@@ -28,7 +28,6 @@ if INSTALLED < OLDEST:
     raise ImportError(f"hf_cnllm needs transformers {OLDEST} or newer, but {INSTALLED} is installed: {PIP_INSTALL}")
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers import GenerationMixin as _GenerationMixin
     from transformers import initialization as init
     from transformers import masking_utils as _masking
@@ -38,7 +37,6 @@ try:
     from transformers.cache_utils import Cache, DynamicCache
     from transformers.generation.configuration_utils import GenerationMode
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
-    from transformers.generation.streamers import BaseStreamer
     from transformers.integrations.flash_attention import get_target_dtype
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,7 +46,6 @@ try:
         causal_mask_function,
         find_packed_sequence_indices,
         or_masks,
-        padding_mask_function,
     )
     from transformers.modeling_layers import (
         GenericForQuestionAnswering,
@@ -86,12 +83,24 @@ except ImportError as error:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 # What `generate` calls the cache. 5.24 renamed it everywhere.
-CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else "past_key_values"
 OLD_CACHE_NAME = "past_key_values"
 CACHE_NAMES = ("cache", OLD_CACHE_NAME)
+CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else OLD_CACHE_NAME
 # What PEFT's prompt learning calls it in the inputs of a step. No release of PEFT knows the new name yet.
-_PEFT_CACHE = "past_key_values" if Version(version("peft")) < Version("0.22.dev0") else CACHE
-_RENAMED = CACHE == "past_key_values"
+_PEFT_CACHE = OLD_CACHE_NAME if Version(version("peft")) < Version("0.22.dev0") else CACHE
+_RENAMED = CACHE == OLD_CACHE_NAME
+
+
+def pop_cache(arguments: dict[str, Any], cache: Any = None) -> Any:
+    """The one cache among `cache` and what `arguments` hold by either name, which is taken out of them.
+
+    Raises:
+        TypeError: there are two.
+    """
+    given = [value for value in (cache, *(arguments.pop(name, None) for name in CACHE_NAMES)) if value is not None]
+    if len(given) > 1:
+        raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
+    return given[0] if given else None
 
 
 class _PagedCacheUntil523:
@@ -105,9 +114,9 @@ class _PagedCacheUntil523:
         return key, value
 
 
-def update_as_others(pages: Any) -> Any:
+def update_as_others(pages: PagedAttentionCache) -> Any:
     """A paged cache that layers update like every other."""
-    return _PagedCacheUntil523(pages) if _RENAMED and isinstance(pages, PagedAttentionCache) else pages
+    return _PagedCacheUntil523(pages) if _RENAMED else pages
 
 
 # Continuous batching's caches (`generate_batch`), which pack the requests into one row.
@@ -119,7 +128,7 @@ def takes_cache(forward: Callable) -> Callable:
     (until 0.21) look in the signature for the keyword they pass."""
     signature = inspect.signature(forward)
     parameters = [*signature.parameters.values()]
-    parameters.insert(-1, inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None))
+    parameters.insert(-1, inspect.Parameter(OLD_CACHE_NAME, inspect.Parameter.KEYWORD_ONLY, default=None))
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward
 
@@ -196,9 +205,8 @@ class GenerationHooks:
 
     @functools.wraps(_GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        for name in CACHE_NAMES:
-            if name != CACHE and name in kwargs:
-                kwargs[CACHE] = kwargs.pop(name)
+        if (cache := pop_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
         return super().generate(*args, **kwargs)
 
     @functools.wraps(_GenerationMixin.prepare_inputs_for_generation)
@@ -233,6 +241,8 @@ class GenerationHooks:
         return super()._prepare_static_cache(*args, max_cache_len=max_cache_len + self.learned_keys, **kwargs)
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
+        if config._attn_implementation == "flex_attention":
+            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask: the forward pass makes it
         return self.masks_for_generate(config, inputs_embeds, attention_mask, kwargs[CACHE], position_ids)
 
 

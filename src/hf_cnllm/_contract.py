@@ -25,6 +25,7 @@ from transformers import (
 
 from . import _compat
 from ._compat import CACHE, INSTALLED, NEWEST_TESTED, PIP_INSTALL, TESTED
+from .models.validation import take_cache
 
 
 class UnsupportedTransformersError(RuntimeError):
@@ -171,15 +172,8 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
 
     @_compat.takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
-        cache = kwargs.get(_compat.OLD_CACHE_NAME) if cache is None else cache  # as `validation.take_cache` does
+        cache = take_cache(cache, kwargs)
         batch, length = input_ids.shape
-        unknown = [
-            name
-            for name, value in kwargs.items()
-            if isinstance(value, _compat.Cache) and name != _compat.OLD_CACHE_NAME
-        ]
-        if unknown:
-            raise TypeError(f"the forward pass gets its cache as `{unknown[0]}`")
         self.lengths.append(-1 if cache is None else int(cache.get_seq_length()))
         if cache is not None:
             cache.update(torch.zeros(batch, 1, length, 2), torch.zeros(batch, 1, length, 2), 0, kwargs=kwargs)
@@ -235,13 +229,12 @@ def _generation() -> list[str]:
             broken.append(f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})")
         if output.tolist() != [[*row, 1, 1, 1] for row in prompt.tolist()]:
             broken.append(f"`generate` answers {output.tolist()}")
-    given = _compat.DynamicCache(config=_ProbeConfig())
     for name in _compat.CACHE_NAMES:
         probe = _Probe(_ProbeConfig()).eval()
+        given = _compat.DynamicCache(config=_ProbeConfig())
         probe.generate(prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, **{name: given})
         if probe.lengths[0] < 0:
             broken.append(f"`generate` drops `{name}`")
-        given = _compat.DynamicCache(config=_ProbeConfig())
     return broken
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_cnllm.loss.lazy_logits import DeferredTensor, deferred_logits
-from hf_cnllm.models.baichuan.norm_head import NormHead
+from hf_cnllm.loss.norm_head import NormHead
 
 HIDDEN, VOCAB = 8, 21
 HEADS = {

@@ -250,7 +250,7 @@ def prepare_alibi_mask(
     pass is to make it: in prompts, which are not compiled, and for flash and flex attention."""
     if inputs_embeds.shape[1] > 1 or config._attn_implementation not in ("eager", "sdpa"):
         return attention_mask
-    return {PREPARED: create_alibi_mask(config, inputs_embeds, attention_mask, cache)}  # type: ignore[dict-item]
+    return {PREPARED: create_alibi_mask(config, inputs_embeds, attention_mask, cache)}
 
 
 def _is_padding_only(mask: AttentionMask) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models.baichuan.norm_head import inverse_row_norms, normalize_rows
+from .norm_head import inverse_row_norms, normalize_rows
 
 DEFAULT_CHUNK_SIZE = 512
 """Tokens whose logits are held at a time: a quarter of a gigabyte in fp32 at a vocabulary of 125,696."""

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._compat import ForCausalLMLoss, ForMaskedLMLoss, slice_logits_to_keep
-from ..models.baichuan.norm_head import NormHead
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .lazy_logits import deferred_logits
+from .norm_head import NormHead
 
 _SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: False}
 """The loss functions that the chunked form stands in for, and whether they shift the labels."""

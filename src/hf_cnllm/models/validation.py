@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import INSTALLED, PAGED_CACHES, PIP_INSTALL, TESTED, update_as_others
+from .._compat import INSTALLED, PAGED_CACHES, PIP_INSTALL, TESTED, PagedAttentionCache, pop_cache, update_as_others
+
+CACHES = (Cache, *PAGED_CACHES)
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -60,24 +62,21 @@ def validate_inputs(
 
 
 def take_cache(cache: object, kwargs: dict[str, Any]) -> Any:
-    """The cache of a forward pass, by whichever of its names it came: `past_key_values` is taken out of `kwargs`.
+    """The cache of a forward pass, by whichever of its names it came, see [`pop_cache`].
 
     Raises:
         TypeError: a cache came by both, or under another keyword. There it would be ignored, and the answer silently
             wrong: this is how 5.24, which renamed the keyword, broke models that did not know.
     """
-    old = kwargs.pop("past_key_values", None)
-    if cache is not None and old is not None:
-        raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
+    cache = pop_cache(kwargs, cache)
     for name, value in kwargs.items():
-        if isinstance(value, (Cache, *PAGED_CACHES)):
+        if isinstance(value, CACHES):
             raise TypeError(
                 f"the model got a {type(value).__name__} as `{name}`, which it does not know: pass it as `cache`. If "
                 f"this call is transformers' own, its release {INSTALLED} has renamed the argument; hf_cnllm works with "
                 f"{TESTED}: {PIP_INSTALL}"
             )
-    cache = old if cache is None else cache
-    return update_as_others(cache) if isinstance(cache, PAGED_CACHES) else cache
+    return update_as_others(cache) if isinstance(cache, PagedAttentionCache) else cache
 
 
 def check_length(inputs_embeds: Tensor) -> None:

@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
 from hf_cnllm.attention.alibi import alibi_bias, alibi_slopes
-from hf_cnllm.models.baichuan.norm_head import NormHead
+from hf_cnllm.loss.norm_head import NormHead
 
 CHECKPOINTS = ("baichuan_7b", "baichuan_13b", "baichuan2_7b", "baichuan2_13b")
 SPECIAL_CASES = ("alibi", "normhead_eval", "normhead_eval_train_eval")

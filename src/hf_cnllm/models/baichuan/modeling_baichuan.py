@@ -35,12 +35,12 @@ from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_ro
 from ...attention.masks import create_causal_mask, is_packed
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
+from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
 from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
 from ..validation import cached_length, validate_inputs
 from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
-from .norm_head import NormHead, rows_around_mean
 
 
 class BaichuanRMSNorm(LlamaRMSNorm):
@@ -272,7 +272,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama has it
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: BaichuanConfig):
@@ -343,8 +343,6 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         )
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask
         if config.position_embedding == "alibi":
             return prepare_alibi_mask(config, inputs_embeds, attention_mask, cache)
         return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)

@@ -354,7 +354,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
     transformer: ChatGLMModel
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
     _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
-    _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as Llama
+    _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
     def __init__(self, config: ChatGLMConfig):

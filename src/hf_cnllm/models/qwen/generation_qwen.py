@@ -48,8 +48,6 @@ class QWenGenerationMixin(GenerationHooks):
             arguments["prompt_lengths"] = prompt_lengths
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask
         return create_window_masks(
             config,
             inputs_embeds=inputs_embeds,

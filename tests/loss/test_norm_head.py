@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cnllm.models.baichuan.norm_head import EffectiveWeight, NormHead, normalize_rows, rows_around_mean
+from hf_cnllm.loss.norm_head import EffectiveWeight, NormHead, normalize_rows, rows_around_mean
 
 
 @pytest.fixture
