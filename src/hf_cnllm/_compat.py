@@ -218,7 +218,8 @@ class GenerationHooks:
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
-        if _PEFT_CACHE != CACHE and CACHE in inputs:
+        # PEFT's prompt learning puts a method of its own in this one's place, which calls it.
+        if _PEFT_CACHE != CACHE and CACHE in inputs and "prepare_inputs_for_generation" in vars(self):
             inputs[_PEFT_CACHE] = inputs.pop(CACHE)
         return inputs
 

@@ -8,9 +8,8 @@ from transformers import DynamicCache, StaticCache
 
 from hf_cnllm import QWenConfig
 from hf_cnllm.attention.alibi import create_alibi_mask
-from hf_cnllm.attention.masks import as_bool, check_mask, create_causal_mask, make_mask, read_mask
+from hf_cnllm.attention.masks import as_bool, check_mask, create_causal_mask, create_window_masks, make_mask, read_mask
 from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask
-from hf_cnllm.attention.window import create_window_masks
 
 NUMBERS = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 1]])
 

@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_cnllm import QWenConfig
+from hf_cnllm.attention.masks import create_window_masks, mask_name
 from hf_cnllm.attention.reference import attention_reference
-from hf_cnllm.attention.window import create_window_masks, mask_name
 
 WINDOWS = [3, None, 5, 3]
 

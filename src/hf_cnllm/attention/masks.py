@@ -318,6 +318,46 @@ def _causal_block_mask(
     return make_block_mask(and_masks(*functions), mask.batch, mask.query_positions, key_positions)
 
 
+# --- windows, a size of its own for each layer ------------------------------------------------------------------------
+# A layer of window w lets each query see itself and the w - 1 tokens before it. Qwen's long-context recipe gives lower
+# layers shorter windows (Qwen report, arXiv 2309.16609); Longformer (arXiv 2004.05150) is the idea's source. Caches keep
+# the largest size in every windowed layer, so all of them have the same geometry; smaller windows are cut out by their
+# masks, or by the kernel's own window.
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+def mask_name(config: PreTrainedConfig, layer_idx: int) -> str:
+    """Under which name [`create_window_masks`] files the mask of this layer: transformers' for the largest window."""
+    window = config.window_sizes[layer_idx] if config.window_sizes else None
+    if window is None:
+        return FULL
+    return SLIDING if window == config.sliding_window else f"{SLIDING}_{window}"
+
+
+def create_window_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor | BlockMask | None]:
+    """One mask per kind of layer, under its [`mask_name`], in the form that the configured attention backend takes.
+
+    Args:
+        config: a configuration with `window_sizes`; the rest as for [`create_causal_mask`], whose errors it has.
+    """
+    windows = {mask_name(config, layer): window for layer, window in enumerate(config.window_sizes or (None,))}
+    if isinstance(cache, PAGED_CACHES):
+        return dict.fromkeys(windows, create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids))
+    mask = read_mask(inputs_embeds, attention_mask, cache)
+    return {
+        name: make_mask(config, inputs_embeds, mask, cache, position_ids, window=window)
+        for name, window in windows.items()
+    }
+
+
 # --- sequences one by one ---------------------------------------------------------------------------------------------
 
 

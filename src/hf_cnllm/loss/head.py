@@ -17,13 +17,13 @@ def loss_and_logits(
     model: PreTrainedModel,
     head: nn.Linear | NormHead,
     hidden_states: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor,
     logits_to_keep: int | Tensor = 0,
     **loss_kwargs,
-) -> tuple[Tensor | None, Tensor]:
-    """`(loss, logits)` of `head(hidden_states)` under `model.loss_function`; the loss is None without labels.
+) -> tuple[Tensor, Tensor]:
+    """`(loss, logits)` of `head(hidden_states)` under `model.loss_function`.
 
-    In training with labels, where the loss is this package's or transformers' own for causal or masked (unshifted)
+    In training, where the loss is this package's or transformers' own for causal or masked (unshifted)
     language models and the head a plain `nn.Linear` or `NormHead`, the loss is computed in chunks of
     `config.loss_chunk_size` tokens without the logits, and the returned logits are deferred: who reads
     `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who does not never pays
@@ -39,8 +39,7 @@ def loss_and_logits(
     """
     chunk_size = getattr(model.config, "loss_chunk_size", DEFAULT_CHUNK_SIZE)
     if (
-        labels is not None
-        and chunk_size is not None
+        chunk_size is not None
         and isinstance(logits_to_keep, int)
         and logits_to_keep == 0
         and _is_training_step(model)
@@ -61,8 +60,6 @@ def loss_and_logits(
         return loss, deferred_logits(head, hidden_states)
 
     logits = head(slice_logits_to_keep(hidden_states, logits_to_keep))
-    if labels is None:
-        return None, logits
     return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs), logits
 
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import INSTALLED, PAGED_CACHES, PIP_INSTALL, TESTED, PagedAttentionCache, pop_cache, update_as_others
+from .._compat import (
+    INSTALLED,
+    OLD_CACHE_NAME,
+    PAGED_CACHES,
+    PIP_INSTALL,
+    TESTED,
+    PagedAttentionCache,
+    pop_cache,
+    update_as_others,
+)
 
 CACHES = (Cache, *PAGED_CACHES)
 
@@ -68,7 +77,8 @@ def take_cache(cache: object, kwargs: dict[str, Any]) -> Any:
         TypeError: a cache came by both, or under another keyword. There it would be ignored, and the answer silently
             wrong: this is how 5.24, which renamed the keyword, broke models that did not know.
     """
-    cache = pop_cache(kwargs, cache)
+    if OLD_CACHE_NAME in kwargs:
+        cache = pop_cache(kwargs, cache)
     for name, value in kwargs.items():
         if isinstance(value, CACHES):
             raise TypeError(

@@ -28,6 +28,7 @@ from ..._compat import (
     eager_attention_forward,
     init,
     merge_with_config_defaults,
+    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.alibi import ALIBI_MASKS, AlibiMask, alibi_attention, create_alibi_mask, prepare_alibi_mask
@@ -325,15 +326,12 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
             use_cache=use_cache,
             **kwargs,
         )
-        loss, logits = loss_and_logits(
-            self,
-            self.lm_head,
-            outputs.last_hidden_state,
-            labels,
-            logits_to_keep,
-            z_loss_weight=self.config.z_loss_weight,
-            **kwargs,
-        )
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            kwargs = {"z_loss_weight": self.config.z_loss_weight} | kwargs
+            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -34,6 +34,7 @@ from ..._compat import (
     TransformersKwargs,
     Unpack,
     can_return_tuple,
+    slice_logits_to_keep,
     takes_cache,
 )
 from ...loss.head import loss_and_logits
@@ -202,9 +203,11 @@ class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLM
             use_cache=use_cache,
             **kwargs,
         )
-        loss, logits = loss_and_logits(
-            self, self.get_output_embeddings(), outputs.last_hidden_state, labels, logits_to_keep, **kwargs
-        )
+        hidden_states, lm_head = outputs.last_hidden_state, self.get_output_embeddings()
+        if labels is None:
+            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -21,6 +21,7 @@ from ..._compat import (
     eager_attention_forward,
     init,
     merge_with_config_defaults,
+    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.masks import check_mask
@@ -405,7 +406,11 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
             use_cache=use_cache,
             **kwargs,
         )
-        loss, logits = loss_and_logits(self, self.lm_head, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..._compat import CACHE, logging
-from ...attention.window import FULL, SLIDING
+from ...attention.masks import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import CheckpointConfigMixin
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..._compat import CACHE, GenerationHooks
-from ...attention.window import create_window_masks
+from ...attention.masks import create_window_masks
 from ..validation import cached_length
 from .dynamic_ntk import carry
 

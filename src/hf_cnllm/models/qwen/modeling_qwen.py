@@ -26,12 +26,12 @@ from ..._compat import (
     init,
     logging,
     merge_with_config_defaults,
+    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.logn import logn_scale
-from ...attention.masks import check_mask
-from ...attention.window import create_window_masks, mask_name
+from ...attention.masks import create_window_masks, mask_name
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
@@ -239,38 +239,33 @@ class QWenModel(QWenPreTrainedModel):
         cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        batch_size, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
         past_length = cached_length(cache)
-        check_mask(attention_mask, batch_size, past_length, length)
-        inv_freq = self.rotary_emb.plain
+        # How far the positions reach, where that is known without looking at tensors.
+        reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
+        given_position_ids = position_ids
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        masks: Any = attention_mask
+        if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
+            masks = create_window_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        fully_masked_rows = find_padding_in_front(attention_mask, length) if length > 1 else None
+
+        inv_freq = None
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
         # stays off there; the former lets no prompt in that would need it.
         is_served = isinstance(cache, PAGED_CACHES) or kwargs.get("attention_instances") is not None
         if self.config.use_dynamic_ntk and not self.training and not is_served:
-            inv_freq = self.rotary_emb.select(inputs_embeds, attention_mask, position_ids, cache, prompt_lengths)
-        # How far the positions reach, where that is known without looking at tensors.
-        reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+            inv_freq = self.rotary_emb.select(inputs_embeds, attention_mask, given_position_ids, cache, prompt_lengths)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         query_scale = None
         if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
             query_scale = logn_scale(position_ids, self.config.seq_length).to(inputs_embeds.dtype)
-        self._warn_beyond_positions(reach)
-
-        masks: Any = attention_mask
-        if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
-            masks = create_window_masks(
-                self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                cache=cache,
-                position_ids=position_ids,
-            )
-        fully_masked_rows = find_padding_in_front(attention_mask, length)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
+        if reach is not None and reach > self.config.max_position_embeddings:
+            self._warn_beyond_positions()
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.num_hidden_layers]:
             hidden_states = block(
@@ -287,14 +282,13 @@ class QWenModel(QWenPreTrainedModel):
 
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
 
-    def _warn_beyond_positions(self, reach: int | None):
-        limit = self.config.max_position_embeddings
-        if reach is None or reach <= limit or self.config.use_dynamic_ntk or torch.compiler.is_compiling():
-            return
-        logger.warning_once(
-            f"The input goes past `max_position_embeddings` ({limit}), with `use_dynamic_ntk` off: expect worse "
-            "predictions there. Load the model with `use_dynamic_ntk=True` for long inputs."
-        )
+    def _warn_beyond_positions(self):
+        if not self.config.use_dynamic_ntk and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
+                "`use_dynamic_ntk` off: expect worse predictions there. Load the model with `use_dynamic_ntk=True` for "
+                "long inputs."
+            )
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
@@ -354,7 +348,11 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
             prompt_lengths=prompt_lengths,
             **kwargs,
         )
-        loss, logits = loss_and_logits(self, self.lm_head, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
