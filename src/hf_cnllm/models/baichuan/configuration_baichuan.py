@@ -133,6 +133,3 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.z_loss_weight < math.inf:
             raise ValueError(f"`z_loss_weight` must not be negative and must be finite, got {self.z_loss_weight}.")
-
-
-__all__ = ["BaichuanConfig"]

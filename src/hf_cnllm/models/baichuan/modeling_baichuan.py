@@ -44,14 +44,6 @@ from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
 
 
-class BaichuanRMSNorm(LlamaRMSNorm):
-    pass
-
-
-class BaichuanRotaryEmbedding(RotaryEmbedding):
-    pass
-
-
 class BaichuanMLP(nn.Module):
     def __init__(self, config: BaichuanConfig):
         super().__init__()
@@ -122,29 +114,13 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = BaichuanAttention(config, layer_idx)
         self.mlp = BaichuanMLP(config)
-        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | AlibiMask | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            cache=cache,
-            **kwargs,
-        )
-        hidden_states = residual + hidden_states
-
-        residual = hidden_states
-        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
@@ -159,10 +135,7 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": BaichuanDecoderLayer,
-        "attentions": BaichuanAttention,
-    }
+    _can_record_outputs = {"hidden_states": BaichuanDecoderLayer, "attentions": BaichuanAttention}
     # Baichuan-7B stored a buffer that the configuration determines.
     _keys_to_ignore_on_load_unexpected = [r"\.self_attn\.rotary_emb\.inv_freq$"]
 
@@ -176,17 +149,16 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class BaichuanModel(BaichuanPreTrainedModel):
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [BaichuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = None
         if config.position_embedding == "rope":
-            self.rotary_emb = BaichuanRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what Llama shares
+            self.rotary_emb = RotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what Llama shares
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -380,14 +352,3 @@ class BaichuanForTokenClassification(GenericForTokenClassification, BaichuanPreT
 
 
 class BaichuanForQuestionAnswering(GenericForQuestionAnswering, BaichuanPreTrainedModel): ...
-
-
-__all__ = [
-    "BaiChuanForCausalLM",
-    "BaichuanForCausalLM",
-    "BaichuanForQuestionAnswering",
-    "BaichuanForSequenceClassification",
-    "BaichuanForTokenClassification",
-    "BaichuanModel",
-    "BaichuanPreTrainedModel",
-]

@@ -243,6 +243,3 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         for window in self.window_sizes:
             if window is not None and window < 1:
                 raise ValueError(f"`window_sizes` must hold positive numbers or None, got {window}.")
-
-
-__all__ = ["QWenConfig"]

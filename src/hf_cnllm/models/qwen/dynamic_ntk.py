@@ -7,18 +7,17 @@ and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609)
     theta_i  = (base * alpha^(d / (d - 2)))^(-2i / d),   i = 0 ... d/2 - 1
 
 **Where alpha lives.** Keys in a cache have been rotated under some alpha, so the same alpha must rotate everything that
-is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: `carry` turns the
-cache into a subclass of its own class that holds the inverse frequencies of each row and follows what happens to the
-rows (beam search reorders, batch expansion and selection), forgets them on `reset`, and is copied and pickled along.
-A cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however
-far the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk;
-without a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
+is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*, see [`carry`]. A
+cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however far
+the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without
+a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
 
 Only powers of two matter, so the frequencies of every alpha are a small table, made once.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ DOUBLINGS = 24
 
 
 def ntk_alpha(length: int, seq_length: int) -> int:
-    """The factor for a prompt of `length` tokens, as the original code writes it: the reference for the table.
+    """alpha of the formula above for a prompt of `length` tokens.
 
     >>> [ntk_alpha(length, 32) for length in (20, 32, 33, 64, 65, 129)]
     [1, 1, 3, 3, 7, 15]
@@ -54,8 +53,6 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         seq_length: trained length in tokens; None: not known, and no NTK.
     """
 
-    inv_freq: Tensor
-
     def __init__(self, dim: int, base: float, seq_length: int | None = None):
         super().__init__()
         self.dim = dim
@@ -64,9 +61,9 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(self.compute_inv_freq(), persistent=False)
 
     def compute_inv_freq(self) -> Tensor:
-        """(1 or DOUBLINGS + 1, dim / 2): row n holds alpha = 2^(n + 1) - 1, for prompts of at most 2^n S tokens."""
+        """(1 or DOUBLINGS + 1, dim / 2): row n is for prompts of at most 2^n S tokens."""
         rows = 1 if self.seq_length is None or self.dim <= 2 else DOUBLINGS + 1
-        return torch.stack([inverse_frequencies(self.dim, self.base, 2 ** (row + 1) - 1) for row in range(rows)])
+        return torch.stack([inverse_frequencies(self.dim, self.base, ntk_alpha(2**row, 1)) for row in range(rows)])
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -104,8 +101,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
             prompt_lengths: (batch,) or one number: tokens in each row's prompt.
         """
         batch_size, length = inputs_embeds.shape[:2]
-        carried = carried_inv_freq(cache)
-        if carried is not None:
+        if (carried := carried_inv_freq(cache)) is not None:
             if carried.shape[0] != batch_size:
                 raise ValueError(
                     f"`cache` belongs to a generation of {carried.shape[0]} sequences, but the inputs are "
@@ -126,8 +122,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
             # A static cache counts in a tensor, hence no `if`.
-            is_prefill = cache.get_seq_length() == 0
-            lengths = true_lengths(inputs_embeds, attention_mask) * is_prefill
+            lengths = true_lengths(inputs_embeds, attention_mask) * (cache.get_seq_length() == 0)
         inv_freq = self.for_lengths(lengths)
         if cache is not None:
             carry(cache, inv_freq.expand(batch_size, -1, -1))
@@ -174,22 +169,21 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
 
 
 class CarriesNtk:
-    """What `carry` puts in front of a cache's class."""
+    """What [`carry`] puts in front of a cache's class: the inverse frequencies go wherever the cache's rows go."""
 
     ntk_inv_freq: Tensor | None = None
 
     def reorder_cache(self, beam_idx: Tensor):
         super().reorder_cache(beam_idx)
-        self._select_rows(beam_idx)
+        self._change_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     def batch_select_indices(self, indices: Tensor):
         super().batch_select_indices(indices)
-        self._select_rows(indices)
+        self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int):
         super().batch_repeat_interleave(repeats)
-        if self.ntk_inv_freq is not None:
-            self.ntk_inv_freq = self.ntk_inv_freq.repeat_interleave(repeats, dim=0)
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int):
         super().crop(tokens_to_remove)
@@ -200,9 +194,9 @@ class CarriesNtk:
         super().reset()
         self.ntk_inv_freq = None
 
-    def _select_rows(self, indices: Tensor):
+    def _change_rows(self, change: Callable[[Tensor], Tensor]):
         if self.ntk_inv_freq is not None:
-            self.ntk_inv_freq = self.ntk_inv_freq[indices.to(self.ntk_inv_freq.device)]
+            self.ntk_inv_freq = change(self.ntk_inv_freq)
 
     def __reduce__(self):
         return _new_carrying, (type(self).__mro__[2],), self.__dict__
@@ -218,7 +212,11 @@ def _new_carrying(cache_class: type[Cache]) -> Cache:
 
 
 def carry(cache: Cache, inv_freq: Tensor) -> None:
-    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2), and moves its rows along with its own.
+    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
+    along with its rows, forgets them on `reset`, and is copied and pickled with them.
+
+    It is the caller's own object that has to change, whatever its class. A plain attribute would stay behind when rows
+    move, and layers, which move them, know of nothing but keys and values.
 
     Inside a compiled region the class of an object cannot change: there the rows are held, but do not follow. `generate`
     never compiles a step that decides, so this concerns only hand-written loops that compile their prefill.
@@ -229,5 +227,5 @@ def carry(cache: Cache, inv_freq: Tensor) -> None:
 
 
 def carried_inv_freq(cache: Cache | None) -> Tensor | None:
-    """(batch, 1, dim / 2) that `carry` left with `cache`; None: nothing, its prompt was within the trained length."""
+    """(batch, 1, dim / 2) that [`carry`] left with `cache`; None: nothing, its prompt was within the trained length."""
     return getattr(cache, "ntk_inv_freq", None)
