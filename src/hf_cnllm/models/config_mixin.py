@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 class CheckpointConfigMixin:
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and writes no pointers to remote code."""

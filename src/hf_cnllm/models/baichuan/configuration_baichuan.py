@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
-from ..config_mixin import CheckpointConfigMixin
+from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
 NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
 
@@ -117,10 +117,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        self.check_positive(
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        )
-        self.check_positive("max_position_embeddings", "model_max_length", "loss_chunk_size")
+        self.check_positive(*COMMON_SIZES, "max_position_embeddings", "model_max_length", "loss_chunk_size")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from ..._compat import CACHE, logging
 from ...attention.masks import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
-from ..config_mixin import CheckpointConfigMixin
+from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
 logger = logging.get_logger(__name__)
 
@@ -206,13 +206,10 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        self.check_positive(
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        )
-        self.check_positive("kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base")
+        self.check_positive(*COMMON_SIZES, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base")
         if self.intermediate_size % 2 != 0:
             raise ValueError(
-                f"`intermediate_size` ({self.intermediate_size}) must be even: it is twice the feed-forward width."
+                f"`intermediate_size` ({self.intermediate_size}) must be even: it is twice the MLP's width."
             )
         if not 0 < self.rotary_pct <= 1:
             raise ValueError(f"`rotary_pct` must be in (0, 1], got {self.rotary_pct}.")
@@ -223,23 +220,18 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
                 f"dimensions. It must be at least {smallest} (3 with `use_dynamic_ntk`), and an odd number needs one more "
                 "to pair with."
             )
-        self._validate_long_context()
-        if sum(getattr(self, flag) for flag in DTYPE_FLAGS) > 1:
-            raise ValueError("Only one of `bf16`, `fp16` and `fp32` can be true.")
-
-    def _validate_long_context(self):
         for switch in LONG_CONTEXT_SWITCHES:
             if getattr(self, switch) and self.seq_length is None:
                 raise ValueError(f"`{switch}` is on, but `seq_length`, the trained length, is missing. Set it.")
         if self.use_logn_attn and self.seq_length < 2:
             raise ValueError(f"`use_logn_attn` needs a `seq_length` of at least 2, got {self.seq_length}.")
-        if self.window_sizes is None:
-            return
-        if len(self.window_sizes) != self.num_hidden_layers:
+        if self.window_sizes is not None and len(self.window_sizes) != self.num_hidden_layers:
             raise ValueError(
                 f"`window_sizes` has {len(self.window_sizes)} entries, but there are {self.num_hidden_layers} layers "
                 "(`num_hidden_layers`). Give one entry per layer, None for full attention."
             )
-        for window in self.window_sizes:
+        for window in self.window_sizes or ():
             if window is not None and window < 1:
                 raise ValueError(f"`window_sizes` must hold positive numbers or None, got {window}.")
+        if sum(getattr(self, flag) for flag in DTYPE_FLAGS) > 1:
+            raise ValueError("Only one of `bf16`, `fp16` and `fp32` can be true.")

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-DOUBLINGS = 24
-"""Rows of the frequency table after the first: prompts up to 2^24 times the trained length are told apart."""
+DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
 
 
 def ntk_alpha(length: int, seq_length: int) -> int:
@@ -101,12 +100,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
             prompt_lengths: (batch,) or one number: tokens in each row's prompt.
         """
         batch_size, length = inputs_embeds.shape[:2]
-        if (carried := carried_inv_freq(cache)) is not None:
-            if carried.shape[0] != batch_size:
-                raise ValueError(
-                    f"`cache` belongs to a generation of {carried.shape[0]} sequences, but the inputs are "
-                    f"{batch_size}. Pass the cache of these sequences, or change its rows with its own methods."
-                )
+        if (carried := getattr(cache, "ntk_inv_freq", None)) is not None:
             return carried
         if prompt_lengths is not None:
             lengths = torch.as_tensor(prompt_lengths, device=inputs_embeds.device).reshape(-1, 1)
@@ -199,7 +193,9 @@ class CarriesNtk:
             self.ntk_inv_freq = change(self.ntk_inv_freq)
 
     def __reduce__(self):
-        return _new_carrying, (type(self).__mro__[2],), self.__dict__
+        plain = object.__new__(type(self).__mro__[2])
+        vars(plain).update(vars(self))
+        return carry, (plain, self.ntk_inv_freq)
 
 
 @functools.cache
@@ -207,11 +203,7 @@ def _carrying(cache_class: type[Cache]) -> type[Cache]:
     return type(f"Ntk{cache_class.__name__}", (CarriesNtk, cache_class), {})
 
 
-def _new_carrying(cache_class: type[Cache]) -> Cache:
-    return object.__new__(_carrying(cache_class))  # type: ignore[arg-type]  # mypy: classes are not hashable
-
-
-def carry(cache: Cache, inv_freq: Tensor) -> None:
+def carry(cache: Cache, inv_freq: Tensor | None) -> Cache:
     """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
     along with its rows, forgets them on `reset`, and is copied and pickled with them.
 
@@ -222,10 +214,6 @@ def carry(cache: Cache, inv_freq: Tensor) -> None:
     never compiles a step that decides, so this concerns only hand-written loops that compile their prefill.
     """
     if not isinstance(cache, CarriesNtk) and not torch.compiler.is_compiling():
-        cache.__class__ = _carrying(type(cache))  # type: ignore[arg-type]
+        cache.__class__ = _carrying(type(cache))  # type: ignore[arg-type]  # mypy: classes are not hashable
     cache.ntk_inv_freq = inv_freq
-
-
-def carried_inv_freq(cache: Cache | None) -> Tensor | None:
-    """(batch, 1, dim / 2) that [`carry`] left with `cache`; None: nothing, its prompt was within the trained length."""
-    return getattr(cache, "ntk_inv_freq", None)
+    return cache

@@ -6,7 +6,6 @@ import torch
 
 from ..._compat import CACHE, GenerationHooks
 from ...attention.masks import create_window_masks
-from ..validation import cached_length
 from .dynamic_ntk import carry
 
 
@@ -18,15 +17,13 @@ class QWenGenerationMixin(GenerationHooks):
 
     def add_generation_arguments(self, input_ids, arguments):
         """How long each prompt is, from which dynamic NTK takes its factor."""
-        starts = int(cached_length(arguments.get(CACHE))) == 0
-        if not (self.config.use_dynamic_ntk and starts and arguments.get("prompt_lengths") is None):
-            return
-        prompts = arguments.get("inputs_embeds")
-        batch_size, length = (input_ids if prompts is None else prompts).shape[:2]
-        mask = arguments.get("attention_mask")
-        if mask is None:
-            arguments["prompt_lengths"] = torch.full((batch_size,), length, device=input_ids.device)
-        else:
+        cache = arguments.get(CACHE)
+        starts = cache is None or int(cache.get_seq_length()) == 0
+        if self.config.use_dynamic_ntk and starts and arguments.get("prompt_lengths") is None:
+            mask = arguments.get("attention_mask")
+            if mask is None:
+                prompts = arguments.get("inputs_embeds", input_ids)
+                mask = input_ids.new_ones(prompts.shape[:2])
             arguments["prompt_lengths"] = (mask != 0).sum(-1)
 
     def prepare_cache(self, arguments, is_assisted):
@@ -48,13 +45,7 @@ class QWenGenerationMixin(GenerationHooks):
             arguments["prompt_lengths"] = prompt_lengths
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        return create_window_masks(
-            config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
+        return create_window_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
     def init_continuous_batching(self, *args, workload_hints=None, **kwargs):
         """As transformers', for what it can serve right: it packs requests into one row and does not say where their
