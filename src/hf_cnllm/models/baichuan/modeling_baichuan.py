@@ -94,14 +94,7 @@ class BaichuanAttention(nn.Module):
         if isinstance(attention_mask, ALIBI_MASKS):
             attention_interface = alibi_attention(backend)
         attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
         if fully_masked_rows is not None:
             attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
@@ -277,18 +270,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
             Token ids, −100 where nothing is to be learned. The loss is cross entropy plus `config.z_loss_weight` times
             the max-z loss, see [`~hf_cnllm.loss.causal_lm.causal_lm_loss`].
-
-        Example:
-
-        ```python
-        >>> import hf_cnllm
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        >>> model = AutoModelForCausalLM.from_pretrained("baichuan-inc/Baichuan2-7B-Base")
-        >>> tokenizer = AutoTokenizer.from_pretrained("baichuan-inc/Baichuan2-7B-Base")
-        >>> inputs = tokenizer("登鹳雀楼->王之涣\n夜雨寄北->", return_tensors="pt")
-        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0])
-        ```"""
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

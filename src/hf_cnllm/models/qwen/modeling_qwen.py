@@ -118,10 +118,9 @@ class QWenAttention(nn.Module):
         rotated = cos.shape[-1]
         if rotated == self.head_dim:
             return apply_rotary_pos_emb(query, key, cos, sin)
-        query, query_rest = query.split([rotated, self.head_dim - rotated], dim=-1)
-        key, key_rest = key.split([rotated, self.head_dim - rotated], dim=-1)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        return torch.cat((query, query_rest), dim=-1), torch.cat((key, key_rest), dim=-1)
+        rotated_query, rotated_key = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
+        query = torch.cat((rotated_query, query[..., rotated:]), dim=-1)
+        return query, torch.cat((rotated_key, key[..., rotated:]), dim=-1)
 
 
 class QWenBlock(GradientCheckpointingLayer):
@@ -283,22 +282,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
-        position_ids (`torch.LongTensor`, *optional*):
+        position_ids, prompt_lengths (*optional*):
             As in [`QWenModel`].
-        prompt_lengths (`torch.LongTensor` or `int`, *optional*):
-            As in [`QWenModel`].
-
-        Example:
-
-        ```python
-        >>> import hf_cnllm
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen-1_8B")
-        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen-1_8B")
-        >>> inputs = tokenizer("蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是", return_tensors="pt")
-        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0])
-        ```"""
+        """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
