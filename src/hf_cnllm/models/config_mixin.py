@@ -35,6 +35,23 @@ class CheckpointConfigMixin:
         """The field that `key` is another name of, or `key` itself."""
         return cls.attribute_map.get(key, key)
 
+    @classmethod
+    def check_aliases(cls, values: dict[str, Any]) -> None:
+        """Refuses two values of one field under different names.
+
+        Raises:
+            ValueError: naming the field and its other names.
+        """
+        fields: dict[str, Any] = {}
+        for key, value in values.items():
+            field = cls.field_name(key)
+            if fields.setdefault(field, value) != value:
+                raise ValueError(
+                    f"The configuration contradicts itself: `{field}` has two values, {fields[field]} and {value}, one "
+                    f"of them under another name ({', '.join(k for k, v in cls.attribute_map.items() if v == field)}). "
+                    "Keep one."
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, without `auto_map`: the code files it points to are not saved with the model."""
         output = super().to_dict()

@@ -12,7 +12,6 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from hf_cnllm.models.qwen.dynamic_ntk import (
     DOUBLINGS,
     DynamicNtkRotaryEmbedding,
-    carried_inv_freq,
     carry,
     inverse_frequencies,
     ntk_alpha,
@@ -98,7 +97,7 @@ def filled_cache(kind: str):
 
 def assert_rows(cache, rows):
     """Keys and frequencies were both filled with the number of their row."""
-    assert carried_inv_freq(cache)[:, 0, 0].tolist() == rows
+    assert cache.ntk_inv_freq[:, 0, 0].tolist() == rows
     assert cache.layers[0].keys[:, 0, 0, 0].tolist() == rows
 
 
@@ -121,9 +120,9 @@ def test_frequencies_follow_the_rows_of_the_cache(kind):
         cache.crop(-2)
         assert_rows(cache, [2, 0])
         cache.crop(-3)
-        assert carried_inv_freq(cache) is None
+        assert cache.ntk_inv_freq is None
     cache.reset()
-    assert carried_inv_freq(cache) is None and carried_inv_freq(None) is None
+    assert cache.ntk_inv_freq is None
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -136,9 +135,7 @@ def test_what_a_call_decides_is_carried_from_then_on(kind):
     decided = rotary.select(prompt, mask, cache=cache)
     assert torch.equal(decided, rotary.for_lengths(torch.tensor([[9], [3]])))
     step = torch.zeros(2, 1, 1)
-    assert rotary.select(step, torch.ones(2, 10), cache=cache).data_ptr() == carried_inv_freq(cache).data_ptr()
-    with pytest.raises(ValueError, match="2 sequences, but the inputs are 3"):
-        rotary.select(torch.zeros(3, 1, 1), cache=cache)
+    assert rotary.select(step, torch.ones(2, 10), cache=cache) is cache.ntk_inv_freq
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -162,23 +162,11 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        for values in (config_dict, kwargs):
-            cls._refuse_two_values(values)
+        cls.check_aliases(config_dict)
+        cls.check_aliases(kwargs)
         if DTYPE_FLAGS.keys() & kwargs.keys():
             config_dict = {key: value for key, value in config_dict.items() if key not in ("dtype", *DTYPE_FLAGS)}
         return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def _refuse_two_values(cls, values: dict[str, Any]):
-        fields: dict[str, Any] = {}
-        for key, value in values.items():
-            field = cls.field_name(key)
-            if fields.setdefault(field, value) != value:
-                raise ValueError(
-                    f"The configuration contradicts itself: `{field}` has two values, {fields[field]} and {value}, one "
-                    f"of them under another name ({', '.join(k for k, v in cls.attribute_map.items() if v == field)}). "
-                    "Keep one."
-                )
 
     @property
     def layer_types(self) -> list[str]:

@@ -88,20 +88,20 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         cache: Cache | None = None,
         prompt_lengths: Tensor | int | None = None,
     ) -> Tensor:
-        """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2).
+        """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2), which `cache` carries from now on.
 
         In this order: those that the cache carries; those of `prompt_lengths`; the plain ones for a call that fits the
         trained length, or that continues a cache which carries nothing; else this is the prefill of a long prompt, and
-        they follow from its true lengths. What is decided here is carried by the cache from now on.
+        they follow from its true lengths.
 
         Args:
             inputs_embeds: (batch, length, hidden).
-            attention_mask, position_ids: what the caller gave, see `true_lengths`.
+            attention_mask, position_ids: what the caller gave, see [`true_lengths`].
             prompt_lengths: (batch,) or one number: tokens in each row's prompt.
         """
-        batch_size, length = inputs_embeds.shape[:2]
         if (carried := getattr(cache, "ntk_inv_freq", None)) is not None:
             return carried
+        batch_size, length = inputs_embeds.shape[:2]
         if prompt_lengths is not None:
             lengths = torch.as_tensor(prompt_lengths, device=inputs_embeds.device).reshape(-1, 1)
             if lengths.shape[0] not in (1, batch_size):
@@ -207,8 +207,8 @@ def carry(cache: Cache, inv_freq: Tensor | None) -> Cache:
     """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
     along with its rows, forgets them on `reset`, and is copied and pickled with them.
 
-    It is the caller's own object that has to change, whatever its class. A plain attribute would stay behind when rows
-    move, and layers, which move them, know of nothing but keys and values.
+    The caller's own object has to change, whatever its class: a plain attribute would stay behind when rows move, and
+    the layers, which move them, know of keys and values only.
 
     Inside a compiled region the class of an object cannot change: there the rows are held, but do not follow. `generate`
     never compiles a step that decides, so this concerns only hand-written loops that compile their prefill.
