@@ -68,3 +68,15 @@ class CheckpointConfigMixin:
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise ValueError(f"`{field}` must be a positive number, got {value}.")
+
+    def check_whole_heads(self) -> None:
+        """Refuses a `hidden_size` that heads cannot share evenly.
+
+        Raises:
+            ValueError: naming both fields.
+        """
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )

@@ -19,7 +19,8 @@ def test_every_original_key_is_read():
     config = AutoConfig.from_pretrained(GOLDENS / "qwen_72b")
     assert config.rope_theta == config.rotary_emb_base == 1_000_000
     assert (config.use_dynamic_ntk, config.use_flash_attn, config.onnx_safe) == (False, False, None)
-    assert AutoConfig.from_pretrained(GOLDENS / "qwen_72b", rotary_emb_base=500).rope_theta == 500
+    for name in ("rotary_emb_base", "rope_theta"):
+        assert AutoConfig.from_pretrained(GOLDENS / "qwen_72b", **{name: 500}).rope_theta == 500
     assert QWenConfig(vocab_size=151_851, padded_vocab_size=151_936).vocab_size == 151_936
 
 

@@ -118,11 +118,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
         self.check_positive(*COMMON_SIZES, "max_position_embeddings", "model_max_length", "loss_chunk_size")
-        if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        self.check_whole_heads()
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding == "rope" and head_dim % 2 != 0:
             raise ValueError(

@@ -118,7 +118,6 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
 
 class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: BaichuanConfig
-    config_class = BaichuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanDecoderLayer"]

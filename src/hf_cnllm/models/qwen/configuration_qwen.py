@@ -177,8 +177,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     @property
     def sliding_window(self) -> int | None:
         """The largest of `window_sizes`: the number of tokens that a windowed layer's cache keeps."""
-        windows = [window for window in self.window_sizes or () if window is not None]
-        return max(windows) if windows else None
+        return max(filter(None, self.window_sizes or ()), default=None)
 
     @sliding_window.setter
     def sliding_window(self, window: int | None):

@@ -52,6 +52,8 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         seq_length: trained length in tokens; None: not known, and no NTK.
     """
 
+    inv_freq: Tensor
+
     def __init__(self, dim: int, base: float, seq_length: int | None = None):
         super().__init__()
         self.dim = dim
@@ -123,11 +125,9 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         return inv_freq
 
     @torch.no_grad()
-    def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         """(batch or 1, length) positions and what `select` returned -> cos and sin, (batch or 1, length, dim)."""
-        angles = position_ids[..., None].float() * (self.plain if inv_freq is None else inv_freq)
+        angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 

@@ -140,7 +140,6 @@ class QWenBlock(GradientCheckpointingLayer):
 
 class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: QWenConfig
-    config_class = QWenConfig
     base_model_prefix = "transformer"
     _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
@@ -216,7 +215,7 @@ class QWenModel(QWenPreTrainedModel):
             masks = create_window_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         fully_masked_rows = find_padding_in_front(attention_mask, length) if length > 1 else None
 
-        inv_freq = None
+        inv_freq = self.rotary_emb.plain
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
         # stays off there; the former lets no prompt in that would need it.
         is_served = isinstance(cache, PAGED_CACHES) or kwargs.get("attention_instances") is not None
