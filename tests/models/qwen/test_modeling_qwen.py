@@ -79,7 +79,7 @@ def test_an_odd_number_of_rotated_dimensions_is_completed_to_pairs():
     a, b, rest = query.split([3, 3, 10], dim=-1)
     expected = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], dim=-1)
     rotary, attention = model.transformer.rotary_emb, model.transformer.h[0].attn
-    rotated = attention._rotate(query, query, *rotary(query, torch.arange(7)[None], rotary.plain))
+    rotated = attention._rotate(query, query, *rotary(query, torch.arange(7)[None], rotary.plain_inv_freq))
     assert_close(rotated[0], expected)
     with torch.no_grad():
         assert model(torch.randint(0, 151, (1, 70))).logits.isfinite().all()

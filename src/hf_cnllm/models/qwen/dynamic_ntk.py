@@ -7,8 +7,8 @@ and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609)
     theta_i  = (base * alpha^(d / (d - 2)))^(-2i / d),   i = 0 ... d/2 - 1
 
 **Where alpha lives.** Keys in a cache have been rotated under some alpha, so the same alpha must rotate everything that
-is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*, see [`carry`]. A
-cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however far
+is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: [`carry_inv_freq`].
+A cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however far
 the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without
 a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
 
@@ -73,16 +73,16 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         return self
 
     @property
-    def plain(self) -> Tensor:
+    def plain_inv_freq(self) -> Tensor:
         """The inverse frequencies without NTK, (1, 1, dim / 2)."""
         return self.inv_freq[:1, None]
 
-    def for_lengths(self, prompt_lengths: Tensor) -> Tensor:
+    def inv_freq_for(self, prompt_lengths: Tensor) -> Tensor:
         """(rows, tokens or 1) prompt lengths -> their inverse frequencies, (rows, tokens or 1, dim / 2)."""
         limits = self.seq_length * 2 ** torch.arange(DOUBLINGS, device=prompt_lengths.device)
         return self.inv_freq[(prompt_lengths[..., None] > limits).sum(-1)]
 
-    def select(
+    def select_inv_freq(
         self,
         inputs_embeds: Tensor,
         attention_mask: Any = None,
@@ -112,21 +112,21 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     "one for each."
                 )
         elif length <= self.seq_length:
-            return self.plain
+            return self.plain_inv_freq
         elif cache is None:
             lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
             # A static cache counts in a tensor, hence no `if`.
             lengths = true_lengths(inputs_embeds, attention_mask) * (cache.get_seq_length() == 0)
-        inv_freq = self.for_lengths(lengths)
+        inv_freq = self.inv_freq_for(lengths)
         if cache is not None:
-            carry(cache, inv_freq.expand(batch_size, -1, -1))
+            carry_inv_freq(cache, inv_freq.expand(batch_size, -1, -1))
         return inv_freq
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch or 1, length) positions and what `select` returned -> cos and sin, (batch or 1, length, dim)."""
+        """(batch or 1, length) positions, frequencies of `select_inv_freq` -> cos and sin, (batch or 1, length, dim)."""
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
@@ -163,7 +163,7 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
 
 
 class CarriesNtk:
-    """What [`carry`] puts in front of a cache's class: the inverse frequencies go wherever the cache's rows go."""
+    """What [`carry_inv_freq`] puts in front of a cache's class: inverse frequencies that follow the cache's rows."""
 
     ntk_inv_freq: Tensor | None = None
 
@@ -195,7 +195,7 @@ class CarriesNtk:
     def __reduce__(self):
         plain = object.__new__(type(self).__mro__[2])
         vars(plain).update(vars(self))
-        return carry, (plain, self.ntk_inv_freq)
+        return carry_inv_freq, (plain, self.ntk_inv_freq)
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def _carrying(cache_class: type[Cache]) -> type[Cache]:
     return type(f"Ntk{cache_class.__name__}", (CarriesNtk, cache_class), {})
 
 
-def carry(cache: Cache, inv_freq: Tensor | None) -> Cache:
+def carry_inv_freq(cache: Cache, inv_freq: Tensor | None) -> Cache:
     """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
     along with its rows, forgets them on `reset`, and is copied and pickled with them.
 

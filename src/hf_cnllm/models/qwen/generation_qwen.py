@@ -6,7 +6,7 @@ import torch
 
 from ..._compat import CACHE, GenerationHooks
 from ...attention.masks import create_window_masks
-from .dynamic_ntk import carry
+from .dynamic_ntk import carry_inv_freq
 
 
 class QWenGenerationMixin(GenerationHooks):
@@ -40,7 +40,7 @@ class QWenGenerationMixin(GenerationHooks):
         is_long = int(prompt_lengths.max()) > self.config.seq_length
         if is_long or is_assisted:
             rotary_emb = self.transformer.rotary_emb
-            carry(cache, rotary_emb.for_lengths(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
+            carry_inv_freq(cache, rotary_emb.inv_freq_for(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
         if is_long and not is_assisted:
             arguments["prompt_lengths"] = prompt_lengths
 

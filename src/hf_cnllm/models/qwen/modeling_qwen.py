@@ -207,7 +207,6 @@ class QWenModel(QWenPreTrainedModel):
         past_length = cached_length(cache)
         # How far the positions reach, where that is known without looking at tensors.
         reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
-        given_position_ids = position_ids
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         masks: Any = attention_mask
@@ -215,12 +214,14 @@ class QWenModel(QWenPreTrainedModel):
             masks = create_window_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         fully_masked_rows = find_padding_in_front(attention_mask, length) if length > 1 else None
 
-        inv_freq = self.rotary_emb.plain
+        inv_freq = self.rotary_emb.plain_inv_freq
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
         # stays off there; the former lets no prompt in that would need it.
         is_served = isinstance(cache, PAGED_CACHES) or kwargs.get("attention_instances") is not None
         if self.config.use_dynamic_ntk and not self.training and not is_served:
-            inv_freq = self.rotary_emb.select(inputs_embeds, attention_mask, given_position_ids, cache, prompt_lengths)
+            inv_freq = self.rotary_emb.select_inv_freq(
+                inputs_embeds, attention_mask, position_ids, cache, prompt_lengths
+            )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         query_scale = None
         if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
