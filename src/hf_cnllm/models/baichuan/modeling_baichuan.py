@@ -217,9 +217,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
-    def _find_fully_masked_rows(
-        self, attention_mask: torch.Tensor | dict | None, queries: int
-    ) -> FullyMaskedRows | None:
+    def _find_fully_masked_rows(self, attention_mask: object, queries: int) -> FullyMaskedRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
         if not isinstance(attention_mask, torch.Tensor) or set(attention_mask.shape[1:]) != {queries} or queries == 1:
             return None

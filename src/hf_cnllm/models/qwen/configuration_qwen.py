@@ -195,9 +195,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         """Part of `@strict`-powered validation: every message names the field to change."""
         self.check_positive(*COMMON_SIZES, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base")
         if self.intermediate_size % 2 != 0:
-            raise ValueError(
-                f"`intermediate_size` ({self.intermediate_size}) must be even: it is twice the MLP's width."
-            )
+            raise ValueError(f"`intermediate_size` ({self.intermediate_size}) must be even: twice the MLP's width.")
         if not 0 < self.rotary_pct <= 1:
             raise ValueError(f"`rotary_pct` must be in (0, 1], got {self.rotary_pct}.")
         smallest = 3 if self.use_dynamic_ntk else 1
