@@ -177,7 +177,8 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     @property
     def sliding_window(self) -> int | None:
         """The largest of `window_sizes`: the number of tokens that a windowed layer's cache keeps."""
-        return max(filter(None, self.window_sizes or ()), default=None)
+        windows = [window for window in self.window_sizes or () if window is not None]
+        return max(windows) if windows else None  # torch.compile knows no `max` with a default
 
     @sliding_window.setter
     def sliding_window(self, window: int | None):
