@@ -20,10 +20,9 @@ class QWenGenerationMixin(GenerationHooks):
         cache = arguments.get(CACHE)
         starts = cache is None or int(cache.get_seq_length()) == 0
         if self.config.use_dynamic_ntk and starts and arguments.get("prompt_lengths") is None:
-            mask = arguments.get("attention_mask")
+            mask, prompts = arguments.get("attention_mask"), arguments.get("inputs_embeds")
             if mask is None:
-                prompts = arguments.get("inputs_embeds", input_ids)
-                mask = input_ids.new_ones(prompts.shape[:2])
+                mask = input_ids.new_ones((input_ids if prompts is None else prompts).shape[:2])
             arguments["prompt_lengths"] = (mask != 0).sum(-1)
 
     def prepare_cache(self, arguments, is_assisted):
