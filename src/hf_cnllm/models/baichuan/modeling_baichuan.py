@@ -110,8 +110,8 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> torch.Tensor:
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -228,8 +228,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             return None
         if self.config.position_embedding == "alibi" or is_packed(attention_mask):
             return FullyMaskedRows(~tokens)
-        blind = find_padding_in_front(attention_mask, queries)  # RoPE knows padding as keys only
-        return blind._replace(tokens=tokens) if blind is not None and self.config.norm_head else blind
+        padding = find_padding_in_front(attention_mask, queries)  # RoPE knows padding as keys only
+        return padding._replace(tokens=tokens) if padding is not None and self.config.norm_head else padding
 
 
 class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
