@@ -1,12 +1,9 @@
 """Baichuan against the original's numbers, and the features of the Hugging Face stack on both of its architectures."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +19,6 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
 from hf_cnllm.attention.alibi import alibi_bias, alibi_slopes
-from hf_cnllm.loss.norm_head import NormHead
 
 CHECKPOINTS = ("baichuan_7b", "baichuan_13b", "baichuan2_7b", "baichuan2_13b")
 SPECIAL_CASES = ("alibi", "normhead_eval", "normhead_eval_train_eval")
@@ -69,25 +65,6 @@ def test_golden_alibi_slopes(name):
     assert (original[:, ~visible] <= -1e29).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["baichuan2_7b", "baichuan2_13b"])
-@torch.no_grad()
-def test_golden_norm_head_without_the_originals_writes(name, backend):
-    model = load(name, backend).eval()
-    raw = model.lm_head.raw_weight.clone()
-    case = cases_of(name)["normhead_eval"]
-    for expected in ("logits_first", "logits_second"):
-        assert_close(model(case.inputs["input_ids"]).logits, case.outputs[expected])
-    assert_close(model.lm_head.weight, case.outputs["lm_head_after"], atol=1e-6)  # what the original left behind
-    assert torch.equal(model.lm_head.raw_weight, raw)
-
-    case = cases_of(name)["normhead_eval_train_eval"]
-    model.lm_head.raw_weight.mul_(3)
-    # The second recorded result of 7B is a bug: it used the weight as it was. Normalised rows have no scale.
-    for training in (True, False):
-        assert_close(model.train(training)(case.inputs["input_ids"]).logits, case.outputs["logits_train"])
-
-
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_head_loads_and_trains(name):
     ids = torch.randint(10, 90, (2, 7))
@@ -124,112 +101,6 @@ def test_document_numbers_in_the_mask(name):
     prefill = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
     last = model(ids[:, 8:], attention_mask=mask, cache=prefill.cache)
     assert_close(last.logits, alone[:, -1:])
-
-
-@pytest.mark.parametrize("name", ["baichuan2_7b", "baichuan2_13b"])
-def test_resized_embeddings_keep_the_raw_rows(name):
-    model = load(name)
-    raw = model.lm_head.raw_weight.detach().clone()
-    model.resize_token_embeddings(raw.shape[0] + 7, mean_resizing=False)
-    assert isinstance(model.lm_head, NormHead) and model.config.vocab_size == raw.shape[0] + 7
-    assert torch.equal(model.lm_head.raw_weight[: raw.shape[0]], raw)
-    assert model.config.norm_head
-    assert model(torch.tensor([[raw.shape[0] + 6]])).logits.shape[-1] == raw.shape[0] + 7
-
-
-@pytest.mark.parametrize("name", ["baichuan2_7b", "baichuan2_13b"])
-def test_peft_trains_the_head_itself_and_refuses_to_merge_into_it(name, tmp_path):
-    model = load(name)
-    ids = torch.randint(10, 90, (1, 9))
-    trained = get_peft_model(model, LoraConfig(r=2, target_modules=["W_pack"], modules_to_save=["lm_head"]))
-    trained(ids, labels=ids).loss.backward()
-    head = trained.base_model.model.lm_head.modules_to_save["default"]
-    assert head.raw_weight.grad.norm() > 0
-    with torch.no_grad():
-        head.raw_weight.add_(torch.randn_like(head.raw_weight))
-    logits = trained.eval()(ids).logits
-    trained.save_pretrained(tmp_path)
-    reloaded = PeftModel.from_pretrained(load(name), tmp_path).eval()
-    assert_close(reloaded(ids).logits, logits.detach(), atol=1e-6)
-    assert_close(reloaded.merge_and_unload()(ids).logits, logits.detach(), atol=1e-5)
-
-    adapted = get_peft_model(load(name), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
-    assert adapted(ids).logits.isfinite().all()
-    with pytest.raises(RuntimeError, match="cannot be merged"):
-        adapted.merge_and_unload()
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"model_max_length": None}, "Set `position_embedding` to 'rope' or 'alibi'"),
-        ({"num_attention_heads": 7}, "`hidden_size` .* is not a multiple of `num_attention_heads`"),
-        ({"position_embedding": "relative"}, "position_embedding"),
-        ({"model_max_length": -1}, "`model_max_length` must be a positive number"),
-        ({"model_max_length": float("inf")}, "model_max_length"),
-        ({"model_max_length": float("nan")}, "model_max_length"),
-        ({"vocab_size": "many"}, "vocab_size"),
-        ({"z_loss_weight": -1.0}, "`z_loss_weight` must not be negative"),
-        ({"z_loss_weight": float("nan")}, "`z_loss_weight` must not be negative"),
-        ({"z_loss_weight": float("inf")}, "`z_loss_weight` must not be negative"),
-        ({"loss_chunk_size": 0}, "`loss_chunk_size` must be a positive number"),
-        ({"model_type": "qwen"}, "model_type"),
-    ],
-)
-def test_a_config_that_cannot_work_is_refused_with_its_field(change, complaint, tmp_path):
-    config = json.loads((GOLDENS / "baichuan2_13b" / "config.json").read_text())
-    config = {key: value for key, value in (config | change).items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match=complaint):
-        BaichuanConfig.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "expected"),
-    [("baichuan_7b", ("rope", False)), ("baichuan_13b", ("alibi", False)),
-     ("baichuan2_7b", ("rope", True)), ("baichuan2_13b", ("alibi", True))],
-)  # fmt: skip
-def test_the_architecture_is_decided_once_and_saved(checkpoint, expected, tmp_path):
-    config = AutoConfig.from_pretrained(GOLDENS / checkpoint)
-    assert (config.position_embedding, config.norm_head) == expected
-    config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert (saved["position_embedding"], saved["norm_head"]) == expected
-    saved.pop("tokenizer_class", None)
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    again = AutoConfig.from_pretrained(tmp_path)
-    assert (again.position_embedding, again.norm_head) == expected
-
-
-def test_explicit_fields_win_over_the_checkpoints_keys():
-    config = AutoConfig.from_pretrained(GOLDENS / "baichuan_7b", position_embedding="alibi", norm_head=True)
-    assert (config.position_embedding, config.norm_head) == ("alibi", True)
-    assert BaichuanConfig(vocab_size=64_000, model_max_length=4096).position_embedding == "alibi"
-    assert BaichuanConfig(vocab_size=125_696).norm_head and not BaichuanConfig(vocab_size=64_000).norm_head
-
-
-def damaged_checkpoint(folder, change):
-    shutil.copy(GOLDENS / "baichuan2_13b" / "config.json", folder)
-    weights = (GOLDENS / "baichuan2_13b" / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(change(weights))
-    return folder
-
-
-@pytest.mark.parametrize(
-    "change", [lambda data: data[: len(data) // 2], lambda data: b"garbage" * 99, lambda data: b""]
-)
-def test_a_damaged_weight_file_is_named(change, tmp_path):
-    with pytest.raises(OSError, match=r"model\.safetensors is damaged or truncated"):
-        AutoModelForCausalLM.from_pretrained(damaged_checkpoint(tmp_path, change))
-
-
-def test_weights_of_another_family_are_refused(tmp_path):
-    shutil.copy(GOLDENS / "baichuan2_13b" / "config.json", tmp_path)
-    weights = load_file(GOLDENS / "qwen" / "model.safetensors")
-    weights.pop("lm_head.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="another family's checkpoint"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @torch.no_grad()

@@ -8,11 +8,9 @@ from transformers import PreTrainedConfig
 
 from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
-from ..config_mixin import CheckpointConfigMixin
+from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
-BAICHUAN1_VOCAB_SIZE = 64_000
-BAICHUAN2_VOCAB_SIZE = 125_696
-DEFAULT_CONTEXT_LENGTH = 4096
+NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
 
 
 @strict
@@ -75,7 +73,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         "norm": "keep_full_weight",
     }
 
-    vocab_size: int = BAICHUAN2_VOCAB_SIZE
+    vocab_size: int = 125_696
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -98,11 +96,13 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.position_embedding is None:
-            self.position_embedding = self._infer_position_embedding()
+            alibi = self.max_position_embeddings is None and self.model_max_length is not None
+            self.position_embedding = "alibi" if alibi else "rope"
         if self.position_embedding == "rope" and self.max_position_embeddings is None:
-            self.max_position_embeddings = self.model_max_length or DEFAULT_CONTEXT_LENGTH
+            self.max_position_embeddings = self.model_max_length or 4096
         if self.norm_head is None:
-            self.norm_head = self._infer_norm_head(kwargs.get("tokenizer_class"))
+            has_tokenizer_class = kwargs.get("tokenizer_class") is not None
+            self.norm_head = NORM_HEAD_BY_VOCAB_SIZE.get(self.vocab_size, has_tokenizer_class)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -113,38 +113,16 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
                 "This config.json does not say whether the model uses RoPE (it would have `max_position_embeddings`) "
                 "or ALiBi (it would have `model_max_length`). Set `position_embedding` to 'rope' or 'alibi'."
             )
-        # Overrides take part in the decision, so they must be there before it is made.
-        overrides = {field: kwargs.pop(field) for field in (*deciding_fields, "norm_head") if field in kwargs}
-        return super().from_dict(config_dict | overrides, **kwargs)
-
-    def _infer_position_embedding(self) -> str:
-        alibi = self.max_position_embeddings is None and self.model_max_length is not None
-        return "alibi" if alibi else "rope"
-
-    def _infer_norm_head(self, tokenizer_class: str | None) -> bool:
-        known = {BAICHUAN1_VOCAB_SIZE: False, BAICHUAN2_VOCAB_SIZE: True}
-        return known.get(self.vocab_size, tokenizer_class is not None)
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        optional = ("max_position_embeddings", "model_max_length", "loss_chunk_size")
-        for field in (*sizes, *optional):
-            value = getattr(self, field)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{field}` must be a positive number, got {value}.")
-        if self.hidden_size % self.num_attention_heads != 0:
+        self.check_positive(*COMMON_SIZES, "max_position_embeddings", "model_max_length", "loss_chunk_size")
+        self.check_whole_heads()
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.position_embedding == "rope" and head_dim % 2 != 0:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
-        if self.position_embedding == "rope" and (self.hidden_size // self.num_attention_heads) % 2 != 0:
-            raise ValueError(
-                f"RoPE rotates pairs, so `hidden_size // num_attention_heads` must be even, got "
-                f"{self.hidden_size // self.num_attention_heads}."
+                f"RoPE rotates pairs, so `hidden_size // num_attention_heads` must be even, got {head_dim}."
             )
         if not 0 <= self.z_loss_weight < math.inf:
             raise ValueError(f"`z_loss_weight` must not be negative and must be finite, got {self.z_loss_weight}.")
-
-
-__all__ = ["BaichuanConfig"]

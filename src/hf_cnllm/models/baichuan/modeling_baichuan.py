@@ -44,14 +44,6 @@ from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
 
 
-class BaichuanRMSNorm(LlamaRMSNorm):
-    pass
-
-
-class BaichuanRotaryEmbedding(RotaryEmbedding):
-    pass
-
-
 class BaichuanMLP(nn.Module):
     def __init__(self, config: BaichuanConfig):
         super().__init__()
@@ -102,14 +94,7 @@ class BaichuanAttention(nn.Module):
         if isinstance(attention_mask, ALIBI_MASKS):
             attention_interface = alibi_attention(backend)
         attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
         if fully_masked_rows is not None:
             attn_output = fill_fully_masked_rows(attn_output, value_states, fully_masked_rows)
@@ -122,34 +107,17 @@ class BaichuanDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = BaichuanAttention(config, layer_idx)
         self.mlp = BaichuanMLP(config)
-        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | AlibiMask | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            cache=cache,
-            **kwargs,
-        )
-        hidden_states = residual + hidden_states
-
-        residual = hidden_states
-        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: BaichuanConfig
-    config_class = BaichuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanDecoderLayer"]
@@ -159,10 +127,7 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": BaichuanDecoderLayer,
-        "attentions": BaichuanAttention,
-    }
+    _can_record_outputs = {"hidden_states": BaichuanDecoderLayer, "attentions": BaichuanAttention}
     # Baichuan-7B stored a buffer that the configuration determines.
     _keys_to_ignore_on_load_unexpected = [r"\.self_attn\.rotary_emb\.inv_freq$"]
 
@@ -176,17 +141,16 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class BaichuanModel(BaichuanPreTrainedModel):
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [BaichuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = None
         if config.position_embedding == "rope":
-            self.rotary_emb = BaichuanRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what Llama shares
+            self.rotary_emb = RotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what Llama shares
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -253,9 +217,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
-    def _find_fully_masked_rows(
-        self, attention_mask: torch.Tensor | dict | None, queries: int
-    ) -> FullyMaskedRows | None:
+    def _find_fully_masked_rows(self, attention_mask: object, queries: int) -> FullyMaskedRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
         if not isinstance(attention_mask, torch.Tensor) or set(attention_mask.shape[1:]) != {queries} or queries == 1:
             return None
@@ -266,8 +228,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             return None
         if self.config.position_embedding == "alibi" or is_packed(attention_mask):
             return FullyMaskedRows(~tokens)
-        blind = find_padding_in_front(attention_mask, queries)  # RoPE knows padding as keys only
-        return blind._replace(tokens=tokens) if blind is not None and self.config.norm_head else blind
+        padding = find_padding_in_front(attention_mask, queries)  # RoPE knows padding as keys only
+        return padding._replace(tokens=tokens) if padding is not None and self.config.norm_head else padding
 
 
 class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
@@ -305,18 +267,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
             Token ids, −100 where nothing is to be learned. The loss is cross entropy plus `config.z_loss_weight` times
             the max-z loss, see [`~hf_cnllm.loss.causal_lm.causal_lm_loss`].
-
-        Example:
-
-        ```python
-        >>> import hf_cnllm
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        >>> model = AutoModelForCausalLM.from_pretrained("baichuan-inc/Baichuan2-7B-Base")
-        >>> tokenizer = AutoTokenizer.from_pretrained("baichuan-inc/Baichuan2-7B-Base")
-        >>> inputs = tokenizer("登鹳雀楼->王之涣\n夜雨寄北->", return_tensors="pt")
-        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0])
-        ```"""
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -380,14 +331,3 @@ class BaichuanForTokenClassification(GenericForTokenClassification, BaichuanPreT
 
 
 class BaichuanForQuestionAnswering(GenericForQuestionAnswering, BaichuanPreTrainedModel): ...
-
-
-__all__ = [
-    "BaiChuanForCausalLM",
-    "BaichuanForCausalLM",
-    "BaichuanForQuestionAnswering",
-    "BaichuanForSequenceClassification",
-    "BaichuanForTokenClassification",
-    "BaichuanModel",
-    "BaichuanPreTrainedModel",
-]

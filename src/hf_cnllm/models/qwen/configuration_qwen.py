@@ -8,10 +8,11 @@ from transformers import PreTrainedConfig
 from ..._compat import CACHE, logging
 from ...attention.masks import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
-from ..config_mixin import CheckpointConfigMixin
+from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
 logger = logging.get_logger(__name__)
 
+LONG_CONTEXT_SWITCHES = ("use_dynamic_ntk", "use_logn_attn")
 DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 # Values that no published checkpoint departs from, and that would need another model.
@@ -129,29 +130,29 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         self.vocab_size = max(self.vocab_size, kwargs.get("padded_vocab_size") or 0)
         if self.kv_channels is None:
             self.kv_channels = self.hidden_size // max(self.num_attention_heads, 1)
-        for switch in ("use_dynamic_ntk", "use_logn_attn"):
+        for switch in LONG_CONTEXT_SWITCHES:
             if getattr(self, switch) is None:
                 setattr(self, switch, self.seq_length is not None)
         for flag, dtype in DTYPE_FLAGS.items():
             if getattr(self, flag) and self.dtype is None:
                 self.dtype = dtype
-        for name, only in ONLY_VALUES.items():
-            if kwargs.get(name, only) != only:
-                raise ValueError(f"`{name}` is {kwargs[name]!r}, but Qwen models have {only!r}.")
-        self._refuse_other_positions(kwargs.get("rope_parameters") or {}, kwargs.pop("layer_types", None))
+        self._refuse_other_architectures(kwargs, kwargs.pop("layer_types", None))
         if kwargs.get("use_cache_quantization"):
             logger.warning_once(
                 "`use_cache_quantization` is not in use here; call generate(cache_implementation='quantized') instead."
             )
         super().__post_init__(**kwargs)
 
-    def _refuse_other_positions(self, rope_parameters: dict[str, Any], layer_types: list[str] | None):
-        """transformers' common keys, where they say what this family's own do not."""
-        rope = {"rope_type": "default", "rope_theta": self.rotary_emb_base} | rope_parameters
+    def _refuse_other_architectures(self, kwargs: dict[str, Any], layer_types: list[str] | None):
+        for name, only in ONLY_VALUES.items():
+            if kwargs.get(name, only) != only:
+                raise ValueError(f"`{name}` is {kwargs[name]!r}, but Qwen models have {only!r}.")
+        # transformers' common keys, where they say what this family's own do not.
+        given = kwargs.get("rope_parameters") or {}
+        rope = {"rope_type": "default", "rope_theta": self.rotary_emb_base} | given
         if rope["rope_type"] != "default" or rope["rope_theta"] != self.rotary_emb_base:
             raise ValueError(
-                f"`rope_parameters` is {rope_parameters}, but Qwen models have `rotary_emb_base` and `use_dynamic_ntk`. "
-                "Set these."
+                f"`rope_parameters` is {given}, but Qwen models have `rotary_emb_base` and `use_dynamic_ntk`. Set these."
             )
         if layer_types is not None and list(layer_types) != self.layer_types:
             raise ValueError(
@@ -161,27 +162,11 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        # Overrides take part in what is derived and checked, so they must be there before it is done.
-        own_fields = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if cls.attribute_map.get(key, key) in own_fields}
-        config_dict, overrides = cls._field_names(config_dict), cls._field_names(overrides)
-        if any(flag in overrides for flag in DTYPE_FLAGS):
+        cls.check_aliases(config_dict)
+        cls.check_aliases(kwargs)
+        if DTYPE_FLAGS.keys() & kwargs.keys():
             config_dict = {key: value for key, value in config_dict.items() if key not in ("dtype", *DTYPE_FLAGS)}
-        return super().from_dict(config_dict | overrides, **kwargs)
-
-    @classmethod
-    def _field_names(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """`config_dict` with each key of `attribute_map` replaced by the field it stands for."""
-        fields: dict[str, Any] = {}
-        for key, value in config_dict.items():
-            field = cls.attribute_map.get(key, key)
-            if fields.setdefault(field, value) != value:
-                raise ValueError(
-                    f"The configuration contradicts itself: `{field}` has two values, {fields[field]} and {value}, one "
-                    f"of them under another name ({', '.join(k for k, v in cls.attribute_map.items() if v == field)}). "
-                    "Keep one."
-                )
-        return fields
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def layer_types(self) -> list[str]:
@@ -193,17 +178,13 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     def sliding_window(self) -> int | None:
         """The largest of `window_sizes`: the number of tokens that a windowed layer's cache keeps."""
         windows = [window for window in self.window_sizes or () if window is not None]
-        return max(windows) if windows else None
+        return max(windows) if windows else None  # torch.compile knows no `max` with a default
 
     @sliding_window.setter
     def sliding_window(self, window: int | None):
         """One size for all windowed layers, or for all layers if there was none; None: no windows."""
-        if window is None:
-            self.window_sizes = None
-        elif self.sliding_window is None:
-            self.window_sizes = [window] * self.num_hidden_layers
-        else:
-            self.window_sizes = [None if old is None else window for old in self.window_sizes]
+        windows = self.window_sizes if self.sliding_window else [window] * self.num_hidden_layers
+        self.window_sizes = None if window is None else [old and window for old in windows]
 
     @property
     def rotary_dim(self) -> int:
@@ -213,15 +194,9 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be a positive number, got {value}.")
+        self.check_positive(*COMMON_SIZES, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base")
         if self.intermediate_size % 2 != 0:
-            raise ValueError(
-                f"`intermediate_size` ({self.intermediate_size}) must be even: it is twice the feed-forward width."
-            )
+            raise ValueError(f"`intermediate_size` ({self.intermediate_size}) must be even: twice the MLP's width.")
         if not 0 < self.rotary_pct <= 1:
             raise ValueError(f"`rotary_pct` must be in (0, 1], got {self.rotary_pct}.")
         smallest = 3 if self.use_dynamic_ntk else 1
@@ -231,26 +206,18 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
                 f"dimensions. It must be at least {smallest} (3 with `use_dynamic_ntk`), and an odd number needs one more "
                 "to pair with."
             )
-        self._validate_long_context()
-        if sum(getattr(self, flag) for flag in DTYPE_FLAGS) > 1:
-            raise ValueError("Only one of `bf16`, `fp16` and `fp32` can be true.")
-
-    def _validate_long_context(self):
-        for switch in ("use_dynamic_ntk", "use_logn_attn"):
+        for switch in LONG_CONTEXT_SWITCHES:
             if getattr(self, switch) and self.seq_length is None:
                 raise ValueError(f"`{switch}` is on, but `seq_length`, the trained length, is missing. Set it.")
         if self.use_logn_attn and self.seq_length < 2:
             raise ValueError(f"`use_logn_attn` needs a `seq_length` of at least 2, got {self.seq_length}.")
-        if self.window_sizes is None:
-            return
-        if len(self.window_sizes) != self.num_hidden_layers:
+        if self.window_sizes is not None and len(self.window_sizes) != self.num_hidden_layers:
             raise ValueError(
                 f"`window_sizes` has {len(self.window_sizes)} entries, but there are {self.num_hidden_layers} layers "
                 "(`num_hidden_layers`). Give one entry per layer, None for full attention."
             )
-        for window in self.window_sizes:
+        for window in self.window_sizes or ():
             if window is not None and window < 1:
                 raise ValueError(f"`window_sizes` must hold positive numbers or None, got {window}.")
-
-
-__all__ = ["QWenConfig"]
+        if sum(getattr(self, flag) for flag in DTYPE_FLAGS) > 1:
+            raise ValueError("Only one of `bf16`, `fp16` and `fp32` can be true.")

@@ -7,30 +7,28 @@ and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609)
     theta_i  = (base * alpha^(d / (d - 2)))^(-2i / d),   i = 0 ... d/2 - 1
 
 **Where alpha lives.** Keys in a cache have been rotated under some alpha, so the same alpha must rotate everything that
-is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: `carry` turns the
-cache into a subclass of its own class that holds the inverse frequencies of each row and follows what happens to the
-rows (beam search reorders, batch expansion and selection), forgets them on `reset`, and is copied and pickled along.
-A cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however
-far the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk;
-without a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
+is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: [`carry_inv_freq`].
+A cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however far
+the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without
+a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
 
 Only powers of two matter, so the frequencies of every alpha are a small table, made once.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-DOUBLINGS = 24
-"""Rows of the frequency table after the first: prompts up to 2^24 times the trained length are told apart."""
+DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
 
 
 def ntk_alpha(length: int, seq_length: int) -> int:
-    """The factor for a prompt of `length` tokens, as the original code writes it: the reference for the table.
+    """alpha of the formula above for a prompt of `length` tokens.
 
     >>> [ntk_alpha(length, 32) for length in (20, 32, 33, 64, 65, 129)]
     [1, 1, 3, 3, 7, 15]
@@ -64,9 +62,9 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(self.compute_inv_freq(), persistent=False)
 
     def compute_inv_freq(self) -> Tensor:
-        """(1 or DOUBLINGS + 1, dim / 2): row n holds alpha = 2^(n + 1) - 1, for prompts of at most 2^n S tokens."""
+        """(1 or DOUBLINGS + 1, dim / 2): row n is for prompts of at most 2^n S tokens."""
         rows = 1 if self.seq_length is None or self.dim <= 2 else DOUBLINGS + 1
-        return torch.stack([inverse_frequencies(self.dim, self.base, 2 ** (row + 1) - 1) for row in range(rows)])
+        return torch.stack([inverse_frequencies(self.dim, self.base, ntk_alpha(2**row, 1)) for row in range(rows)])
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -75,16 +73,16 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         return self
 
     @property
-    def plain(self) -> Tensor:
+    def plain_inv_freq(self) -> Tensor:
         """The inverse frequencies without NTK, (1, 1, dim / 2)."""
         return self.inv_freq[:1, None]
 
-    def for_lengths(self, prompt_lengths: Tensor) -> Tensor:
+    def inv_freq_for(self, prompt_lengths: Tensor) -> Tensor:
         """(rows, tokens or 1) prompt lengths -> their inverse frequencies, (rows, tokens or 1, dim / 2)."""
         limits = self.seq_length * 2 ** torch.arange(DOUBLINGS, device=prompt_lengths.device)
         return self.inv_freq[(prompt_lengths[..., None] > limits).sum(-1)]
 
-    def select(
+    def select_inv_freq(
         self,
         inputs_embeds: Tensor,
         attention_mask: Any = None,
@@ -92,26 +90,20 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         cache: Cache | None = None,
         prompt_lengths: Tensor | int | None = None,
     ) -> Tensor:
-        """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2).
+        """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2), which `cache` carries from now on.
 
         In this order: those that the cache carries; those of `prompt_lengths`; the plain ones for a call that fits the
         trained length, or that continues a cache which carries nothing; else this is the prefill of a long prompt, and
-        they follow from its true lengths. What is decided here is carried by the cache from now on.
+        they follow from its true lengths.
 
         Args:
             inputs_embeds: (batch, length, hidden).
-            attention_mask, position_ids: what the caller gave, see `true_lengths`.
+            attention_mask, position_ids: what the caller gave, see [`true_lengths`].
             prompt_lengths: (batch,) or one number: tokens in each row's prompt.
         """
-        batch_size, length = inputs_embeds.shape[:2]
-        carried = carried_inv_freq(cache)
-        if carried is not None:
-            if carried.shape[0] != batch_size:
-                raise ValueError(
-                    f"`cache` belongs to a generation of {carried.shape[0]} sequences, but the inputs are "
-                    f"{batch_size}. Pass the cache of these sequences, or change its rows with its own methods."
-                )
+        if (carried := getattr(cache, "ntk_inv_freq", None)) is not None:
             return carried
+        batch_size, length = inputs_embeds.shape[:2]
         if prompt_lengths is not None:
             lengths = torch.as_tensor(prompt_lengths, device=inputs_embeds.device).reshape(-1, 1)
             if lengths.shape[0] not in (1, batch_size):
@@ -120,25 +112,22 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     "one for each."
                 )
         elif length <= self.seq_length:
-            return self.plain
+            return self.plain_inv_freq
         elif cache is None:
             lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
             # A static cache counts in a tensor, hence no `if`.
-            is_prefill = cache.get_seq_length() == 0
-            lengths = true_lengths(inputs_embeds, attention_mask) * is_prefill
-        inv_freq = self.for_lengths(lengths)
+            lengths = true_lengths(inputs_embeds, attention_mask) * (cache.get_seq_length() == 0)
+        inv_freq = self.inv_freq_for(lengths)
         if cache is not None:
-            carry(cache, inv_freq.expand(batch_size, -1, -1))
+            carry_inv_freq(cache, inv_freq.expand(batch_size, -1, -1))
         return inv_freq
 
     @torch.no_grad()
-    def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(batch or 1, length) positions and what `select` returned -> cos and sin, (batch or 1, length, dim)."""
-        angles = position_ids[..., None].float() * (self.plain if inv_freq is None else inv_freq)
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch or 1, length) positions, frequencies of `select_inv_freq` -> cos and sin, (batch or 1, length, dim)."""
+        angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
@@ -174,22 +163,21 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
 
 
 class CarriesNtk:
-    """What `carry` puts in front of a cache's class."""
+    """What [`carry_inv_freq`] puts in front of a cache's class: inverse frequencies that follow the cache's rows."""
 
     ntk_inv_freq: Tensor | None = None
 
     def reorder_cache(self, beam_idx: Tensor):
         super().reorder_cache(beam_idx)
-        self._select_rows(beam_idx)
+        self._change_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     def batch_select_indices(self, indices: Tensor):
         super().batch_select_indices(indices)
-        self._select_rows(indices)
+        self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int):
         super().batch_repeat_interleave(repeats)
-        if self.ntk_inv_freq is not None:
-            self.ntk_inv_freq = self.ntk_inv_freq.repeat_interleave(repeats, dim=0)
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int):
         super().crop(tokens_to_remove)
@@ -200,12 +188,14 @@ class CarriesNtk:
         super().reset()
         self.ntk_inv_freq = None
 
-    def _select_rows(self, indices: Tensor):
+    def _change_rows(self, change: Callable[[Tensor], Tensor]):
         if self.ntk_inv_freq is not None:
-            self.ntk_inv_freq = self.ntk_inv_freq[indices.to(self.ntk_inv_freq.device)]
+            self.ntk_inv_freq = change(self.ntk_inv_freq)
 
     def __reduce__(self):
-        return _new_carrying, (type(self).__mro__[2],), self.__dict__
+        plain = object.__new__(type(self).__mro__[2])
+        vars(plain).update(vars(self))
+        return carry_inv_freq, (plain, self.ntk_inv_freq)
 
 
 @functools.cache
@@ -213,21 +203,17 @@ def _carrying(cache_class: type[Cache]) -> type[Cache]:
     return type(f"Ntk{cache_class.__name__}", (CarriesNtk, cache_class), {})
 
 
-def _new_carrying(cache_class: type[Cache]) -> Cache:
-    return object.__new__(_carrying(cache_class))  # type: ignore[arg-type]  # mypy: classes are not hashable
+def carry_inv_freq(cache: Cache, inv_freq: Tensor | None) -> Cache:
+    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
+    along with its rows, forgets them on `reset`, and is copied and pickled with them.
 
-
-def carry(cache: Cache, inv_freq: Tensor) -> None:
-    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2), and moves its rows along with its own.
+    The caller's own object has to change, whatever its class: a plain attribute would stay behind when rows move, and
+    the layers, which move them, know of keys and values only.
 
     Inside a compiled region the class of an object cannot change: there the rows are held, but do not follow. `generate`
     never compiles a step that decides, so this concerns only hand-written loops that compile their prefill.
     """
     if not isinstance(cache, CarriesNtk) and not torch.compiler.is_compiling():
-        cache.__class__ = _carrying(type(cache))  # type: ignore[arg-type]
+        cache.__class__ = _carrying(type(cache))  # type: ignore[arg-type]  # mypy: classes are not hashable
     cache.ntk_inv_freq = inv_freq
-
-
-def carried_inv_freq(cache: Cache | None) -> Tensor | None:
-    """(batch, 1, dim / 2) that `carry` left with `cache`; None: nothing, its prompt was within the trained length."""
-    return getattr(cache, "ntk_inv_freq", None)
+    return cache

@@ -6,8 +6,7 @@ import torch
 
 from ..._compat import CACHE, GenerationHooks
 from ...attention.masks import create_window_masks
-from ..validation import cached_length
-from .dynamic_ntk import carry
+from .dynamic_ntk import carry_inv_freq
 
 
 class QWenGenerationMixin(GenerationHooks):
@@ -18,15 +17,12 @@ class QWenGenerationMixin(GenerationHooks):
 
     def add_generation_arguments(self, input_ids, arguments):
         """How long each prompt is, from which dynamic NTK takes its factor."""
-        starts = int(cached_length(arguments.get(CACHE))) == 0
-        if not (self.config.use_dynamic_ntk and starts and arguments.get("prompt_lengths") is None):
-            return
-        prompts = arguments.get("inputs_embeds")
-        batch_size, length = (input_ids if prompts is None else prompts).shape[:2]
-        mask = arguments.get("attention_mask")
-        if mask is None:
-            arguments["prompt_lengths"] = torch.full((batch_size,), length, device=input_ids.device)
-        else:
+        cache = arguments.get(CACHE)
+        starts = cache is None or int(cache.get_seq_length()) == 0
+        if self.config.use_dynamic_ntk and starts and arguments.get("prompt_lengths") is None:
+            mask, prompts = arguments.get("attention_mask"), arguments.get("inputs_embeds")
+            if mask is None:
+                mask = input_ids.new_ones((input_ids if prompts is None else prompts).shape[:2])
             arguments["prompt_lengths"] = (mask != 0).sum(-1)
 
     def prepare_cache(self, arguments, is_assisted):
@@ -43,18 +39,12 @@ class QWenGenerationMixin(GenerationHooks):
         is_long = int(prompt_lengths.max()) > self.config.seq_length
         if is_long or is_assisted:
             rotary_emb = self.transformer.rotary_emb
-            carry(cache, rotary_emb.for_lengths(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
+            carry_inv_freq(cache, rotary_emb.inv_freq_for(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
         if is_long and not is_assisted:
             arguments["prompt_lengths"] = prompt_lengths
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        return create_window_masks(
-            config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
+        return create_window_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
     def init_continuous_batching(self, *args, workload_hints=None, **kwargs):
         """As transformers', for what it can serve right: it packs requests into one row and does not say where their

@@ -45,15 +45,6 @@ from .generation_qwen import QWenGenerationMixin
 logger = logging.get_logger(__name__)
 
 
-class RMSNorm(LlamaRMSNorm):
-    pass
-
-
-class QWenRotaryEmbedding(DynamicNtkRotaryEmbedding):
-    def __init__(self, config: QWenConfig):
-        super().__init__(config.rotary_dim, config.rotary_emb_base, config.seq_length)
-
-
 class QWenMLP(nn.Module):
     def __init__(self, config: QWenConfig):
         super().__init__()
@@ -127,50 +118,28 @@ class QWenAttention(nn.Module):
         rotated = cos.shape[-1]
         if rotated == self.head_dim:
             return apply_rotary_pos_emb(query, key, cos, sin)
-        query, query_rest = query.split([rotated, self.head_dim - rotated], dim=-1)
-        key, key_rest = key.split([rotated, self.head_dim - rotated], dim=-1)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        return torch.cat((query, query_rest), dim=-1), torch.cat((key, key_rest), dim=-1)
+        rotated_query, rotated_key = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
+        query = torch.cat((rotated_query, query[..., rotated:]), dim=-1)
+        return query, torch.cat((rotated_key, key[..., rotated:]), dim=-1)
 
 
 class QWenBlock(GradientCheckpointingLayer):
     def __init__(self, config: QWenConfig, layer_idx: int):
         super().__init__()
         self.mask_name = mask_name(config, layer_idx)
-        self.ln_1 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_1 = LlamaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = QWenAttention(config, layer_idx)
-        self.ln_2 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_2 = LlamaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = QWenMLP(config)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        query_scale: torch.Tensor | None = None,
-        fully_masked_rows: FullyMaskedRows | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states, _ = self.attn(
-            self.ln_1(hidden_states),
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            query_scale=query_scale,
-            fully_masked_rows=fully_masked_rows,
-            cache=cache,
-            **kwargs,
-        )
-        hidden_states = residual + hidden_states
-
-        residual = hidden_states
-        return residual + self.mlp(self.ln_2(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
 class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config: QWenConfig
-    config_class = QWenConfig
     base_model_prefix = "transformer"
     _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
@@ -181,21 +150,13 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": QWenBlock,
-        "attentions": QWenAttention,
-    }
+    _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
     # Buffers that the originals registered and the configuration determines.
-    _keys_to_ignore_on_load_unexpected = [
-        r"(^|\.)rotary_emb\.inv_freq$",
-        r"\.attn\.logn_tensor$",
-        r"\.attn\.masked_bias$",
-        r"\.attn\.bias$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)rotary_emb\.inv_freq$", r"\.attn\.(logn_tensor|masked_bias|bias)$"]
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, QWenRotaryEmbedding):
+        if isinstance(module, DynamicNtkRotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq())
         elif isinstance(module, (QWenAttention, QWenMLP)):  # residual branches, scaled as in GPT-2
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
@@ -208,9 +169,9 @@ class QWenModel(QWenPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.drop = nn.Dropout(config.emb_dropout_prob)
-        self.rotary_emb = QWenRotaryEmbedding(config)
+        self.rotary_emb = DynamicNtkRotaryEmbedding(config.rotary_dim, config.rotary_emb_base, config.seq_length)
         self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
-        self.ln_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_f = LlamaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -246,7 +207,6 @@ class QWenModel(QWenPreTrainedModel):
         past_length = cached_length(cache)
         # How far the positions reach, where that is known without looking at tensors.
         reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
-        given_position_ids = position_ids
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         masks: Any = attention_mask
@@ -254,18 +214,26 @@ class QWenModel(QWenPreTrainedModel):
             masks = create_window_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         fully_masked_rows = find_padding_in_front(attention_mask, length) if length > 1 else None
 
-        inv_freq = None
+        inv_freq = self.rotary_emb.plain_inv_freq
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
         # stays off there; the former lets no prompt in that would need it.
         is_served = isinstance(cache, PAGED_CACHES) or kwargs.get("attention_instances") is not None
         if self.config.use_dynamic_ntk and not self.training and not is_served:
-            inv_freq = self.rotary_emb.select(inputs_embeds, attention_mask, given_position_ids, cache, prompt_lengths)
+            inv_freq = self.rotary_emb.select_inv_freq(
+                inputs_embeds, attention_mask, position_ids, cache, prompt_lengths
+            )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         query_scale = None
         if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
             query_scale = logn_scale(position_ids, self.config.seq_length).to(inputs_embeds.dtype)
-        if reach is not None and reach > self.config.max_position_embeddings:
-            self._warn_beyond_positions()
+        too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
+        if too_far and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
+                "`use_dynamic_ntk` off: expect worse predictions there. Load the model with `use_dynamic_ntk=True` for "
+                "long inputs."
+            )
+
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.num_hidden_layers]:
             hidden_states = block(
@@ -281,14 +249,6 @@ class QWenModel(QWenPreTrainedModel):
             )
 
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
-
-    def _warn_beyond_positions(self):
-        if not self.config.use_dynamic_ntk and not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
-                "`use_dynamic_ntk` off: expect worse predictions there. Load the model with `use_dynamic_ntk=True` for "
-                "long inputs."
-            )
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
@@ -322,22 +282,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
-        position_ids (`torch.LongTensor`, *optional*):
+        position_ids, prompt_lengths (*optional*):
             As in [`QWenModel`].
-        prompt_lengths (`torch.LongTensor` or `int`, *optional*):
-            As in [`QWenModel`].
-
-        Example:
-
-        ```python
-        >>> import hf_cnllm
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen-1_8B")
-        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen-1_8B")
-        >>> inputs = tokenizer("蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是", return_tensors="pt")
-        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0])
-        ```"""
+        """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -368,12 +315,3 @@ class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTra
 
 class QWenForTokenClassification(GenericForTokenClassification, QWenPreTrainedModel):
     base_model_prefix = "transformer"
-
-
-__all__ = [
-    "QWenForSequenceClassification",
-    "QWenForTokenClassification",
-    "QWenLMHeadModel",
-    "QWenModel",
-    "QWenPreTrainedModel",
-]

@@ -1,0 +1,222 @@
+"""Qwen v1 past its trained length: dynamic NTK and LogN in every way of generating, and factors that follow the caches."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+from transformers.utils import logging
+
+from goldens import assert_close
+from hf_cnllm._compat import CACHE
+from qwen_models import LENGTHS, NEW_TOKENS, WAYS_OF_GENERATING, WIDTH, generate, load
+
+
+@pytest.mark.parametrize("way", WAYS_OF_GENERATING)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_the_same_in_every_way(way, beams, batch):
+    if beams > 1 and "chunks" in way:
+        beams = 2
+    model = load()
+    expected = generate(model, *batch, num_beams=beams)
+    assert torch.equal(generate(model, *batch, num_beams=beams, **WAYS_OF_GENERATING[way]), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_each_row_of_a_batch_is_as_if_alone(own_positions, backend, batch):
+    """NTK goes by each row's own length. LogN counts columns as the original does, except by positions of one's own."""
+    model = load(backend=backend, use_logn_attn=own_positions)
+    ids, mask = batch
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if own_positions else {}
+    generated = generate(model, ids, mask, **positions)
+    for row, length in enumerate(LENGTHS):
+        alone = generate(model, ids[row : row + 1, -length:])
+        assert generated[row, WIDTH:].tolist() == alone[0, length:].tolist()
+
+
+def test_several_samples_of_a_prompt_share_its_factor(batch):
+    model = load()
+    ids, mask = batch
+    torch.manual_seed(0)
+    several = generate(model, ids, mask, do_sample=True, num_return_sequences=2)
+    torch.manual_seed(0)
+    repeated = generate(model, ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0), do_sample=True)
+    assert torch.equal(several, repeated)
+
+
+@pytest.mark.parametrize("length", [28, 32, 41, 64])  # the candidates may reach past 32 and 64, the prompt does not
+@pytest.mark.parametrize("assistant", ["lookup", "same model", "other weights", "other family"])
+def test_assisted_decoding_gives_greedy_ids(assistant, length, batch):
+    model, ids = load(), batch[0][:1, :length]
+    kwargs = {"prompt_lookup_num_tokens": 4}
+    if assistant != "lookup":
+        torch.manual_seed(0)
+        helper = load() if assistant != "other family" else LlamaForCausalLM(
+            LlamaConfig(vocab_size=151, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+        ).eval()  # fmt: skip
+        if assistant == "other weights":
+            torch.nn.init.normal_(helper.lm_head.weight)
+        kwargs = {"assistant_model": helper}
+    assert torch.equal(generate(model, ids, **kwargs), generate(model, ids))
+
+
+@torch.no_grad()
+def test_a_loop_by_hand_equals_generate_while_others_run(batch):
+    model = load()
+    prompts = [batch[0][:1, :length] for length in (70, 20, 40)]
+    expected = [generate(model, prompt) for prompt in prompts]
+    outputs = [model(prompt, use_cache=True) for prompt in prompts]
+    sequences = list(prompts)
+    for step in range(NEW_TOKENS):
+        for index, output in enumerate(outputs):
+            token = output.logits[:, -1:].argmax(-1)
+            sequences[index] = torch.cat([sequences[index], token], dim=1)
+            if step < NEW_TOKENS - 1:
+                outputs[index] = model(token, cache=output.cache)
+    for sequence, want in zip(sequences, expected, strict=True):
+        assert torch.equal(sequence, want)
+
+
+def new_cache(kind: str, model):
+    return {
+        "model's own": lambda: None,
+        "lazy": lambda: DynamicCache(),
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=100),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["model's own", "lazy", "dynamic", "static"])
+@torch.no_grad()
+def test_rows_take_their_factor_along_when_a_cache_is_rearranged(kind, batch):
+    model = load()
+    ids, mask = batch
+    cache = model(ids, attention_mask=mask, cache=new_cache(kind, model), use_cache=True).cache
+    tokens, mask = torch.tensor([[5], [6], [7]]), torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+
+    def step(cache, rows):
+        return model(tokens[rows], attention_mask=mask[rows], cache=cache).logits
+
+    expected = step(copy.deepcopy(cache), torch.arange(3))
+    operations = {"reorder_cache": (torch.tensor([2, 0, 1]),) * 2}
+    if kind != "static":
+        operations["batch_repeat_interleave"] = (2, torch.tensor([0, 0, 1, 1, 2, 2]))
+        operations["batch_select_indices"] = (torch.tensor([1, 2]),) * 2
+    for operation, (argument, rows) in operations.items():
+        changed = copy.deepcopy(cache)
+        getattr(changed, operation)(argument)
+        assert_close(step(changed, rows), expected[rows])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_generation_keeps_the_factor_of_its_first_call(kind, batch):
+    model, ids = load(), batch[0][:1]
+    for first in (20, 50):  # the factor is 1 resp. 3, that of the whole is 7
+        cache = new_cache(kind, model)
+        model(ids[:, :first], cache=cache)
+        rest = model(ids[:, first:], cache=cache).logits
+        assert_close(rest, model(ids, prompt_lengths=first).logits[:, first:])
+        if kind == "static":  # `reset` does not empty a dynamic cache before transformers 5.17 or so
+            cache.reset()
+            assert_close(model(ids, cache=cache).logits, model(ids).logits)
+
+
+def test_a_conversation_continues_on_its_cache(batch):
+    model, ids = load(), batch[0][:1]
+    first = generate(model, ids[:, :40], return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, ids[:, 40:60]], dim=1)
+    continued = generate(model, turn, cache=first[CACHE])
+    recomputed = generate(model, turn, prompt_lengths=torch.tensor([40]))
+    assert torch.equal(continued, recomputed)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@torch.no_grad()
+def test_packed_documents_are_as_if_alone(backend, batch):
+    model, ids = load(backend=backend), batch[0][:1]
+    documents = (40, 20, 10)
+    positions = torch.cat([torch.arange(length) for length in documents])[None]
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    alone = [model(document, use_cache=False).logits for document in ids.split(documents, dim=1)]
+    assert_close(packed, torch.cat(alone, dim=1))
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_tells_lengths_too(batch):
+    model = load()
+    ids, mask = batch
+    causal = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()[None, None] & mask[:, None, None, :].bool()
+    causal |= torch.eye(WIDTH, dtype=torch.bool)  # rows that see nothing are not defined
+    real = mask.bool()
+    assert_close(model(ids, attention_mask=causal).logits[real], model(ids, attention_mask=mask).logits[real])
+
+
+def test_neither_ntk_nor_logn_acts_in_training(batch):
+    ids = batch[0][:1]
+    plain = load(use_dynamic_ntk=False, use_logn_attn=False).train()
+    assert torch.equal(load().train()(ids).logits, plain(ids).logits)
+    assert not torch.equal(load()(ids).logits, load().train()(ids).logits)
+
+
+@torch.no_grad()
+def test_far_past_its_positions_a_model_works_and_warns_once_without_ntk(batch, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging.get_logger("hf_cnllm.models.qwen.modeling_qwen"), "warning", warnings.append)
+    logging.get_logger("transformers").warning_once.cache_clear()
+    ids = batch[0][:1].repeat(1, 5)  # 350 tokens; max_position_embeddings is 256
+    assert load()(ids).logits.isfinite().all()
+    assert warnings == []
+    model = load(use_dynamic_ntk=False)
+    cache = None
+    for step in (ids, ids[:, :1], ids[:, :2]):
+        outputs = model(step, cache=cache, use_cache=True)
+        assert outputs.logits.isfinite().all()
+        cache = outputs.cache
+    assert len(warnings) == 1 and "past `max_position_embeddings` (256)" in warnings[0]
+
+
+def test_prompt_lengths_of_other_rows_are_refused(batch):
+    with pytest.raises(ValueError, match="`prompt_lengths` holds 3 lengths, but the inputs are 1 sequences"):
+        load()(batch[0][:1, :9], prompt_lengths=torch.tensor([9, 9, 9]))
+
+
+# --- continuous batching ------------------------------------------------------------------------------------------
+
+
+CONTINUOUS = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("overrides", "lengths"),
+    [({}, (30, 20, 9)), ({"use_dynamic_ntk": False, "window_sizes": [8, None]}, (70, 28, 9))],
+)
+def test_continuous_batching_gives_what_generate_gives(overrides, lengths, backend, batch):
+    model = load(backend=backend, **overrides)
+    prompts = [row[:length].tolist() for row, length in zip(batch[0].clamp(min=1), lengths, strict=True)]
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=128)
+    outputs = model.generate_batch(prompts, generation_config=CONTINUOUS, continuous_batching_config=small)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        model.set_attn_implementation(backend)
+        assert output.generated_tokens == generate(model, torch.tensor([prompt]))[0, len(prompt) :].tolist()
+
+
+def test_continuous_batching_refuses_what_it_cannot_do_right():
+    model = load()
+    with pytest.raises(ValueError, match=r"a prompt of 33 tokens needs: it is longer than `seq_length` \(32\)"):
+        model.generate_batch([[5] * 33], generation_config=CONTINUOUS)
+    with pytest.raises(ValueError, match="max_prompt_length"):
+        model.init_continuous_batching(generation_config=CONTINUOUS)
+    model = load(use_dynamic_ntk=False, window_sizes=[4, 8])
+    with pytest.raises(ValueError, match="`window_sizes` holds several"):
+        model.generate_batch([[5] * 9], generation_config=CONTINUOUS)
