@@ -1,13 +1,13 @@
 """What the families' chat functions share: the history they are given, and `generate` on one prompt, whole or token by
 token."""
 
-from collections.abc import Generator, Sequence
-from queue import Queue
-from threading import Event, Thread
+from collections.abc import Callable, Container, Generator, Sequence
+from itertools import takewhile
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 History = Sequence[tuple[str, str]]  # the originals': (query, response) for each turn
 
@@ -40,57 +40,56 @@ def as_messages(query: str, history: History | None = None) -> list[dict[str, st
     return [*messages, {"role": "user", "content": query}]
 
 
-def prompt_inputs(ids: list[int], device: torch.device) -> dict[str, torch.Tensor]:
-    """One prompt as the model's input, `[1, length]`."""
-    input_ids = torch.tensor([ids], device=device)
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-
-
-def generated_ids(model: Any, **arguments: Any) -> list[int]:
-    """The ids that `model.generate(**arguments)` adds to one prompt."""
-    output = model.generate(**arguments)
-    return getattr(output, "sequences", output)[0, arguments["input_ids"].shape[1] :].tolist()
+def generated_tokens(model: Any, prompt: list[int], ends: Container[int] = (), **arguments: Any) -> list[int]:
+    """The ids that `model.generate(**arguments)` adds to `prompt`, up to the first of `ends`."""
+    output = model.generate(**_as_inputs(model, prompt) | arguments)
+    ids = getattr(output, "sequences", output)[0, len(prompt) :].tolist()
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 def iterate_tokens(
-    model: Any, stopping_criteria: StoppingCriteriaList | None = None, **arguments: Any
-) -> Generator[int]:
-    """Yield the ids that `model.generate(**arguments)` adds to one prompt as soon as each is there.
+    model: Any, prompt: list[int], ends: Container[int] = (), read: Callable[[list[int]], Any] = list, **arguments: Any
+) -> Generator[Any]:
+    """Yields `read(ids)` for each new token, of all ids so far that `generated_tokens` would give.
 
     `generate` runs in a thread of its own: contexts that belong to a thread (`torch.autocast`) do not reach it. Its errors
     are raised here. It ends when the iterator is closed.
     """
-    queue: Queue[list[int] | BaseException | None] = Queue()
-    left = Event()
-    criteria = StoppingCriteriaList([*(stopping_criteria or []), _LeftByReader(left)])
+    streamer = _QueueStreamer()
 
     def run() -> None:
         try:
-            model.generate(stopping_criteria=criteria, streamer=_QueueStreamer(queue), **arguments)
-            queue.put(None)
+            model.generate(streamer=streamer, **_as_inputs(model, prompt) | arguments)
+            streamer.queue.put(None)
         except BaseException as error:  # for the reader to raise
-            queue.put(error)
+            streamer.queue.put(error)
 
     thread = Thread(target=run, name="iterate_tokens", daemon=True)
     thread.start()
+    ids: list[int] = []
     try:
-        while (item := queue.get()) is not None:
+        while (item := streamer.queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield from item
+            for token in item:
+                ids += [] if token in ends else [token]
+                yield read(ids)
     finally:
-        left.set()
+        streamer.is_closed = True
         thread.join()
 
 
 class _QueueStreamer:
     """What `generate` takes for a streamer: it is given the prompt first, then each token."""
 
-    def __init__(self, queue: Queue):
-        self.queue = queue
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         self.seen_prompt = False
+        self.is_closed = False
 
     def put(self, value: torch.Tensor) -> None:
+        if self.is_closed:
+            raise GeneratorExit  # out of `generate`, whose tokens nobody reads any more
         if self.seen_prompt:
             self.queue.put(value.tolist())
         self.seen_prompt = True
@@ -99,9 +98,6 @@ class _QueueStreamer:
         pass  # `run` says so, also after an error
 
 
-class _LeftByReader(StoppingCriteria):
-    def __init__(self, left: Event):
-        self.left = left
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full(input_ids.shape[:1], self.left.is_set(), device=input_ids.device)
+def _as_inputs(model: Any, prompt: list[int]) -> dict[str, torch.Tensor]:
+    input_ids = torch.tensor([prompt], device=model.device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
