@@ -103,18 +103,20 @@ class QWenChatMixin:
             stop_words_ids: token sequences that end the answer besides the end of the turn. They stay part of it.
             kwargs: `max_window_size`, or arguments of `generate`.
         """
-        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs)
-        response = tokenizer.decode(generated_tokens(self, **inputs), errors="replace").strip()
+        prompt, ends, arguments = self._chat_inputs(
+            tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
+        )
+        response = tokenizer.decode(generated_tokens(self, prompt, ends, **arguments), errors="replace").strip()
         return response, [*map(tuple, history or []), (query, response)]
 
     def chat_stream(
         self, tokenizer, query: str, history: History | None = None, system: str = DEFAULT_SYSTEM, *args, **kwargs
     ) -> Iterator[str]:
         """Answer `query` step by step: yields the response so far. Arguments as in `chat`."""
-        inputs = self._chat_inputs(tokenizer, query, history, system, *args, **kwargs)
+        prompt, ends, arguments = self._chat_inputs(tokenizer, query, history, system, *args, **kwargs)
         # A character may take several tokens: one that is not complete yet is left out.
         read = partial(tokenizer.decode, skip_special_tokens=True, errors="ignore")
-        return iterate_tokens(self, read=read, **inputs)
+        return iterate_tokens(self, prompt, ends, read, **arguments)
 
     def _chat_inputs(
         self,
@@ -126,8 +128,8 @@ class QWenChatMixin:
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
         **kwargs,
-    ) -> dict[str, Any]:
-        """The arguments of `generated_tokens`."""
+    ) -> tuple[list[int], set[int], dict[str, Any]]:
+        """The prompt, the ids that end an answer without being part of it, and the arguments of `generate`."""
         config = self.generation_config if generation_config is None else generation_config
         chat_format = getattr(config, "chat_format", None) or "chatml"
         if max_window_size is None:
@@ -136,10 +138,6 @@ class QWenChatMixin:
             system = ""
         _, prompt = make_context(tokenizer, query, history, system, max_window_size, chat_format)
         words = get_stop_words_ids(chat_format, tokenizer)
-        return {
-            **kwargs,
-            "prompt": prompt,
-            "ends": {*end_token_ids(config, kwargs), *(word[0] for word in words if len(word) == 1)},
-            "generation_config": generation_config,
-            "stop_words_ids": [*checked_stop_words(stop_words_ids), *words],
-        }
+        ends = {*end_token_ids(config, kwargs), *(word[0] for word in words if len(word) == 1)}
+        words = [*checked_stop_words(stop_words_ids), *words]
+        return prompt, ends, {**kwargs, "generation_config": generation_config, "stop_words_ids": words}
