@@ -3,29 +3,21 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..chat import as_messages, generated_tokens, iterate_tokens
 from .tool_calls import ToolCallError, read_answer
 
-
-class ChatDefaults(NamedTuple):
-    """What a generation's `chat` passes to `generate` unless told otherwise, and the tokens that end an answer."""
-
-    max_length: int
-    top_p: float
-    temperature: float
-    ends: tuple[str, ...]
-
-
-_CHATGLM = ChatDefaults(2048, 0.7, 0.95, ("<eop>",))
+# What each generation's `chat` passes to `generate` unless told otherwise, and the tokens that end its answers.
+_CHATGLM = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}, ("<eop>",)
+_CHATGLM2 = {"max_length": 8192, "top_p": 0.8, "temperature": 0.8}
 DEFAULTS = {
     "chatglm_early": _CHATGLM,
     "chatglm": _CHATGLM,
-    "chatglm2": ChatDefaults(8192, 0.8, 0.8, ("<eos>",)),
-    "chatglm3": ChatDefaults(8192, 0.8, 0.8, ("<eos>", "<|user|>", "<|observation|>")),
+    "chatglm2": (_CHATGLM2, ("<eos>",)),
+    "chatglm3": (_CHATGLM2, ("<eos>", "<|user|>", "<|observation|>")),
 }
 
 # ChatGLM-6B: these marks become Chinese beside a Chinese character.
@@ -157,14 +149,14 @@ class ChatGLMChatMixin:
 
 
 def _generation_arguments(tokenizer, do_sample: bool = True, **options: Any) -> dict[str, Any]:
-    defaults = DEFAULTS[tokenizer.generation]
+    defaults, ends = DEFAULTS[tokenizer.generation]
     used = {"max_length": "max_new_tokens" not in options, "top_p": do_sample, "temperature": do_sample}
-    for name, is_used in used.items():
+    for name, default in defaults.items():
         given = options.pop(name, None)
-        if is_used:
-            options[name] = getattr(defaults, name) if given is None else given
-    ends = [tokenizer.get_command(end) for end in defaults.ends]
-    return {"do_sample": do_sample, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, **options}
+        if used[name]:
+            options[name] = default if given is None else given
+    end_ids = [tokenizer.get_command(end) for end in ends]
+    return {"do_sample": do_sample, "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id, **options}
 
 
 def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ class QWenChatMixin:
             tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
         )
         response = tokenizer.decode(generated_tokens(self, prompt, ends, **arguments), errors="replace").strip()
-        return response, [*map(tuple, history or []), (query, response)]
+        return response, [*((q, r) for q, r in history or []), (query, response)]
 
     def chat_stream(
         self, tokenizer, query: str, history: History | None = None, system: str = DEFAULT_SYSTEM, *args, **kwargs

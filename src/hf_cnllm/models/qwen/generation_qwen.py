@@ -32,8 +32,9 @@ class QWenGenerationMixin(GenerationHooks):
         They stay at the end of the output. By default those of the generation configuration count.
         """
         config = self.generation_config if generation_config is None else generation_config
-        words = getattr(config, "stop_words_ids", None) if stop_words_ids is None else stop_words_ids
-        words = checked_stop_words(words)
+        if stop_words_ids is None:
+            stop_words_ids = getattr(config, "stop_words_ids", None)
+        words = checked_stop_words(stop_words_ids)
         ends = end_token_ids(config, kwargs)
         if more_ends := [word[0] for word in words if len(word) == 1 and word[0] not in ends]:
             if generation_config is None:
@@ -46,7 +47,8 @@ class QWenGenerationMixin(GenerationHooks):
             prompt = kwargs.get("input_ids") if inputs is None else inputs
             criterion = StopWordsCriteria(longer, 0 if prompt is None else prompt.shape[1])
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
-        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
+        arguments: tuple[Any, ...] = (inputs, generation_config, logits_processor, stopping_criteria, *args)
+        return super().generate(*arguments, **kwargs)
 
     def prompt_position_ids(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> None:
         """None: without `position_ids` the model counts columns, as the original does, also in padded rows."""
