@@ -57,15 +57,16 @@ def make_context(
         return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
 
     first = turn("system", system)
-    others = [turn("user", query), ("<|im_start|>assistant", [tokenizer.im_start_id, *tokenizer.encode("assistant")])]
+    past: list[tuple[str, list[int]]] = []
     room = max_window_size - len(first[1])
     for past_query, past_response in reversed(history):
-        past = [turn("user", past_query), turn("assistant", past_response)]
-        room -= sum(len(newline) + len(ids) for _, ids in past)
+        pair = [turn("user", past_query), turn("assistant", past_response)]
+        room -= sum(len(newline) + len(ids) for _, ids in pair)
         if room <= 0:
             break
-        others = past + others
-    texts, ids = zip(first, *others, strict=True)
+        past = pair + past
+    opening = "<|im_start|>assistant", [tokenizer.im_start_id, *tokenizer.encode("assistant")]
+    texts, ids = zip(first, *past, turn("user", query), opening, strict=True)
     return "\n".join([*texts, ""]), [token for turn_ids in ids for token in [*turn_ids, *newline]]
 
 
