@@ -26,6 +26,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, count, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,9 @@ def sample_span_length(rng: random.Random) -> int:
     probability = math.exp(-SPAN_LENGTH)
     threshold = rng.uniform(probability, 1.0)
     length, cumulated = 0, probability
-    while cumulated < threshold:
+    while cumulated < threshold and probability > 1e-300:  # what is left then is rounding
         length += 1
         probability *= SPAN_LENGTH / length
-        if probability < 1e-300:  # what is left is rounding
-            break
         cumulated += probability
     return max(length, 1)
 
@@ -76,12 +75,9 @@ def sample_token_spans(length: int, rng: random.Random, rate: float = MASK_RATE)
     rng.shuffle(lengths)
     free = length - sum(lengths) - max(len(lengths) - 1, 0)
     places = sorted(rng.randint(0, free) for _ in lengths)
-    spans, masked = [], 0
-    for number, (place, span) in enumerate(zip(places, lengths, strict=True)):
-        start = place + masked + number
-        spans.append((start, start + span))
-        masked += span
-    return spans
+    masked = accumulate(lengths, initial=0)
+    starts = map(sum, zip(places, masked, count(), strict=False))  # behind earlier spans, and one token for each
+    return [(start, start + span) for start, span in zip(starts, lengths, strict=True)]
 
 
 def sample_sentence_spans(sentences: Sequence[Span], rng: random.Random, rate: float = MASK_RATE) -> list[Span]:
@@ -112,12 +108,8 @@ def sample_document_span(length: int, rng: random.Random) -> list[Span]:
 
 def split_sentences(tokens: Sequence[str]) -> list[Span]:
     """The sentences of a text, given as its tokens' texts: each ends with a token that holds an end mark."""
-    spans, start = [], 0
-    for index, token in enumerate(tokens):
-        if index + 1 == len(tokens) or not SENTENCE_ENDS.isdisjoint(token):
-            spans.append((start, index + 1))
-            start = index + 1
-    return spans
+    ends = [index for index, token in enumerate(tokens, start=1) if not SENTENCE_ENDS.isdisjoint(token)]
+    return list(pairwise(sorted({0, *ends, len(tokens)})))
 
 
 # --- from spans to a training example --------------------------------------------------------------------------------
@@ -194,7 +186,6 @@ def make_example(
     """The row for a text whose `spans` are masked.
 
     Args:
-        tokens: the text.
         spans: ordered, not overlapping, not empty.
         mask_id: stands for each of them.
         rng: shuffles the spans; None keeps their order.
@@ -223,9 +214,8 @@ def restore_text(input_ids: Sequence[int], positions: Sequence[int], block_posit
             spans[position] = []
         elif block > 1:
             spans[position].append(token)
-    length = sum(block == 0 for block in block_positions)
     text = []
-    for index, token in enumerate(input_ids[:length]):
+    for index, token in enumerate(input_ids[: block_positions.count(0)]):
         text += spans.get(index, [token])
     return text
 

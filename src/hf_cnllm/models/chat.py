@@ -16,19 +16,17 @@ def checked_history(query: Any, history: Any) -> History:
     """`history`, or nothing for None. Raises ValueError if the arguments have another shape."""
     if not isinstance(query, str):
         raise ValueError(f"query must be a string, but is {query!r}.")
-    if history is None:
-        return []
-    if not isinstance(history, (list, tuple)):
+    if not isinstance(history, list | tuple | None):
         raise ValueError(
             f"history must be a list of (query, response) pairs, but is of type {type(history).__name__}."
         )
-    for index, pair in enumerate(history):
+    for index, pair in enumerate(history or []):
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(
                 f"history must be a list of (query, response) pairs of strings, but history[{index}] is {pair!r}. "
                 "Messages with roles go to tokenizer.apply_chat_template."
             )
-    return history
+    return history or []
 
 
 def as_messages(query: str, history: History | None = None) -> list[dict[str, str]]:
@@ -80,7 +78,7 @@ def iterate_tokens(
 
 
 class _QueueStreamer:
-    """What `generate` takes for a streamer: it is given the prompt first, then each token."""
+    """What `generate` takes for a streamer: it is given the prompt first, then the tokens."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
@@ -91,7 +89,7 @@ class _QueueStreamer:
         if self.is_closed:
             raise GeneratorExit  # out of `generate`, whose tokens nobody reads any more
         if self.seen_prompt:
-            self.queue.put(value.tolist())
+            self.queue.put(value.flatten().tolist())  # of assisted decoding there are several, in one row
         self.seen_prompt = True
 
     def end(self) -> None:

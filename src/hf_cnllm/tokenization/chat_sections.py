@@ -6,17 +6,11 @@ ordinary Jinja template, rendered by transformers' own sandbox, but the rendered
     <reserved_106>·你好</s>再见·<reserved_107>          · marks the border of a message (a private-use character)
     ^ control     ^ plain text    ^ control
 
-Text sections go through a backend that has no control tokens at all (`without_control_tokens`), so there is no string
-that yields one. Encoding each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
+Text sections go through a backend that has no control tokens at all, so there is no string that yields one. Encoding
+each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
 
-To plug a family in: subclass `ChatTokenizer` (a `TokenizersBackend` that also loads and saves the original vocabulary
-file), set `self.chat_template` unless the checkpoint brings one (`read_template` gives the files in `templates/`), and say
-
-* `encodes_messages_alone`: whether a message is encoded apart from the template's text around it (True), or the text
-  between two control tokens is encoded as one (False), unless the template itself writes `border` where a text ends
-  (a variable that is empty everywhere but here);
-* `chat_control_pieces()`: control tokens that are ordinary pieces of the vocabulary. The special added tokens, those
-  in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
+To plug a family in: subclass `ChatTokenizer`, set `self.chat_template` unless the checkpoint brings one, and override what
+stands at the top of the class.
 """
 
 import json
@@ -107,11 +101,14 @@ def plain_messages(conversation: Any) -> list[dict[str, Any]]:
 class ChatTokenizer(OriginalVocabularyTokenizer):
     """A fast tokenizer whose chats never take control tokens from message contents, tools or documents."""
 
+    # Whether a message is encoded apart from the template's text around it (True), or the text between two control tokens
+    # as one (False), unless the template writes `border`, a variable that is empty everywhere but here, where a text ends.
     encodes_messages_alone: bool = True
     prompt_padding_side: str | None = None  # of prompts that are to be continued, if it is another than that of texts
 
     def chat_control_pieces(self) -> Iterable[str]:
-        """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
+        """Pieces of the vocabulary that only a chat template may write, besides the added tokens that are special, stand in
+        `chat_control_tokens` or in the template."""
         return ()
 
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:

@@ -100,7 +100,6 @@ class QWenChatMixin:
 
         Args:
             history: earlier turns, (query, response) each; the oldest are left out beyond `max_window_size` tokens.
-            system: the system message.
             stop_words_ids: token sequences that end the answer besides the end of the turn. They stay part of it.
             kwargs: `max_window_size`, or arguments of `generate`.
         """
