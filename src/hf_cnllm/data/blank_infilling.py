@@ -126,10 +126,7 @@ class ControlTokens(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ControlTokens":
-        """
-        Raises:
-            ValueError: the tokenizer knows no mask, start or end token.
-        """
+        """Raises ValueError if the tokenizer knows no mask, start or end token."""
         start = _find(tokenizer, "<|startofpiece|>", "<sop>", "sop")
         end = _find(tokenizer, "<|endofpiece|>", "<eop>", "eop")
         mask, smask, gmask = (

@@ -70,7 +70,8 @@ def _conversation(row: Any) -> Conversation:
     if "messages" in row:
         return _from_messages(row["messages"])
     if "instruction" in row:
-        return _from_instruction(row)
+        question = _text(row, "instruction") + ("\n" + _text(row, "input") if row.get("input") else "")
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
     raise ConversationError(f"needs the field 'messages', or 'instruction' and 'output'; has {sorted(row)}")
 
 
@@ -90,13 +91,6 @@ def _from_messages(messages: Any) -> Conversation:
     if role != "assistant":
         raise ConversationError("field 'messages' must end with a message of the assistant")
     return conversation
-
-
-def _from_instruction(row: dict[str, Any]) -> Conversation:
-    question = _text(row, "instruction")
-    if row.get("input"):
-        question += "\n" + _text(row, "input")
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
 
 
 def _text(row: dict[str, Any], key: str, place: str = "") -> str:

@@ -282,9 +282,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 self._beside(chat.encoding, chat.generated(parts), 0) for chat, parts in zip(chats, spans, strict=True)
             ]
         batch = self.batch_of(encodings, is_batched, return_tensors, columns, **flags)
-        if not all(chat.has_exact_offsets for chat in chats):
-            return BatchEncoding(batch.data)  # without char_to_token and the like, which would be wrong
-        return batch
+        # Without its encodings a batch has no `char_to_token` and the like, which would be wrong.
+        return batch if all(chat.has_exact_offsets for chat in chats) else BatchEncoding(batch.data)
 
     def _beside(self, encoding: Encoding, values: list, filler: Any) -> list:
         """Values of a chat's tokens, for those that truncation has left, with `filler` for padding."""
