@@ -4,7 +4,8 @@ token."""
 from collections.abc import Callable, Container, Generator, Sequence
 from itertools import takewhile
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,47 +54,36 @@ def iterate_tokens(
     `generate` runs in a thread of its own: contexts that belong to a thread (`torch.autocast`) do not reach it. Its errors
     are raised here. It ends when the iterator is closed.
     """
-    streamer = _QueueStreamer()
+    queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
+    is_closed = Event()
+
+    def put(tokens: torch.Tensor) -> None:
+        if is_closed.is_set():
+            raise GeneratorExit  # out of `generate`, whose tokens nobody reads any more
+        queue.put(tokens.flatten().tolist())  # of assisted decoding there are several, in one row
 
     def run() -> None:
         try:
+            streamer = SimpleNamespace(put=put, end=lambda: None)
             model.generate(streamer=streamer, **_as_inputs(model, prompt) | arguments)
-            streamer.queue.put(None)
+            queue.put(None)
         except BaseException as error:  # for the reader to raise
-            streamer.queue.put(error)
+            queue.put(error)
 
     thread = Thread(target=run, name="iterate_tokens", daemon=True)
     thread.start()
     ids: list[int] = []
     try:
-        while (item := streamer.queue.get()) is not None:
+        for number, item in enumerate(iter(queue.get, None)):
             if isinstance(item, BaseException):
                 raise item
-            for token in item:
-                ids += [] if token in ends else [token]
+            for token in item if number > 0 else []:  # the prompt comes first
+                if token not in ends:
+                    ids.append(token)
                 yield read(ids)
     finally:
-        streamer.is_closed = True
+        is_closed.set()
         thread.join()
-
-
-class _QueueStreamer:
-    """What `generate` takes for a streamer: it is given the prompt first, then the tokens."""
-
-    def __init__(self) -> None:
-        self.queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
-        self.seen_prompt = False
-        self.is_closed = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.is_closed:
-            raise GeneratorExit  # out of `generate`, whose tokens nobody reads any more
-        if self.seen_prompt:
-            self.queue.put(value.flatten().tolist())  # of assisted decoding there are several, in one row
-        self.seen_prompt = True
-
-    def end(self) -> None:
-        pass  # `run` says so, also after an error
 
 
 def _as_inputs(model: Any, prompt: list[int]) -> dict[str, torch.Tensor]:
