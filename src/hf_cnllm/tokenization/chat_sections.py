@@ -170,9 +170,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 for message in chain.from_iterable(chats):
                     if message.get("content"):
                         message["content"] = f"{marks.border}{message['content']}{marks.border}"
-        rendered: list[str]
-        spans: list[list[tuple[int, int]]]
-        rendered, spans = render_jinja_template(  # type: ignore[str-unpack, assignment]
+        texts_and_spans: Any = render_jinja_template(  # is annotated as one string
             conversations=chats,
             chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
@@ -180,6 +178,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             add_generation_prompt=add_generation_prompt,
             **{**self.special_tokens_map, **inputs},
         )
+        rendered, spans = texts_and_spans
         if not tokenize:
             return rendered if is_batched else rendered[0]
         padding_side = self.prompt_padding_side if add_generation_prompt else None

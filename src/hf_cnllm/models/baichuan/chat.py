@@ -93,11 +93,8 @@ class BaichuanChatMixin:
         length = self.config.model_max_length or self.config.max_position_embeddings
         if config.max_new_tokens is None:
             config.max_new_tokens = length // 2
-        turn_ids = {
-            name: getattr(config, name)
-            for name in ("user_token_id", "assistant_token_id")
-            if getattr(config, name, None) is not None
-        }
+        names = ("user_token_id", "assistant_token_id")
+        turn_ids = {name: index for name in names if (index := getattr(config, name, None)) is not None}
         prompt = build_chat_input(tokenizer, messages, length - config.max_new_tokens, **turn_ids)
         read = partial(tokenizer.decode, skip_special_tokens=True)
         if stream:
