@@ -1,5 +1,5 @@
-"""What Qwen needs of `generate`: positions as the original counts them, an NTK factor that belongs to the prompt, and stop
-words."""
+"""What Qwen needs of `generate`: positions as the original counts them, and an NTK factor that belongs to the prompt; and
+stop words."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,39 +16,6 @@ from .dynamic_ntk import carry
 
 class QWenGenerationMixin(GenerationHooks):
     """Stands before `GenerationMixin` among the bases of a model whose backbone is `transformer`."""
-
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor=None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        *args,
-        stop_words_ids: Sequence[Sequence[int]] | None = None,
-        **kwargs,
-    ):
-        """As [`~GenerationMixin.generate`], and a row also ends after any of `stop_words_ids` (lists of ids).
-
-        They stay at the end of the output. By default those of the generation configuration count.
-        """
-        config = self.generation_config if generation_config is None else generation_config
-        if stop_words_ids is None:
-            stop_words_ids = getattr(config, "stop_words_ids", None)
-        words = checked_stop_words(stop_words_ids)
-        ends = end_token_ids(config, kwargs)
-        if more_ends := [word[0] for word in words if len(word) == 1 and word[0] not in ends]:
-            if generation_config is None:
-                kwargs["eos_token_id"] = ends + more_ends
-            else:  # transformers wants either a configuration or arguments
-                generation_config = copy.deepcopy(generation_config)
-                generation_config.eos_token_id = ends + more_ends
-                kwargs.pop("eos_token_id", None)
-        if longer := [word for word in words if len(word) > 1]:
-            prompt = kwargs.get("input_ids") if inputs is None else inputs
-            criterion = StopWordsCriteria(longer, 0 if prompt is None else prompt.shape[1])
-            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
-        arguments: tuple[Any, ...] = (inputs, generation_config, logits_processor, stopping_criteria, *args)
-        return super().generate(*arguments, **kwargs)
 
     def prompt_position_ids(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> None:
         """None: without `position_ids` the model counts columns, as the original does, also in padded rows."""
@@ -119,6 +86,39 @@ class QWenGenerationMixin(GenerationHooks):
                 "Continuous batching knows one window for all windowed layers, but `window_sizes` holds several."
             )
         return super().init_continuous_batching(*args, workload_hints=workload_hints, **kwargs)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor=None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *args,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        **kwargs,
+    ):
+        """As [`~GenerationMixin.generate`], and a row also ends after any of `stop_words_ids` (lists of ids).
+
+        They stay at the end of the output. By default those of the generation configuration count.
+        """
+        config = self.generation_config if generation_config is None else generation_config
+        if stop_words_ids is None:
+            stop_words_ids = getattr(config, "stop_words_ids", None)
+        words = checked_stop_words(stop_words_ids)
+        ends = end_token_ids(config, kwargs)
+        if more_ends := [word[0] for word in words if len(word) == 1 and word[0] not in ends]:
+            if generation_config is None:
+                kwargs["eos_token_id"] = ends + more_ends
+            else:  # transformers wants either a configuration or arguments
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.eos_token_id = ends + more_ends
+                kwargs.pop("eos_token_id", None)
+        if longer := [word for word in words if len(word) > 1]:
+            prompt = kwargs.get("input_ids") if inputs is None else inputs
+            criterion = StopWordsCriteria(longer, 0 if prompt is None else prompt.shape[1])
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
+        arguments: tuple[Any, ...] = (inputs, generation_config, logits_processor, stopping_criteria, *args)
+        return super().generate(*arguments, **kwargs)
 
 
 class StopWordsCriteria(StoppingCriteria):
