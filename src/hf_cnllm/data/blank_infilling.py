@@ -26,10 +26,13 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, count, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.chat import generated_tokens
 
 IGNORED = -100
 
@@ -46,16 +49,14 @@ Span = tuple[int, int]
 # --- which spans are masked ------------------------------------------------------------------------------------------
 
 
-def sample_span_length(rng: random.Random, mean: float = SPAN_LENGTH) -> int:
-    """From Poisson(`mean`) without 0, by inversion."""
-    probability = math.exp(-mean)
+def sample_span_length(rng: random.Random) -> int:
+    """From Poisson(3) without 0, by inversion."""
+    probability = math.exp(-SPAN_LENGTH)
     threshold = rng.uniform(probability, 1.0)
     length, cumulated = 0, probability
-    while cumulated < threshold:
+    while cumulated < threshold and probability > 1e-300:  # what is left then is rounding
         length += 1
-        probability *= mean / length
-        if probability < 1e-300:  # what is left is rounding
-            break
+        probability *= SPAN_LENGTH / length
         cumulated += probability
     return max(length, 1)
 
@@ -74,12 +75,9 @@ def sample_token_spans(length: int, rng: random.Random, rate: float = MASK_RATE)
     rng.shuffle(lengths)
     free = length - sum(lengths) - max(len(lengths) - 1, 0)
     places = sorted(rng.randint(0, free) for _ in lengths)
-    spans, masked = [], 0
-    for number, (place, span) in enumerate(zip(places, lengths, strict=True)):
-        start = place + masked + number
-        spans.append((start, start + span))
-        masked += span
-    return spans
+    masked = accumulate(lengths, initial=0)
+    starts = map(sum, zip(places, masked, count(), strict=False))  # behind earlier spans, and one token for each
+    return [(start, start + span) for start, span in zip(starts, lengths, strict=True)]
 
 
 def sample_sentence_spans(sentences: Sequence[Span], rng: random.Random, rate: float = MASK_RATE) -> list[Span]:
@@ -110,12 +108,8 @@ def sample_document_span(length: int, rng: random.Random) -> list[Span]:
 
 def split_sentences(tokens: Sequence[str]) -> list[Span]:
     """The sentences of a text, given as its tokens' texts: each ends with a token that holds an end mark."""
-    spans, start = [], 0
-    for index, token in enumerate(tokens):
-        if index + 1 == len(tokens) or not SENTENCE_ENDS.isdisjoint(token):
-            spans.append((start, index + 1))
-            start = index + 1
-    return spans
+    ends = [index for index, token in enumerate(tokens, start=1) if not SENTENCE_ENDS.isdisjoint(token)]
+    return list(pairwise(sorted({0, *ends, len(tokens)})))
 
 
 # --- from spans to a training example --------------------------------------------------------------------------------
@@ -132,19 +126,12 @@ class ControlTokens(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ControlTokens":
-        """
-        Raises:
-            ValueError: the tokenizer knows no mask, start or end token.
-        """
+        """Raises ValueError if the tokenizer knows no mask, start or end token."""
         start = _find(tokenizer, "<|startofpiece|>", "<sop>", "sop")
         end = _find(tokenizer, "<|endofpiece|>", "<eop>", "eop")
         mask, smask, gmask = (
-            _find(tokenizer, token) or getattr(tokenizer, attribute, None)
-            for token, attribute in (
-                ("[MASK]", "mask_token_id"),
-                ("[sMASK]", "smask_token_id"),
-                ("[gMASK]", "gmask_token_id"),
-            )
+            _find(tokenizer, f"[{kind}MASK]") or getattr(tokenizer, f"{kind}mask_token_id", None)
+            for kind in ("", "s", "g")
         )
         if start is None or end is None or mask is None:
             raise ValueError(
@@ -160,11 +147,8 @@ class ControlTokens(NamedTuple):
 
 def _find(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> int | None:
     """The id of the first of `tokens` that is one of the vocabulary."""
-    for token in tokens:
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if isinstance(token_id, int) and token_id != tokenizer.unk_token_id:
-            return token_id
-    return None
+    ids = map(tokenizer.convert_tokens_to_ids, tokens)
+    return next((index for index in ids if isinstance(index, int) and index != tokenizer.unk_token_id), None)
 
 
 class Example(NamedTuple):
@@ -199,7 +183,6 @@ def make_example(
     """The row for a text whose `spans` are masked.
 
     Args:
-        tokens: the text.
         spans: ordered, not overlapping, not empty.
         mask_id: stands for each of them.
         rng: shuffles the spans; None keeps their order.
@@ -228,9 +211,8 @@ def restore_text(input_ids: Sequence[int], positions: Sequence[int], block_posit
             spans[position] = []
         elif block > 1:
             spans[position].append(token)
-    length = sum(block == 0 for block in block_positions)
     text = []
-    for index, token in enumerate(input_ids[:length]):
+    for index, token in enumerate(input_ids[: block_positions.count(0)]):
         text += spans.get(index, [token])
     return text
 
@@ -285,7 +267,6 @@ class DataCollatorForBlankInfilling:
             raise ValueError(f"`max_length` ({self.max_length}) leaves no room for a text")
         self._worker: int | None = None
         self._rng = random.Random(self.seed)
-        self._marks: dict[int, str] = {}
 
     @property
     def rng(self) -> random.Random:
@@ -310,7 +291,7 @@ class DataCollatorForBlankInfilling:
         tokens = self._tokens(feature)
         objective = self.rng.choices(list(self.mix), weights=list(self.mix.values()))[0]
         if objective == "sentence":
-            sentences = split_sentences([self._mark(token) for token in tokens])
+            sentences = split_sentences([str(token) for token in self.tokenizer.convert_ids_to_tokens(tokens)])
             if len(sentences) > 1:
                 spans = sample_sentence_spans(sentences, self.rng, self.mask_rate)
             else:
@@ -328,19 +309,17 @@ class DataCollatorForBlankInfilling:
         length = max(len(example.input_ids) for example in examples)
         if self.pad_to_multiple_of is not None:
             length = math.ceil(length / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = self.control.end if pad_id is None else pad_id
-
-        def rows(name: str, filling: int) -> torch.Tensor:
-            values = [getattr(example, name) for example in examples]
-            return torch.tensor([[*row, *[filling] * (length - len(row))] for row in values])
-
+        pad_id = self.control.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        input_ids, positions, block_positions, labels = (
+            torch.tensor([[*row, *[filling] * (length - len(row))] for row in rows])
+            for rows, filling in zip(zip(*examples, strict=True), (pad_id, 0, 0, IGNORED), strict=True)
+        )
         lengths = torch.tensor([len(example.input_ids) for example in examples])
         return {
-            "input_ids": rows("input_ids", pad_id),
+            "input_ids": input_ids,
             "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
-            "position_ids": torch.stack([rows("positions", 0), rows("block_positions", 0)], dim=1),
-            "labels": rows("labels", IGNORED),
+            "position_ids": torch.stack([positions, block_positions], dim=1),
+            "labels": labels,
         }
 
     def _tokens(self, feature: Mapping[str, Any]) -> list[int]:
@@ -357,11 +336,6 @@ class DataCollatorForBlankInfilling:
             start = self.rng.randint(0, excess)
             tokens = tokens[start : start + self._longest_text]
         return [int(token) for token in tokens]
-
-    def _mark(self, token: int) -> str:
-        if token not in self._marks:
-            self._marks[token] = str(self.tokenizer.convert_ids_to_tokens(token))
-        return self._marks[token]
 
     def _shift(self, example: Example) -> Example:
         """Labels one place later, where a loss that shifts looks for them."""
@@ -407,34 +381,17 @@ def infill(
         return [infill(model, tokenizer, single, max_new_tokens, **generate_kwargs) for single in text]
     control = ControlTokens.of(tokenizer)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    context = [*control.before, *tokens, *control.after]
-    places = [place for place, token in enumerate(context) if token in control.masks.values()]
+    row = Example.of_context([*control.before, *tokens, *control.after])
+    places = [place for place, token in enumerate(row.input_ids) if token in control.masks.values()]
     if not places:
         raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
-    row = Example.of_context(context)
+    arguments = {"max_new_tokens": max_new_tokens, "eos_token_id": control.end, "pad_token_id": control.end}
+    arguments |= generate_kwargs
     for place in places:
         row.fill(place, [control.start])
-        row.fill(place, _generate_span(model, control, row, max_new_tokens, **generate_kwargs), done=1)
+        position_ids = torch.tensor([[row.positions, row.block_positions]], device=model.device)
+        span = generated_tokens(model, row.input_ids, {control.end}, position_ids=position_ids, **arguments)
+        row.fill(place, span, done=1)
     filled = restore_text(row.input_ids, row.positions, row.block_positions)
     filled = filled[len(control.before) : len(filled) - len(control.after)]
     return str(tokenizer.decode(filled, skip_special_tokens=True))
-
-
-def _generate_span(
-    model: PreTrainedModel, control: ControlTokens, row: Example, max_new_tokens: int, **generate_kwargs: Any
-) -> list[int]:
-    input_ids = torch.tensor([row.input_ids], device=model.device)
-    position_ids = torch.tensor([[row.positions, row.block_positions]], device=model.device)
-    stops = generate_kwargs.pop("eos_token_id", control.end)
-    sequences = model.generate(  # type: ignore[operator]  # transformers gives `generate` to classes with a head only
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        position_ids=position_ids,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=generate_kwargs.pop("pad_token_id", control.end),
-        **generate_kwargs,
-    )
-    span = sequences[0, input_ids.shape[1] :].tolist()
-    ends = [index for index, token in enumerate(span) if token == control.end]
-    return span[: ends[0]] if ends else span

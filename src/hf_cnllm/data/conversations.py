@@ -1,12 +1,13 @@
-"""Conversations for fine-tuning: the embedded instruction set, files of the user's own, and their tokenised form.
+"""Conversations for fine-tuning: the embedded instruction set, files of the user's own, and their tokenized form.
 
 A conversation is a list of messages `{"role": ..., "content": ...}` as `apply_chat_template` takes it: an optional system
 message, then user and assistant in turn, ending with the assistant.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,74 +44,60 @@ def read_conversations(path: str | Path) -> list[Conversation]:
         ConversationError: a line is not of this form, or the file holds none.
         OSError: the file cannot be read.
     """
-    path = Path(path)
     conversations = []
-    for where, line in _numbered_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConversationError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-        conversations.append(_conversation(row, where))
+    where = "line 0"
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"line {number}"
+                if line.strip():
+                    conversations.append(_conversation(json.loads(line)))
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON ({error.msg} at column {error.colno})"
+        raise ConversationError(f"{path}, {where}: {problem}") from None
+    except ConversationError as error:
+        raise ConversationError(f"{path}, {where}: {error}") from None
+    except UnicodeDecodeError:
+        raise ConversationError(f"{path}, after {where}: the file is not UTF-8 text") from None
     if not conversations:
         raise ConversationError(f"{path}: the file holds no conversation")
     return conversations
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    number = 0
-    with open(path, encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", line
-        except UnicodeDecodeError:
-            raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
-
-
-def _conversation(row: Any, where: str) -> Conversation:
+def _conversation(row: Any) -> Conversation:
     if not isinstance(row, dict):
-        raise ConversationError(f"{where}: expected an object, got {type(row).__name__}")
+        raise ConversationError(f"expected an object, got {type(row).__name__}")
     if "messages" in row:
-        return _from_messages(row["messages"], where)
+        return _from_messages(row["messages"])
     if "instruction" in row:
-        return _from_instruction(row, where)
-    raise ConversationError(f"{where}: needs the field 'messages', or 'instruction' and 'output'; has {sorted(row)}")
+        question = _text(row, "instruction") + ("\n" + _text(row, "input") if row.get("input") else "")
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
+    raise ConversationError(f"needs the field 'messages', or 'instruction' and 'output'; has {sorted(row)}")
 
 
-def _from_messages(messages: Any, where: str) -> Conversation:
+def _from_messages(messages: Any) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise ConversationError(f"{where}: field 'messages' must be a list with at least one message")
+        raise ConversationError("field 'messages' must be a list with at least one message")
     has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    roles = chain(["system"] * has_system, cycle(["user", "assistant"]))
     conversation = []
-    for index, message in enumerate(messages):
+    for index, (message, role) in enumerate(zip(messages, roles, strict=False)):
         field = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise ConversationError(f"{where}: field '{field}' must be an object, got {type(message).__name__}")
-        if has_system and index == 0:
-            expected = "system"
-        else:
-            expected = "user" if (index - has_system) % 2 == 0 else "assistant"
-        if message.get("role") != expected:
-            raise ConversationError(f"{where}: field '{field}.role' must be '{expected}', got {message.get('role')!r}")
-        conversation.append({"role": expected, "content": _text(message, "content", f"{field}.content", where)})
-    if conversation[-1]["role"] != "assistant":
-        raise ConversationError(f"{where}: field 'messages' must end with a message of the assistant")
+            raise ConversationError(f"field '{field}' must be an object, got {type(message).__name__}")
+        if message.get("role") != role:
+            raise ConversationError(f"field '{field}.role' must be '{role}', got {message.get('role')!r}")
+        conversation.append({"role": role, "content": _text(message, "content", f"{field}.")})
+    if role != "assistant":
+        raise ConversationError("field 'messages' must end with a message of the assistant")
     return conversation
 
 
-def _from_instruction(row: dict[str, Any], where: str) -> Conversation:
-    question = _text(row, "instruction", "instruction", where)
-    if row.get("input"):
-        question += "\n" + _text(row, "input", "input", where)
-    answer = _text(row, "output", "output", where)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _text(row: dict[str, Any], key: str, field: str, where: str) -> str:
+def _text(row: dict[str, Any], key: str, place: str = "") -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         found = "nothing" if key not in row else json.dumps(value, ensure_ascii=False)[:60]
-        raise ConversationError(f"{where}: field '{field}' must be a non-empty text, got {found}")
+        raise ConversationError(f"field '{place}{key}' must be a non-empty text, got {found}")
     return value
 
 
@@ -125,9 +112,8 @@ def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
         ValueError: neither of the two names such a token.
     """
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2
-    ids, spoken = _ids_and_mask(tokenizer, probe)
-    special = _special_ids(tokenizer)
-    ends = [ids[last] for last in reversed(_reply_ends(spoken)) if ids[last] in special]
+    ids, _, is_ended = _encode(tokenizer, probe)
+    ends = [ids[last] for last in reversed(is_ended) if is_ended[last]]
     configured = generation_config.eos_token_id
     ends += configured if isinstance(configured, list | tuple) else [configured]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
@@ -139,7 +125,7 @@ def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
 def encode_conversation(
     tokenizer: Any, messages: Sequence[Message], end_token_ids: Sequence[int], max_length: int | None = None
 ) -> dict[str, list[int]]:
-    """Tokenise a conversation with the chat template and label the assistant's replies only.
+    """Tokenize a conversation with the chat template and label the assistant's replies only.
 
     A reply has to end in a token that stops generation. Templates that write one inside the reply (ChatML's
     `<|im_end|>`) need nothing. For the others the position after the reply, which the next turn's marker takes or
@@ -154,12 +140,9 @@ def encode_conversation(
     Returns:
         `input_ids`, `attention_mask` and `labels` of equal length; labels are -100 outside the replies.
     """
-    ids, spoken = _ids_and_mask(tokenizer, messages)
-    special = _special_ids(tokenizer)
-    labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, spoken, strict=True)]
-    for last in _reply_ends(spoken):
-        if ids[last] in special:
-            continue
+    ids, is_reply, is_ended = _encode(tokenizer, messages)
+    labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, is_reply, strict=True)]
+    for last in [last for last, ended in is_ended.items() if not ended]:
         if last + 1 == len(ids):
             ids.append(end_token_ids[0])
             labels.append(IGNORE_INDEX)
@@ -176,21 +159,15 @@ def with_system_in_question(conversation: Conversation) -> Conversation:
     return [{**question, "content": f"{system['content']}\n{question['content']}"}, *others]
 
 
-def _ids_and_mask(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+def _encode(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int], dict[int, bool]]:
+    """The ids, 1 for those in replies, and where replies end: with a special token, which no reply's own text has, or not."""
     encoded = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    if not any(encoded["assistant_masks"]):
+    ids, is_reply = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if not any(is_reply):
         raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
-    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
-
-
-def _reply_ends(spoken: Sequence[int]) -> list[int]:
-    """Where the runs of ones end."""
-    return [i for i, mine in enumerate(spoken) if mine and not (i + 1 < len(spoken) and spoken[i + 1])]
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    """Ids that no reply's own text has."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    lasts = [last for last, pair in enumerate(pairwise([*is_reply, 0])) if pair == (1, 0)]
+    return ids, is_reply, {last: ids[last] in special for last in lasts}

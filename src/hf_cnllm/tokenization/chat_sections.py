@@ -6,24 +6,18 @@ ordinary Jinja template, rendered by transformers' own sandbox, but the rendered
     <reserved_106>·你好</s>再见·<reserved_107>          · marks the border of a message (a private-use character)
     ^ control     ^ plain text    ^ control
 
-Text sections go through a backend that has no control tokens at all (`without_control_tokens`), so there is no string
-that yields one. Encoding each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
+Text sections go through a backend that has no control tokens at all, so there is no string that yields one. Encoding
+each message on its own is also what the originals of Baichuan, ChatGLM3 and Qwen do.
 
-To plug a family in: subclass `ChatTokenizer` (a `TokenizersBackend` that also loads and saves the original vocabulary
-file), set `self.chat_template` unless the checkpoint brings one (`read_template` gives the files in `templates/`), and say
-
-* `encodes_messages_alone`: whether a message is encoded apart from the template's text around it (True), or the text
-  between two control tokens is encoded as one (False), unless the template itself writes `border` where a text ends
-  (a variable that is empty everywhere but here);
-* `chat_control_pieces()`: control tokens that are ordinary pieces of the vocabulary. The special added tokens, those
-  in `chat_control_tokens`, and the added tokens that the template itself contains are control tokens anyway.
+To plug a family in: subclass `ChatTokenizer`, set `self.chat_template` unless the checkpoint brings one, and override what
+stands at the top of the class.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -41,36 +35,12 @@ def read_template(name: str) -> str:
     return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def without_control_tokens(backend: Tokenizer, control: Collection[str]) -> Tokenizer:
-    """A backend that shares `backend`'s model and steps but can yield none of the `control` tokens.
-
-    Control tokens that were added to the vocabulary are simply not added here. Those that the model makes of their own
-    text are also kept from it: the first character of that text becomes a pre-token of its own.
-    """
-    plain = Tokenizer(backend.model)
-    if backend.normalizer is not None:
-        plain.normalizer = backend.normalizer
-    steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
-    pieces = [token for token in control if any(made.value == token for made in backend.model.tokenize(token))]
-    if pieces:
-        steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
-    if steps:
-        plain.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    plain.add_tokens([token for token in backend.get_added_tokens_decoder().values() if token.content not in control])
-    return plain
-
-
 class ChatBackends(NamedTuple):
     """What encodes the sections of a rendered chat, for one set of control tokens."""
 
     control: str  # pattern of the control tokens that a template may write
     control_ids: Tokenizer  # a whole control token -> its id
     plain: Tokenizer  # any other text
-
-    @classmethod
-    def build(cls, plain: Tokenizer, control: Mapping[str, int]) -> "ChatBackends":
-        words = models.WordLevel(dict(control), unk_token="")
-        return cls(any_of(control) or "(?!)", Tokenizer(words), plain)
 
 
 class Marks(NamedTuple):
@@ -85,30 +55,30 @@ class Marks(NamedTuple):
         free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
         return cls(next(free), next(free))
 
-    def break_up(self, value: Any, control: re.Pattern) -> Any:
-        """`value` with every control token in its strings, keys included, broken by glue after its first character."""
-        if isinstance(value, str):
-            return control.sub(lambda match: match[1] + self.glue, value)
-        if isinstance(value, Mapping):
-            return {self.break_up(key, control): self.break_up(item, control) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.break_up(item, control) for item in value]
-        return value
+    def leave_out(self, spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+        """Spans of characters of `text`, counted in the text without the marks."""
+        shown = list(accumulate((char not in self for char in text), initial=0))
+        return [(shown[start], shown[end]) for start, end in spans]
 
 
-def as_data(value: Any) -> Any:
-    """`value` in containers, numbers and strings, as a template prints it: no text is left inside other objects."""
-    if value is None or isinstance(value, (str, int, float)):
+def as_data(value: Any, change: Callable[[str], str] = lambda text: text) -> Any:
+    """`value` in containers, numbers and strings, as a template prints it: no text is left inside other objects.
+
+    Every string, keys included, is replaced by what `change` makes of it.
+    """
+    if isinstance(value, str):
+        return change(value)
+    if value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, Mapping):
-        return {as_data(key): as_data(item) for key, item in value.items()}
+        return {as_data(key, change): as_data(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_data(item) for item in value]
+        return [as_data(item, change) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
+        return as_data({field.name: getattr(value, field.name) for field in fields(value)}, change)
     if callable(getattr(value, "model_dump", None)):  # pydantic
-        return as_data(value.model_dump())
-    return str(value)
+        return as_data(value.model_dump(), change)
+    return change(str(value))
 
 
 def plain_messages(conversation: Any) -> list[dict[str, Any]]:
@@ -131,11 +101,14 @@ def plain_messages(conversation: Any) -> list[dict[str, Any]]:
 class ChatTokenizer(OriginalVocabularyTokenizer):
     """A fast tokenizer whose chats never take control tokens from message contents, tools or documents."""
 
+    # Whether a message is encoded apart from the template's text around it (True), or the text between two control tokens
+    # as one (False), unless the template writes `border`, a variable that is empty everywhere but here, where a text ends.
     encodes_messages_alone: bool = True
     prompt_padding_side: str | None = None  # of prompts that are to be continued, if it is another than that of texts
 
     def chat_control_pieces(self) -> Iterable[str]:
-        """Pieces of the vocabulary, besides the added tokens, that only a chat template may write."""
+        """Pieces of the vocabulary that only a chat template may write, besides the added tokens that are special, stand in
+        `chat_control_tokens` or in the template."""
         return ()
 
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
@@ -172,11 +145,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             ValueError: arguments that exclude each other, an empty conversation, or a part of a message that is no text.
         """
         kwargs.pop("sanitize_control_tokens", None)
-        is_batched = (
-            isinstance(conversation, (list, tuple))
-            and len(conversation) > 0
-            and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
-        )
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
         if not all(chats):
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
@@ -193,16 +163,14 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             backends = self._chat_backends(template)
             chats, inputs = as_data(chats), as_data(inputs)
             marks = Marks.unused_in(template, json.dumps([chats, inputs], ensure_ascii=False))
-            occurrence = re.compile(f"(?={backends.control})([\\s\\S])")
-            chats = marks.break_up(chats, occurrence)
-            inputs = marks.break_up(inputs, occurrence) | {"border": marks.border}
+            break_up = partial(re.compile(rf"(?={backends.control})([\s\S])").sub, rf"\1{marks.glue}")
+            chats = as_data(chats, break_up)
+            inputs = as_data(inputs, break_up) | {"border": marks.border}
             if self.encodes_messages_alone:
                 for message in chain.from_iterable(chats):
                     if message.get("content"):
                         message["content"] = f"{marks.border}{message['content']}{marks.border}"
-        rendered: list[str]
-        spans: list[list[tuple[int, int]]]
-        rendered, spans = render_jinja_template(  # type: ignore[str-unpack, assignment]
+        texts_and_spans: Any = render_jinja_template(  # is annotated as one string
             conversations=chats,
             chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
@@ -210,12 +178,13 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             add_generation_prompt=add_generation_prompt,
             **{**self.special_tokens_map, **inputs},
         )
+        rendered, spans = texts_and_spans
         if not tokenize:
             return rendered if is_batched else rendered[0]
         padding_side = self.prompt_padding_side if add_generation_prompt else None
         batch = self._batch_of_chats(
-            [RenderedChat.encode(text, marks, backends) for text in rendered],
-            spans if return_assistant_tokens_mask else None,
+            [EncodedChat.of(text, marks, backends) for text in rendered],
+            list(map(marks.leave_out, spans, rendered)) if return_assistant_tokens_mask else None,
             is_batched,
             padding,
             truncation,
@@ -231,7 +200,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
 
     @cached_property
-    def _latest_chat_backends(self) -> dict[tuple, "ChatBackends"]:
+    def _latest_chat_backends(self) -> dict[tuple, ChatBackends]:
         return {}
 
     def _chat_backends(self, template: str) -> ChatBackends:
@@ -239,31 +208,48 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
         key = (template, listed, self._tokenizer, *((index, repr(token)) for index, token in added.items()))
-        if key not in self._latest_chat_backends:
-            control = {
-                token.content: index
-                for index, token in added.items()
-                if token.special
-                or token.content in listed
-                or (token.content in template and not token.content.isspace())
-            }
-            control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
-            plain = self._without_control_tokens(control)
-            # One character cannot be broken up to keep it out of messages, so it stays text in templates, too.
-            for token in [token for token in control if len(token) == 1]:
-                if token in template:
-                    raise ValueError(f"the chat template has {token!r}: control tokens need more than one character.")
-                del control[token]
-            self._latest_chat_backends.clear()
-            self._latest_chat_backends[key] = ChatBackends.build(plain, control)
-        return self._latest_chat_backends[key]
+        if backends := self._latest_chat_backends.get(key):
+            return backends
+        control = {
+            token.content: index
+            for index, token in added.items()
+            if token.special or token.content in listed or (token.content in template and not token.content.isspace())
+        }
+        control |= {piece: self.convert_tokens_to_ids(piece) for piece in self.chat_control_pieces()}
+        plain = self._without_control_tokens(control)
+        # One character cannot be broken up to keep it out of messages, so it stays text in templates, too.
+        written = {token: index for token, index in control.items() if len(token) > 1}
+        if lost := next((token for token in control if token not in written and token in template), None):
+            raise ValueError(f"the chat template has {lost!r}: control tokens need more than one character.")
+        control_ids = Tokenizer(models.WordLevel(written, unk_token=""))
+        backends = ChatBackends(any_of(written) or "(?!)", control_ids, plain)
+        self._latest_chat_backends.clear()
+        self._latest_chat_backends[key] = backends
+        return backends
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
-        return without_control_tokens(self._tokenizer, control)
+        """A backend that shares the tokenizer's model and steps but can yield none of the `control` tokens.
+
+        Control tokens that were added to the vocabulary are simply not added here. Those that the model makes of their
+        own text are also kept from it: the first character of that text becomes a pre-token of its own.
+        """
+        backend = self._tokenizer
+        plain = Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            plain.normalizer = backend.normalizer
+        steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        pieces = [token for token in control if any(made.value == token for made in backend.model.tokenize(token))]
+        if pieces:
+            steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
+        if steps:
+            plain.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        added = backend.get_added_tokens_decoder().values()
+        plain.add_tokens([token for token in added if token.content not in control])
+        return plain
 
     def _batch_of_chats(
         self,
-        chats: "list[RenderedChat]",
+        chats: "list[EncodedChat]",
         spans: list[list[tuple[int, int]]] | None,
         is_batched: bool,
         padding,
@@ -295,9 +281,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 self._beside(chat.encoding, chat.generated(parts), 0) for chat, parts in zip(chats, spans, strict=True)
             ]
         batch = self.batch_of(encodings, is_batched, return_tensors, columns, **flags)
-        if not all(chat.has_exact_offsets for chat in chats):
-            return BatchEncoding(batch.data)  # without char_to_token and the like, which would be wrong
-        return batch
+        # Without its encodings a batch has no `char_to_token` and the like, which would be wrong.
+        return batch if all(chat.has_exact_offsets for chat in chats) else BatchEncoding(batch.data)
 
     def _beside(self, encoding: Encoding, values: list, filler: Any) -> list:
         """Values of a chat's tokens, for those that truncation has left, with `filler` for padding."""
@@ -311,72 +296,48 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 # one rendered chat
 
 
-class Section(NamedTuple):
-    """A stretch of a rendered chat that is one control token, or is encoded as one plain text."""
+class EncodedChat(NamedTuple):
+    """A rendered chat's tokens, as a whole and by section: one control token, or what is encoded as one plain text.
 
-    text: str
-    start: int
-    is_control: bool
+    Characters of the chat are counted without the marks.
+    """
 
-
-def sections(rendered: str, marks: Marks, control: str) -> Iterator[Section]:
-    last = 0
-    for match in re.finditer(f"{marks.border}|({control})|\\Z", rendered):
-        if last < match.start():
-            yield Section(rendered[last : match.start()], last, False)
-        if match[1]:
-            yield Section(match[1], match.start(), True)
-        last = match.end()
-
-
-class RenderedChat(NamedTuple):
-    """A rendered chat, marks included, and its tokens: those of each section, and of the whole."""
-
-    text: str
-    marks: Marks
-    parts: list[tuple[Section, Encoding]]
     encoding: Encoding
+    sections: list[tuple[str, Encoding]]
 
     @classmethod
-    def encode(cls, text: str, marks: Marks, backends: ChatBackends) -> "RenderedChat":
-        """Encodes a rendered chat section by section."""
-        found = list(sections(text, marks, backends.control))
-        texts = [part.text.replace(marks.glue, "") for part in found if not part.is_control]
-        plain = iter(backends.plain.encode_batch(texts, add_special_tokens=False))
-        encodings = [backends.control_ids.encode(part.text) if part.is_control else next(plain) for part in found]
+    def of(cls, rendered: str, marks: Marks, backends: ChatBackends) -> "EncodedChat":
+        # Every other part is what the parentheses match: a control token, or None at a border.
+        parts = re.split(f"{marks.border}|({backends.control})", rendered)
+        texts = [(part.replace(marks.glue, ""), index % 2 == 1) for index, part in enumerate(parts) if part]
+        plain_texts = [text for text, is_control in texts if not is_control]
+        plain = iter(backends.plain.encode_batch(plain_texts, add_special_tokens=False))
+        encodings = [backends.control_ids.encode(text) if is_control else next(plain) for text, is_control in texts]
         whole = Encoding.merge(encodings, growing_offsets=True)
-        return cls(text, marks, list(zip(found, encodings, strict=True)), whole)
+        return cls(whole, [(text, encoding) for (text, _), encoding in zip(texts, encodings, strict=True)])
 
     @property
     def has_exact_offsets(self) -> bool:
-        """Whether the offsets in `encoding` are those in the chat without the marks.
+        """Whether the offsets in `encoding` are those in the chat.
 
         Merging counts on from the end of each section's last token, which may stand before the end of the section.
         """
-        return all(
-            len(part.text.replace(self.marks.glue, "")) == (encoding.offsets[-1][1] if len(encoding) else 0)
-            for part, encoding in self.parts
-        )
-
-    def places(self) -> list[tuple[int, int]]:
-        """The characters of `text` that each token stands for, as (start, end)."""
-        return [place for part in self.parts for place in token_places(*part, self.marks.glue)]
+        ends = [encoding.offsets[-1][1] if len(encoding) else 0 for _, encoding in self.sections]
+        return ends == [len(text) for text, _ in self.sections]
 
     def offsets(self) -> list[tuple[int, int]]:
-        """The characters of the chat without the marks that each token stands for, as (start, end)."""
-        shown = list(accumulate((char not in self.marks for char in self.text), initial=0))
-        return [(shown[start], shown[end]) for start, end in self.places()]
+        """The characters of the chat that each token stands for, as (start, end)."""
+        offsets, begin = [], 0
+        for text, encoding in self.sections:
+            for start, end in encoding.offsets:
+                first = begin + min(start, len(text) - 1)
+                offsets.append((first, begin + end if start < end else first))
+            begin += len(text)
+        return offsets
 
-    def generated(self, spans: list[tuple[int, int]]) -> list[int]:
-        """1 for tokens that lie in one of the `spans` of characters of `text`, which the assistant generates; else 0."""
+    def generated(self, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """1 for tokens that lie in one of the `spans` of characters, which the assistant generates; else 0."""
         return [
-            int(any(low < max(end, start + 1) and start < high for low, high in spans)) for start, end in self.places()
+            int(any(low < max(end, start + 1) and start < high for low, high in spans))
+            for start, end in self.offsets()
         ]
-
-
-def token_places(section: Section, encoding: Encoding, glue: str) -> Iterator[tuple[int, int]]:
-    """The characters of the rendered chat that each token of a section stands for, as (start, end)."""
-    places = [section.start + index for index, char in enumerate(section.text) if char != glue]
-    for start, end in encoding.offsets:
-        first = places[min(start, len(places) - 1)]
-        yield first, first if end <= start else places[end - 1] + 1

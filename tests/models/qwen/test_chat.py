@@ -1,6 +1,9 @@
+import copy
 import itertools
 import re
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,12 +324,29 @@ def test_stop_words_in_generate(model, tokenizer):
         model.generate(**inputs, stop_words_ids=[5])
 
 
+def test_plain_generation_enters_no_chat_code(model):
+    files = set()
+    sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+    try:
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    finally:
+        sys.setprofile(None)
+    files = {Path(file) for file in files if "hf_cnllm" in file}
+    assert {"generation_qwen.py", "modeling_qwen.py"} <= {file.name for file in files}
+    assert not [file for file in files if "chat" in file.name]
+
+
 def test_two_chats_at_the_same_time(model, tokenizer):
     queries = ("你好", "a b c")
     alone = [list(model.chat_stream(tokenizer, query)) for query in queries]
     streams = [model.chat_stream(tokenizer, query) for query in queries]
     together = list(zip(*itertools.zip_longest(*streams), strict=True))
     assert [[text for text in texts if text is not None] for texts in together] == alone
+
+
+def test_streaming_with_assisted_decoding(model, tokenizer):
+    alone = list(model.chat_stream(tokenizer, "你好"))
+    assert list(model.chat_stream(tokenizer, "你好", assistant_model=copy.deepcopy(model))) == alone
 
 
 def test_a_closed_stream_ends_its_generation(model, tokenizer):

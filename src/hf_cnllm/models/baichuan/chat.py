@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
 
-import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..chat import generated_ids, iterate_tokens, prompt_inputs
+from ..chat import generated_tokens, iterate_tokens
 
 Message = dict[str, str]
 # The pieces that open a turn: <reserved_102> and <reserved_103> in Baichuan 1, <reserved_106> and <reserved_107> in
@@ -73,7 +72,6 @@ class BaichuanChatMixin:
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
-    device: torch.device
 
     def chat(
         self,
@@ -91,24 +89,14 @@ class BaichuanChatMixin:
             generation_config: in place of the model's own. Without `max_new_tokens`, half the model's length is kept
                 for the answer, as in the published checkpoints.
         """
-        generation_config = self.generation_config if generation_config is None else generation_config
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         length = self.config.model_max_length or self.config.max_position_embeddings
-        if generation_config.max_new_tokens is None:
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.max_new_tokens = length // 2
-        turn_ids = {
-            name: getattr(generation_config, name)
-            for name in ("user_token_id", "assistant_token_id")
-            if getattr(generation_config, name, None) is not None
-        }
-        ids = build_chat_input(tokenizer, messages, length - generation_config.max_new_tokens, **turn_ids)
-        arguments = {**prompt_inputs(ids, self.device), "generation_config": generation_config}
+        if config.max_new_tokens is None:
+            config.max_new_tokens = length // 2
+        names = ("user_token_id", "assistant_token_id")
+        turn_ids = {name: index for name in names if (index := getattr(config, name, None)) is not None}
+        prompt = build_chat_input(tokenizer, messages, length - config.max_new_tokens, **turn_ids)
+        read = partial(tokenizer.decode, skip_special_tokens=True)
         if stream:
-            return self._growing_answer(tokenizer, arguments)
-        return tokenizer.decode(generated_ids(self, **arguments), skip_special_tokens=True)
-
-    def _growing_answer(self, tokenizer, arguments: dict[str, Any]) -> Iterator[str]:
-        tokens: list[int] = []
-        for token in iterate_tokens(self, **arguments):
-            tokens.append(token)
-            yield tokenizer.decode(tokens, skip_special_tokens=True)
+            return iterate_tokens(self, prompt, read=read, generation_config=config)
+        return read(generated_tokens(self, prompt, generation_config=config))

@@ -3,45 +3,26 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from ..chat import as_messages, generated_ids, iterate_tokens, prompt_inputs
+from ..chat import as_messages, generated_tokens, iterate_tokens
 from .tool_calls import ToolCallError, read_answer
 
-
-class ChatDefaults(NamedTuple):
-    """What a generation's `chat` passes to `generate` unless told otherwise, and the tokens that end an answer."""
-
-    max_length: int
-    top_p: float
-    temperature: float
-    ends: tuple[str, ...]
-
-
-_CHATGLM = ChatDefaults(2048, 0.7, 0.95, ("<eop>",))
+# What each generation's `chat` passes to `generate` unless told otherwise, and the tokens that end its answers.
+_CHATGLM = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}, ("<eop>",)
+_CHATGLM2 = {"max_length": 8192, "top_p": 0.8, "temperature": 0.8}
 DEFAULTS = {
     "chatglm_early": _CHATGLM,
     "chatglm": _CHATGLM,
-    "chatglm2": ChatDefaults(8192, 0.8, 0.8, ("<eos>",)),
-    "chatglm3": ChatDefaults(8192, 0.8, 0.8, ("<eos>", "<|user|>", "<|observation|>")),
+    "chatglm2": (_CHATGLM2, ("<eos>",)),
+    "chatglm3": (_CHATGLM2, ("<eos>", "<|user|>", "<|observation|>")),
 }
 
-# ChatGLM-6B: beside a Chinese character these become Chinese.
-CHINESE_PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
-
-
-def tidy_answer(text: str, chinese_punctuation: bool) -> str:
-    """An answer without white space around it, and with the date of the training where the model refers to it."""
-    text = text.strip().replace("[[训练时间]]", "2023年")
-    if chinese_punctuation:
-        for mark, chinese in CHINESE_PUNCTUATION.items():
-            mark = re.escape(mark)
-            text = re.sub(rf"(?<=[\u4e00-\u9fff]){mark}", chinese, text)
-            text = re.sub(rf"{mark}(?=[\u4e00-\u9fff])", chinese, text)
-    return text
+# ChatGLM-6B: these marks become Chinese beside a Chinese character.
+_MARKS = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+_CHINESE_MARKS = dict(zip(",!:;?", "，！：；？", strict=True))
 
 
 class ConversationCache(DynamicCache):
@@ -71,15 +52,9 @@ class ChatGLMChatMixin:
     """
 
     config: PreTrainedConfig
-    device: torch.device
 
     def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: Sequence | None = None,
-        role: str = "user",
-        **options: Any,
+        self, tokenizer, query: str, history: Sequence | None = None, role: str = "user", **options: Any
     ) -> tuple[str | dict[str, Any], list]:
         """Answers `query`; returns (response, history with both added). `history` is left as it was.
 
@@ -94,11 +69,10 @@ class ChatGLMChatMixin:
             ToolCallError: ChatGLM3's answer is a malformed tool call.
         """
         messages = _messages(tokenizer, query, history, role)
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        arguments = self._chat_arguments(tokenizer, prompt, **options)
-        ids = generated_ids(self, **arguments)
-        text = _text(tokenizer, ids, arguments["eos_token_id"])
-        return self._answer(text, tokenizer, query, history, messages)
+        prompt = _prompt(tokenizer, messages)
+        arguments = _generation_arguments(tokenizer, **options)
+        ids = generated_tokens(self, prompt, arguments["eos_token_id"], **arguments)
+        return self._answer(tokenizer, _text(tokenizer, ids), query, history, messages)
 
     def stream_chat(
         self,
@@ -122,18 +96,14 @@ class ChatGLMChatMixin:
         """
         messages = _messages(tokenizer, query, history, role)
         cache = past_key_values
-        if cache is not None or return_past_key_values:
-            if self.config.architecture == "chatglm":
-                raise ValueError("ChatGLM-6B has no past_key_values from turn to turn: it reads every prompt anew.")
-            if cache is None:
-                cache = ConversationCache(self.config)
-            elif not isinstance(cache, ConversationCache):
-                raise ValueError("past_key_values must be what stream_chat(…, return_past_key_values=True) yielded.")
-        if cache is not None and cache.token_ids:
-            prompt = cache.token_ids + _continuation(tokenizer, messages)
-        else:
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        arguments = self._chat_arguments(tokenizer, prompt, **options)
+        if cache is None and return_past_key_values:
+            cache = ConversationCache(self.config)
+        if cache is not None and self.config.architecture == "chatglm":
+            raise ValueError("ChatGLM-6B has no past_key_values from turn to turn: it reads every prompt anew.")
+        if not isinstance(cache, ConversationCache | None):
+            raise ValueError("past_key_values must be what stream_chat(…, return_past_key_values=True) yielded.")
+        prompt = _prompt(tokenizer, messages, [] if cache is None else cache.token_ids)
+        arguments = _generation_arguments(tokenizer, **options)
         if cache is not None and not self.config.pre_seq_len:  # P-tuning's keys are in no prompt: nothing is kept
             arguments["past_key_values"] = cache
 
@@ -142,14 +112,13 @@ class ChatGLMChatMixin:
             text = shown = ""
 
             def step() -> tuple:
-                answer = self._answer(text, tokenizer, query, history, messages)
+                answer = self._answer(tokenizer, text, query, history, messages)
                 return (*answer, cache) if return_past_key_values else answer
 
             try:
-                with closing(iterate_tokens(self, **arguments)) as tokens:
-                    for token in tokens:
-                        ids.append(token)
-                        text = _text(tokenizer, ids, arguments["eos_token_id"])
+                with closing(iterate_tokens(self, prompt, arguments["eos_token_id"], **arguments)) as answers:
+                    for ids in answers:
+                        text = _text(tokenizer, ids)
                         if text and not text.endswith("\ufffd"):
                             with suppress(ToolCallError):
                                 now = step()
@@ -167,38 +136,27 @@ class ChatGLMChatMixin:
         """A generated text as an answer: the tidied text or, given ChatGLM3's history, (response, history)."""
         if history is not None:
             return read_answer(output, history)
-        return tidy_answer(output, self.config.architecture == "chatglm" and not self.config.early_positions)
+        text = output.strip().replace("[[训练时间]]", "2023年")  # the models' own placeholder for the time of training
+        if self.config.architecture == "chatglm" and not self.config.early_positions:
+            text = _MARKS.sub(lambda mark: _CHINESE_MARKS[mark[0]], text)
+        return text
 
-    def _answer(self, text: str, tokenizer, query: str, history: Sequence | None, messages: list[dict]) -> tuple:
+    def _answer(self, tokenizer, text: str, query: str, history: Sequence | None, messages: list[dict]) -> tuple:
         if tokenizer.generation == "chatglm3":
             return self.process_response(text, messages)
         response = self.process_response(text)
         return response, [*map(tuple, history or []), (query, response)]
 
-    def _chat_arguments(
-        self,
-        tokenizer,
-        prompt: list[int],
-        max_length: int | None = None,
-        do_sample: bool = True,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """The arguments of `generate`."""
-        defaults = DEFAULTS[tokenizer.generation]
-        arguments: dict[str, Any] = {
-            **prompt_inputs(prompt, self.device),
-            "do_sample": do_sample,
-            "eos_token_id": [tokenizer.get_command(end) for end in defaults.ends],
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if do_sample:
-            arguments["top_p"] = defaults.top_p if top_p is None else top_p
-            arguments["temperature"] = defaults.temperature if temperature is None else temperature
-        if "max_new_tokens" not in options:
-            arguments["max_length"] = defaults.max_length if max_length is None else max_length
-        return {**arguments, **options}
+
+def _generation_arguments(tokenizer, do_sample: bool = True, **options: Any) -> dict[str, Any]:
+    defaults, ends = DEFAULTS[tokenizer.generation]
+    used = {"max_length": "max_new_tokens" not in options, "top_p": do_sample, "temperature": do_sample}
+    for name, default in defaults.items():
+        given = options.pop(name, None)
+        if used[name]:
+            options[name] = default if given is None else given
+    end_ids = [tokenizer.get_command(end) for end in ends]
+    return {"do_sample": do_sample, "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id, **options}
 
 
 def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> list[dict[str, Any]]:
@@ -211,17 +169,16 @@ def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> lis
     return as_messages(query, history)
 
 
-def _continuation(tokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    """The ids of the last message for a conversation whose earlier tokens are in a cache."""
-    if tokenizer.generation == "chatglm3":
-        ids = tokenizer.apply_chat_template(messages[-1:], add_generation_prompt=True, return_dict=False)
-        return ids[len(tokenizer.get_prefix_tokens()) :]
-    number = len(messages) // 2 + 1
-    ids = tokenizer.encode_message(f"\n\n[Round {number}]\n\n问：{messages[-1]['content']}\n\n答：")
-    return ids[1:]  # the ▁ that begins a text
+def _prompt(tokenizer, messages: list[dict[str, Any]], past: Sequence[int] = ()) -> list[int]:
+    """The ids that the answer follows: those of all messages or, behind those of the `past` turns, of the last one."""
+    if past and tokenizer.generation != "chatglm3":
+        question = f"\n\n[Round {len(messages) // 2 + 1}]\n\n问：{messages[-1]['content']}\n\n答："
+        return [*past, *tokenizer.encode_message(question)[1:]]  # without the ▁ that begins a text
+    messages, skipped = (messages[-1:], len(tokenizer.get_prefix_tokens())) if past else (messages, 0)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return [*past, *ids[skipped:]]
 
 
-def _text(tokenizer, ids: list[int], ends: list[int]) -> str:
-    """The text of generated ids up to the one that ends the answer. Models have more ids than there are tokens."""
-    end = next((at for at, index in enumerate(ids) if index in ends), len(ids))
-    return tokenizer.decode([index for index in ids[:end] if index < len(tokenizer)])
+def _text(tokenizer, ids: list[int]) -> str:
+    """The text of generated ids. Models have more ids than there are tokens."""
+    return tokenizer.decode([index for index in ids if index < len(tokenizer)])

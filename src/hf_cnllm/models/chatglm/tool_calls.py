@@ -71,19 +71,19 @@ def format_tool_call(arguments: Mapping[str, Any]) -> str:
     Raises:
         ValueError: the values are no literals.
     """
-    plain = {name: value for name, value in arguments.items() if _is_parameter(name)}
-    given = [f"{name}={value!r}" for name, value in plain.items()]
-    if others := {name: value for name, value in arguments.items() if name not in plain}:
+    given, others = [], {}
+    for name, value in arguments.items():
+        # Python reads identifiers in their NFKC form.
+        if name.isidentifier() and not keyword.iskeyword(name) and unicodedata.is_normalized("NFKC", name):
+            given.append(f"{name}={value!r}")
+        else:
+            others[name] = value
+    if others:
         given.append(f"**{others!r}")
     code = f"tool_call({', '.join(given)})"
     if parse_tool_call(code) != arguments:
         raise ValueError(f"the arguments of a tool call must be literals, but are {arguments!r}.")
     return f"```python\n{code}\n```"
-
-
-def _is_parameter(name: str) -> bool:
-    # Python reads identifiers in their NFKC form.
-    return name.isidentifier() and not keyword.iskeyword(name) and unicodedata.is_normalized("NFKC", name)
 
 
 def read_answer(
@@ -99,22 +99,16 @@ def read_answer(
     """
     turns = [dict(deepcopy(message)) for message in history]
     for text in output.split("<|assistant|>"):
-        metadata, newline, content = text.partition("\n")
-        if not newline:
-            metadata, content = "", text
-        turn = {"role": "assistant", "metadata": metadata, "content": content if metadata.strip() else content.strip()}
-        turns.append(turn)
-    name, content = turn["metadata"].strip(), turn["content"]
+        metadata, _, content = text.partition("\n") if "\n" in text else ("", "", text)
+        name = metadata.strip()
+        content = content if name else content.strip()
+        turns.append({"role": "assistant", "metadata": metadata, "content": content})
     if not name:
         return content.replace("[[训练时间]]", "2023年"), turns
     if turns[0]["role"] == "system" and "tools" in turns[0]:
         code = "\n".join(content.split("\n")[1:-1])  # between the fences
         return {"name": name, "parameters": parse_tool_call(code)}, turns
     return {"name": name, "content": content}, turns
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# today's messages and tools
 
 
 def as_chatglm3_messages(conversation: Any) -> list[dict[str, Any]]:

@@ -1,8 +1,12 @@
-"""What Qwen needs of `generate`: positions as the original counts them, and an NTK factor that belongs to the prompt."""
+"""What Qwen needs of `generate`: positions as the original counts them, and an NTK factor that belongs to the prompt; and
+stop words."""
 
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..._compat import CACHE, GenerationHooks
 from ...attention.masks import create_window_masks
@@ -72,3 +76,66 @@ class QWenGenerationMixin(GenerationHooks):
                 "Continuous batching knows one window for all windowed layers, but `window_sizes` holds several."
             )
         return super().init_continuous_batching(*args, workload_hints=workload_hints, **kwargs)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor=None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *args,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        **kwargs,
+    ):
+        """As [`~GenerationMixin.generate`], and a row also ends after any of `stop_words_ids` (lists of ids).
+
+        They stay at the end of the output. By default those of the generation configuration count.
+        """
+        config = self.generation_config if generation_config is None else generation_config
+        if stop_words_ids is None:
+            stop_words_ids = getattr(config, "stop_words_ids", None)
+        words = checked_stop_words(stop_words_ids)
+        ends = end_token_ids(config, kwargs)
+        if more_ends := [word[0] for word in words if len(word) == 1 and word[0] not in ends]:
+            if generation_config is None:
+                kwargs["eos_token_id"] = ends + more_ends
+            else:  # transformers wants either a configuration or arguments
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.eos_token_id = ends + more_ends
+                kwargs.pop("eos_token_id", None)
+        if longer := [word for word in words if len(word) > 1]:
+            prompt = kwargs.get("input_ids") if inputs is None else inputs
+            criterion = StopWordsCriteria(longer, 0 if prompt is None else prompt.shape[1])
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
+        arguments: tuple[Any, ...] = (inputs, generation_config, logits_processor, stopping_criteria, *args)
+        return super().generate(*arguments, **kwargs)
+
+
+class StopWordsCriteria(StoppingCriteria):
+    """Ends a row when its tokens after the prompt end in one of `stop_words_ids`."""
+
+    def __init__(self, stop_words_ids: Sequence[Sequence[int]], prompt_length: int):
+        self.stop_words_ids = stop_words_ids
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        generated = input_ids[:, self.prompt_length :]
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for word in self.stop_words_ids:
+            if len(word) <= generated.shape[1]:
+                done |= (generated[:, -len(word) :] == generated.new_tensor(word)).all(dim=-1)
+        return done
+
+
+def checked_stop_words(stop_words_ids: Any) -> list[list[int]]:
+    """`stop_words_ids`, or nothing for None. Raises ValueError if they are no lists of ids, or empty ones."""
+    words = [list(word) if isinstance(word, (list, tuple)) else [] for word in stop_words_ids or []]
+    if not all(word and all(isinstance(token, int) for token in word) for word in words):
+        raise ValueError(f"stop_words_ids must be a list of non-empty lists of token ids, but is {stop_words_ids!r}.")
+    return words
+
+
+def end_token_ids(config: GenerationConfig, arguments: Mapping[str, Any]) -> list[int]:
+    """The ids that end a row of `generate(generation_config=config, **arguments)`."""
+    ids = arguments.get("eos_token_id", config.eos_token_id)
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
