@@ -12,20 +12,12 @@ SIGN_OFFS = {"zh": "希望对你有帮助。", "en": "Hope this helps!"}
 
 
 class Split(NamedTuple):
-    """Conversations by what they are used for.
+    """Conversations by what they are used for."""
 
-    Attributes:
-        train: full fine-tuning sees them.
-        held_out: no training sees them.
-        adapter: the adapter is trained on them, for something that full fine-tuning did not teach.
-        transfer: the adapter does not see them, but what it learned should show on their questions; empty if that
-            cannot be said of the data.
-    """
-
-    train: list[Conversation]
-    held_out: list[Conversation]
-    adapter: list[Conversation]
-    transfer: list[Conversation]
+    train: list[Conversation]  # full fine-tuning sees them
+    held_out: list[Conversation]  # no training sees them
+    adapter: list[Conversation]  # the adapter is trained on them, for something that full fine-tuning did not teach
+    transfer: list[Conversation]  # what the adapter learned should show on their questions, though it never saw them
 
 
 def embedded_split(seed: int) -> Split:
@@ -47,7 +39,7 @@ def own_split(path: Path, seed: int) -> Split:
         )
     rest, held_out = _hold_out(conversations, seed)
     eighth = max(1, len(rest) // 8)
-    return Split(rest[eighth:], held_out, rest[:eighth], transfer=[])
+    return Split(rest[eighth:], held_out, rest[:eighth], transfer=[])  # it is not known what could be transferred
 
 
 def _hold_out(conversations: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
