@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+
+from .._stack import own_version
 
 COMMANDS = {
     # name: (module, what --help says)
@@ -21,9 +22,7 @@ COMMANDS = {
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
 }
 
-USER_ERROR = 2
-INTERRUPTED = 130
-TERMINATED = 143
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,19 +54,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser = argparse.ArgumentParser(
         prog="hf-cnllm", description="Baichuan, GLM, ChatGLM and Qwen v1 on Transformers."
     )
-    parser.add_argument("--version", action="version", version=f"hf-cnllm {_installed_version()}")
+    parser.add_argument("--version", action="version", version=f"hf-cnllm {own_version()}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands = {name: subparsers.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
     for command in commands.values():
         command.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
     return parser, commands
-
-
-def _installed_version() -> str:
-    try:
-        return version("hf-cnllm")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 @contextmanager
