@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.model is None) != (args.data is None):
         missing = "--data FILE.jsonl" if args.data is None else "--model PATH"
         raise ValueError(f"your own checkpoint and your own data go together: {missing} is missing")
-    recipe = TINY_FAMILIES[args.family].recipe if args.model is None else OWN_RECIPE
+    recipe = TINY_FAMILIES[args.family][1] if args.model is None else OWN_RECIPE
     for name, default in recipe._asdict().items():
         if getattr(args, name, None) is None:
             setattr(args, name, default)

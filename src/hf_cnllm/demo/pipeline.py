@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, set_seed
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from ..auto import family_of
 from ..data.conversations import Conversation
@@ -148,15 +148,30 @@ class _Run:
         self.task = load_task(path, self.args.max_length)
 
     def _trainer(self, conversations: Sequence[Conversation] = (), **options: Any) -> Trainer:
-        return self.task.trainer(
-            self.folder.parent / "trainer",
-            conversations,
+        on_gpu = torch.cuda.is_available()
+        arguments = TrainingArguments(
+            output_dir=str(self.folder.parent / "trainer"),
             num_train_epochs=self.args.epochs,
             per_device_train_batch_size=self.args.batch_size,
             per_device_eval_batch_size=self.args.batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            adam_beta2=0.95,
+            weight_decay=0.01,
+            bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            dataloader_pin_memory=on_gpu,
+            logging_steps=1,
+            save_strategy="no",
+            remove_unused_columns=False,  # the task's collator decides what the model gets
+            report_to="none",
             seed=self.args.seed,
             **options,
         )
+        examples: Any = [self.task.example(conversation) for conversation in conversations]
+        trainer = Trainer(self.task.model, arguments, data_collator=self.task.collate, train_dataset=examples)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(QuietProgressCallback)
+        return trainer
 
     def _train(self, training: str, conversations: list[Conversation], **options: Any) -> None:
         trainer = self._trainer(conversations, **options)
@@ -193,3 +208,11 @@ class _Run:
     def _check(self, claim: str, holds: bool) -> None:
         self.summary.checks[claim] = holds
         print(f"{claim}: {'yes' if holds else 'NO'}")
+
+
+class QuietProgressCallback(ProgressCallback):
+    """One progress bar that shows the loss, in place of a printed line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

@@ -8,15 +8,7 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BatchEncoding,
-    DataCollatorForSeq2Seq,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, DataCollatorForSeq2Seq
 
 from ..auto import family_of
 from ..data.conversations import Conversation, encode_conversation, reply_end_ids, with_system_in_question
@@ -53,34 +45,6 @@ class ChatTask:
         except TemplateError:  # the templates of ChatGLM-6B and ChatGLM2-6B refuse a system message
             return with_system_in_question(conversation)
         return conversation
-
-    def trainer(self, folder: Path, conversations: Sequence[Conversation] = (), **options: Any) -> Trainer:
-        """AdamW with a cosine schedule on the conversations.
-
-        Args:
-            folder: for what Trainer writes.
-            options: of `TrainingArguments`.
-        """
-        on_gpu = torch.cuda.is_available()
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            adam_beta2=0.95,
-            weight_decay=0.01,
-            bf16=on_gpu and torch.cuda.is_bf16_supported(),
-            dataloader_pin_memory=on_gpu,
-            logging_steps=1,
-            save_strategy="no",
-            remove_unused_columns=False,  # the collator decides what the model gets
-            report_to="none",
-            **options,
-        )
-        examples = [self.example(conversation) for conversation in conversations]
-        trainer = Trainer(self.model, arguments, data_collator=self.collate, train_dataset=examples)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(QuietProgressCallback)
-        return trainer
 
     def replies(self, conversations: Sequence[Conversation], description: str) -> list[str]:
         """Answers the last question of each conversation greedily, 16 at a time."""
@@ -167,11 +131,3 @@ def load_task(path: str | Path, max_length: int) -> ChatTask:
     model = auto_class.from_pretrained(path, config=config, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return TASKS[family.generates_with](model, AutoTokenizer.from_pretrained(path), max_length)
-
-
-class QuietProgressCallback(ProgressCallback):
-    """One progress bar that shows the loss, in place of a printed line for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

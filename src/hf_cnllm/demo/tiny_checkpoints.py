@@ -112,20 +112,14 @@ class Recipe(NamedTuple):
     adapter_learning_rate: float = 1e-2
 
 
-class TinyCheckpoint(NamedTuple):
-    """How its vocabulary is made, and what makes it learn the instruction set by heart."""
-
-    write_vocabulary: Callable[[Path, Iterable[str]], None]
-    recipe: Recipe = Recipe()
-
-
-TINY_FAMILIES = {
-    "baichuan": TinyCheckpoint(write_baichuan2),
-    "qwen": TinyCheckpoint(write_qwen),
-    "chatglm": TinyCheckpoint(write_chatglm, Recipe(learning_rate=3e-3)),
-    "chatglm2": TinyCheckpoint(write_chatglm2),
-    "chatglm3": TinyCheckpoint(write_chatglm2),
-    "glm": TinyCheckpoint(write_glm_chinese, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
+# Folder in `checkpoints/` -> how its vocabulary is made, and what makes the model learn the instruction set by heart.
+TINY_FAMILIES: dict[str, tuple[Callable[[Path, Iterable[str]], None], Recipe]] = {
+    "baichuan": (write_baichuan2, Recipe()),
+    "qwen": (write_qwen, Recipe()),
+    "chatglm": (write_chatglm, Recipe(learning_rate=3e-3)),
+    "chatglm2": (write_chatglm2, Recipe()),
+    "chatglm3": (write_chatglm2, Recipe()),
+    "glm": (write_glm_chinese, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
 }
 OWN_RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning_rate=1e-4)  # for trained weights
 
@@ -144,7 +138,8 @@ def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
     with as_file(files("hf_cnllm.demo") / "checkpoints" / family) as originals:
         shutil.copytree(originals, folder)
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
-    TINY_FAMILIES[family].write_vocabulary(folder, [*texts, *SIGN_OFFS.values()])
+    write_vocabulary, _ = TINY_FAMILIES[family]
+    write_vocabulary(folder, [*texts, *SIGN_OFFS.values()])
     transformers.set_seed(seed)
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, family_of(config).generates_with).from_config(config)
