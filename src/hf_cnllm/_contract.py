@@ -75,9 +75,9 @@ def _undisturbed() -> Iterator[None]:
         _compat.logging.set_verbosity(level)
 
 
-def _outcome(promise: Callable[[], list[str]]) -> list[str]:
+def _outcome(promise: Callable[[], Iterator[str]]) -> list[str]:
     try:
-        return promise()
+        return list(promise())
     except Exception as error:
         name = promise.__name__.removeprefix("_").replace("_", " ")
         return [f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"]
@@ -112,21 +112,19 @@ METHODS: tuple[tuple[Any, ...], ...] = (
 )
 
 
-def _signatures() -> list[str]:
-    broken = []
+def _signatures() -> Iterator[str]:
     for owner, name, leading, *callers in METHODS:
         if not hasattr(owner, name):
-            broken.append(f"{owner.__name__}.{name} is gone")
+            yield f"{owner.__name__}.{name} is gone"
             continue
         expected = leading.split()
         parameters = inspect.signature(inspect.unwrap(getattr(owner, name))).parameters
         found = [parameter for parameter in parameters if parameter != "self"][: len(expected)]
         if found != expected:
-            broken.append(f"{owner.__name__}.{name} takes {found}, not {expected}")
+            yield f"{owner.__name__}.{name} takes {found}, not {expected}"
         for caller in callers:
             if name not in _names_in(inspect.unwrap(getattr(owner, caller)).__code__):
-                broken.append(f"{owner.__name__}.{caller} no longer calls {name}")
-    return broken
+                yield f"{owner.__name__}.{caller} no longer calls {name}"
 
 
 def _names_in(code: CodeType) -> set[str]:
@@ -190,37 +188,27 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         return _compat.CausalLMOutputWithPast(logits=logits, cache=cache)
 
 
-ALWAYS_CALLED = (
-    "_prepare_position_ids_for_generation",
-    "_expand_inputs_for_generation",
-    "_prepare_cache_for_generation",
-    "_prefill",
-)
-CALLED_WITH_A_STATIC_CACHE = (*ALWAYS_CALLED, "_prepare_static_cache", "create_masks_for_generate")
-
-
-def _generation() -> list[str]:
-    broken = []
+def _generation() -> Iterator[str]:
     prompt, mask = torch.tensor([[2, 2, 3], [2, 3, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
-    for expected, options in (
-        (ALWAYS_CALLED, {}),
-        (CALLED_WITH_A_STATIC_CACHE, {"cache_implementation": "static", "disable_compile": True}),
-    ):
+    hooks = ["_prepare_position_ids_for_generation", "_expand_inputs_for_generation"]
+    hooks += ["_prepare_cache_for_generation", "_prefill"]
+    static_cache = {"cache_implementation": "static", "disable_compile": True}
+    for options, more in (({}, []), (static_cache, ["_prepare_static_cache", "create_masks_for_generate"])):
         probe = _Probe(_ProbeConfig()).eval()
         output = probe.generate(prompt, attention_mask=mask, max_new_tokens=3, do_sample=False, **options)
-        missing = [hook for hook in expected if hook not in probe.calls]
-        broken += [f"`generate` no longer calls {hook}" for hook in missing]
+        for hook in hooks + more:
+            if hook not in probe.calls:
+                yield f"`generate` no longer calls {hook}"
         if probe.lengths != [0, 3, 4]:
-            broken.append(f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})")
+            yield f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})"
         if output.tolist() != [[*row, 1, 1, 1] for row in prompt.tolist()]:
-            broken.append(f"`generate` answers {output.tolist()}")
+            yield f"`generate` answers {output.tolist()}"
     for name in _compat.CACHE_NAMES:
         probe = _Probe(_ProbeConfig()).eval()
         given = _compat.DynamicCache(config=_ProbeConfig())
         probe.generate(prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, **{name: given})
         if probe.lengths[0] < 0:
-            broken.append(f"`generate` drops `{name}`")
-    return broken
+            yield f"`generate` drops `{name}`"
 
 
 # --- layers, masks, attention, outputs --------------------------------------------------------------------------------
@@ -231,16 +219,17 @@ class _ProbeLayer(_compat.GradientCheckpointingLayer):
         return cache
 
 
-def _checkpointed_layers_drop_the_cache() -> list[str]:
+def _checkpointed_layers_drop_the_cache() -> Iterator[str]:
     layer = _ProbeLayer()
     layer.gradient_checkpointing = True
     layer.__dict__["_gradient_checkpointing_func"] = lambda function, *args, **kwargs: function(*args)
     with torch.enable_grad():
         kept = layer.train()(torch.zeros(1), cache=_compat.DynamicCache())
-    return [] if kept is None else ["GradientCheckpointingLayer keeps the cache while it checkpoints"]
+    if kept is not None:
+        yield "GradientCheckpointingLayer keeps the cache while it checkpoints"
 
 
-def _masks() -> list[str]:
+def _masks() -> Iterator[str]:
     config = _ProbeConfig()
     config._attn_implementation, config.sliding_window = "sdpa", 2
     inputs, padding = torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 1]])
@@ -249,21 +238,19 @@ def _masks() -> list[str]:
     def keys_are_even(batch_idx, head_idx, q_idx, kv_idx):
         return kv_idx % 2 == 0
 
-    cases: tuple[tuple[str, dict[str, Callable], torch.Tensor], ...] = (
+    cases: tuple[tuple[str, dict, torch.Tensor], ...] = (
         ("create_causal_mask", {}, causal),
         ("create_causal_mask", {"or_mask_function": keys_are_even}, causal | even),
         ("create_causal_mask", {"and_mask_function": keys_are_even}, causal & even),
         ("create_sliding_window_causal_mask", {}, causal.triu(-1)),
     )
-    broken = []
     for name, functions, expected in cases:
         mask = getattr(_compat, name)(config, inputs, padding, None, **functions)
         if not isinstance(mask, torch.Tensor) or not torch.equal(mask[0, 0, 1:], (expected & (padding != 0))[1:]):
-            broken.append(" with ".join([f"{name} gives another mask", *functions]))
-    return broken
+            yield " with ".join([f"{name} gives another mask", *functions])
 
 
-def _attention_functions() -> list[str]:
+def _attention_functions() -> Iterator[str]:
     module = nn.Module()
     module.__dict__.update(layer_idx=0, is_causal=True, num_key_value_groups=1)
     query, key, value = torch.arange(24.0).view(3, 1, 1, 4, 2).sin()
@@ -271,26 +258,22 @@ def _attention_functions() -> list[str]:
     scores = (query @ key.mT * 0.3).masked_fill(~visible, -torch.inf)
     expected = (scores.softmax(-1) @ value).transpose(1, 2)
     bias = torch.zeros(1, 1, 4, 4).masked_fill(~visible, torch.finfo(torch.float32).min)
-    broken = []
     for backend, mask in (("eager", bias), ("sdpa", None)):
         function = _compat.ALL_ATTENTION_FUNCTIONS.get_interface(backend, _compat.eager_attention_forward)
         output, _ = function(module, query, key, value, mask, dropout=0.0, scaling=0.3)
         if not torch.allclose(output, expected, atol=1e-5):
-            broken.append(f"the {backend} attention function computes something else")
-    return broken
+            yield f"the {backend} attention function computes something else"
 
 
-def _outputs_hold_the_cache() -> list[str]:
-    broken = []
+def _outputs_hold_the_cache() -> Iterator[str]:
     for output_class in (_compat.BaseModelOutputWithPast, _compat.CausalLMOutputWithPast):
         cache = _compat.DynamicCache()
         output = output_class(cache=cache)
         if output.cache is not cache or output[CACHE] is not cache:
-            broken.append(f"{output_class.__name__} does not hold the cache as `{CACHE}`")
-    return broken
+            yield f"{output_class.__name__} does not hold the cache as `{CACHE}`"
 
 
-PROMISES: tuple[Callable[[], list[str]], ...] = (
+PROMISES: tuple[Callable[[], Iterator[str]], ...] = (
     _signatures,
     _generation,
     _checkpointed_layers_drop_the_cache,

@@ -28,7 +28,7 @@ def unmet_requirements() -> list[str]:
     """What an installed library asks of another that is installed in another version, a sentence each. An optional
     dependency counts once it is installed."""
     looked_at = {canonicalize_name(library) for library in LIBRARIES}
-    unmet = {}  # in order, each once
+    unmet: dict[str, None] = {}  # in order, each once
     for asking in filter(installed_version, ASKING):
         for requirement in map(Requirement, requires(asking) or ()):
             name, found, wanted = requirement.name, installed_version(requirement.name), requirement.specifier
