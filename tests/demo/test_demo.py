@@ -10,7 +10,7 @@ import hf_cnllm  # noqa: F401
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo import pipeline, tasks
-from hf_cnllm.demo.dataset import embedded_split, own_split, signed_off, without_sign_off
+from hf_cnllm.demo.dataset import signed_off, split_data, without_sign_off
 from hf_cnllm.demo.tasks import load_task
 from hf_cnllm.demo.tiny_checkpoints import LINE_OF, TINY_FAMILIES, write_tiny_checkpoint
 
@@ -21,11 +21,13 @@ def short():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "MAX_NEW_TOKENS", 8)
         patch.setattr(pipeline, "REPLIES", 4)
-        patch.setattr(pipeline, "embedded_split", lambda seed: _tenth(embedded_split(seed)))
+        patch.setattr(pipeline, "split_data", lambda path, seed: _tenth(split_data(path, seed), path))
         yield
 
 
-def _tenth(split):
+def _tenth(split, path):
+    if path is not None:
+        return split
     shortened = {
         use: getattr(split, use)[: len(getattr(split, use)) // 10] for use in ("train", "adapter", "transfer")
     }
@@ -185,7 +187,7 @@ def test_bad_options_are_one_line(options, said, tmp_path, capsys, monkeypatch):
 
 def test_too_little_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 8 are needed"):
-        own_split(write_data(tmp_path / "data.jsonl", load_instructions()[:3]), seed=0)
+        split_data(write_data(tmp_path / "data.jsonl", load_instructions()[:3]), seed=0)
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
@@ -198,7 +200,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
 
 
 def test_no_conversation_is_used_twice_where_it_must_not_be():
-    split = embedded_split(0)
+    split = split_data(None, seed=0)
     train, held_out = ({str(c) for c in use} for use in (split.train, split.held_out))
     adapter = {str([{**m, "content": without_sign_off(m["content"])} for m in c]) for c in split.adapter}
     assert not train & held_out and adapter < train and not adapter & {str(c) for c in split.transfer}

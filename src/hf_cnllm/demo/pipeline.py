@@ -5,6 +5,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from ..auto import family_of
 from ..data.conversations import Conversation
-from .dataset import Split, embedded_split, own_split, sign_off_for, without_sign_off
+from .dataset import Split, sign_off_for, split_data, without_sign_off
 from .report import Sample, Summary, check_output, staged_folder
 from .tasks import load_task
 from .tiny_checkpoints import LINE_OF, write_tiny_checkpoint
@@ -30,7 +31,7 @@ def run_demo(args: Namespace) -> Summary:
         args: the command's, with a value for everything but `model` and `data`.
     """
     check_output(args.output, args.overwrite)
-    split = embedded_split(args.seed) if args.data is None else own_split(args.data, args.seed)
+    split = split_data(args.data, args.seed)
     set_seed(args.seed)
     with warnings.catch_warnings(), staged_folder(args.output, args.overwrite) as folder:
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside transformers and PEFT
@@ -184,8 +185,8 @@ class _Run:
         then its loss on some of the data."""
         replies = self.task.replies(self.questions, f"replies {stage}")
         wanted = [self.task.as_generated(conversation[-1]["content"]) for conversation in self.questions]
-        exact = [without_sign_off(got) == want for got, want in zip(replies, wanted, strict=True)]
-        self.summary.word_for_word[stage] = sum(exact) / len(exact)
+        pairs = zip(replies, wanted, strict=True)
+        self.summary.word_for_word[stage] = mean(without_sign_off(got) == want for got, want in pairs)
         for sample, got in zip(self.summary.samples, replies, strict=False):
             sample.replies[stage] = got
         examples: dict[str, Any] = {use: [*map(self.task.example, getattr(self.split, use))] for use in uses}
@@ -197,9 +198,8 @@ class _Run:
         if not self.split.transfer:
             return
         replies = self.task.replies(self.split.transfer, f"sign-offs {stage}")
-        asked = [conversation[-2]["content"] for conversation in self.split.transfer]
-        signed = [got.endswith(sign_off_for(question)) for got, question in zip(replies, asked, strict=True)]
-        self.summary.signed_off[stage] = sum(signed) / len(signed)
+        pairs = zip(replies, self.split.transfer, strict=True)
+        self.summary.signed_off[stage] = mean(got.endswith(sign_off_for(c[-2]["content"])) for got, c in pairs)
 
     def _logits(self) -> torch.Tensor:
         """The model's logits on a few training conversations."""

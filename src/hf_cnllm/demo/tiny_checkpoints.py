@@ -139,7 +139,7 @@ def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
         shutil.copytree(originals, folder)
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
     write_vocabulary, _ = TINY_FAMILIES[family]
-    write_vocabulary(folder, [*texts, *SIGN_OFFS.values()])
+    write_vocabulary(folder, texts + [sign_off.strip() for sign_off in SIGN_OFFS.values()])
     transformers.set_seed(seed)
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, family_of(config).generates_with).from_config(config)
