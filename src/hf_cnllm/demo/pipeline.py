@@ -3,7 +3,8 @@
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,6 +21,7 @@ from .tasks import load_task
 from .tiny_checkpoints import LINE_OF, write_tiny_checkpoint
 
 MERGE_TOLERANCE = 1e-4  # the merged weights are rounded to fp32, the adapter's product is not
+STAGES = 8
 SAMPLES = 6
 REPLIES = 32
 
@@ -36,117 +38,108 @@ def run_demo(args: Namespace) -> Summary:
     with warnings.catch_warnings(), staged_folder(args.output, args.overwrite) as folder:
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside transformers and PEFT
         run = _Run(args, split, folder)
-        stages = {
-            f"Writing a tiny {args.family} checkpoint in the layout of the Hub": run.write_checkpoint,
-            "Loading it and asking it questions": run.load,
-            f"Full fine-tuning on {len(split.train)} conversations, {args.epochs} epochs": run.fine_tune,
-            "Saving and reloading it": run.save_and_reload,
-            f"LoRA with gradient checkpointing on {len(split.adapter)} conversations": run.train_adapter,
-            "Saving and reloading the adapter": run.reload_adapter,
-            "Merging the adapter": run.merge,
-            "Writing the loss curve, the model card and the summary": run.write_report,
-        }
-        if args.model is not None:
-            del stages[next(iter(stages))]
-        for number, (title, stage) in enumerate(stages.items(), start=1):
-            print(f"\n[{number}/{len(stages)}] {title}", flush=True)
-            since = time.perf_counter()
-            stage()
-            run.seconds[title] = round(time.perf_counter() - since, 1)
+        run.all_stages()
     print(run.summary.as_text(args.output))
     return run.summary
 
 
 class _Run:
-    """One run: the model and what is known about it so far. Each public method is a stage."""
+    """One run: the model and what is known about it so far."""
 
     def __init__(self, args: Namespace, split: Split, folder: Path):
         self.args, self.split, self.folder = args, split, folder
-        self.checkpoint = args.model or folder / "checkpoint"
-        self.finetuned, self.adapter, self.merged = (folder / name for name in ("finetuned", "adapter", "merged"))
         self.questions = split.train[-REPLIES:]
-        self.seconds: dict[str, float] = {}
-
-    def write_checkpoint(self) -> None:
-        write_tiny_checkpoint(self.args.family, self.checkpoint, self.args.seed)
-
-    def load(self) -> None:
-        self._load(self.checkpoint)
-        model = self.task.model
-        if getattr(model, "is_quantized", False):
-            raise ValueError(
-                f"{self.checkpoint} holds quantized weights, which cannot be fully fine-tuned; "
-                "train an adapter on it with scripts/finetune.py --lora"
-            )
-        own = self.args.model is not None
         self.summary = Summary(
-            family=family_of(model.config).line_of(model.config) if own else LINE_OF[self.args.family],
-            checkpoint=str(self.checkpoint) if own else "tiny, random weights",
-            parameters=model.num_parameters(),
-            conversations={use: len(getattr(self.split, use)) for use in ("train", "held_out", "adapter")},
+            checkpoint="tiny, random weights" if args.model is None else str(args.model),
+            conversations={use: len(getattr(split, use)) for use in ("train", "held_out", "adapter")},
             samples=[Sample(c[-2]["content"], c[-1]["content"]) for c in self.questions[:SAMPLES]],
-            seconds=self.seconds,
-        )
-        print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(self.task.tokenizer):,} tokens")
-        self._measure("before training", "train", "held_out")
-
-    def fine_tune(self) -> None:
-        self._train("full fine-tuning", self.split.train, learning_rate=self.args.learning_rate)
-        self._measure("after full fine-tuning", "train", "held_out", "adapter")
-        self._measure_transfer("after full fine-tuning")
-
-    def save_and_reload(self) -> None:
-        self.task.model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
-        self.task.model.save_pretrained(self.finetuned)
-        self.task.tokenizer.save_pretrained(self.finetuned)
-        trained = self._logits()
-        self._load(self.finetuned)
-        self._check("reloaded model gives bit-identical logits", torch.equal(trained, self._logits()))
-
-    def train_adapter(self) -> None:
-        base = self.task.model
-        base.name_or_path = str(self.args.output.resolve() / self.finetuned.name)  # where it is going to be
-        self.task.model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        self.task.model.print_trainable_parameters()
-        rate = self.args.adapter_learning_rate
-        self._train("LoRA", self.split.adapter, learning_rate=rate, gradient_checkpointing=True)
-        self._measure("with the adapter", "adapter")
-        self._measure_transfer("with the adapter")
-
-    def reload_adapter(self) -> None:
-        self.task.model.save_pretrained(str(self.adapter), save_embedding_layers=False)  # they are not adapted
-        trained = self._logits()
-        self._load(self.finetuned)
-        self.task.model = PeftModel.from_pretrained(self.task.model, self.adapter)
-        self.adapter_logits = self._logits()
-        self._check("reloaded adapter gives bit-identical logits", torch.equal(trained, self.adapter_logits))
-
-    def merge(self) -> None:
-        self.task.model.merge_and_unload().save_pretrained(str(self.merged))
-        self.task.tokenizer.save_pretrained(self.merged)
-        self._load(self.merged)
-        difference = (self._logits() - self.adapter_logits).abs().max().item()
-        self.summary.merge_difference = difference
-        self._check("merged model gives the adapter's logits", difference <= MERGE_TOLERANCE)
-
-    def write_report(self) -> None:
-        config = self.task.model.config
-        self.summary.write(
-            self.folder,
-            auto_class=family_of(config).generates_with,
-            base_model=self.args.model and str(self.args.model),
-            training={
-                "conversations": self.summary.conversations["train"],
-                "epochs": self.args.epochs,
-                "batch size": self.args.batch_size,
-                "learning rate": self.args.learning_rate,
-                "learning rate of the adapter": self.args.adapter_learning_rate,
-                "max-z loss weight": getattr(config, "z_loss_weight", "none"),
-            },
         )
 
-    def _load(self, path: Path) -> None:
+    def all_stages(self) -> None:
+        args, split, summary = self.args, self.split, self.summary
+        checkpoint = args.model or self.folder / "checkpoint"
+        finetuned, adapter, merged = (self.folder / name for name in ("finetuned", "adapter", "merged"))
+
+        if args.model is None:
+            with self._stage(f"Writing a tiny {args.family} checkpoint in the layout of the Hub"):
+                write_tiny_checkpoint(args.family, checkpoint, args.seed)
+
+        with self._stage("Loading it and asking it questions"):
+            model, tokenizer = self._load(checkpoint)
+            if getattr(model, "is_quantized", False):
+                raise ValueError(
+                    f"{checkpoint} holds quantized weights, which cannot be fully fine-tuned; "
+                    "train an adapter on it with scripts/finetune.py --lora"
+                )
+            family = family_of(model.config)
+            summary.family = LINE_OF[args.family] if args.model is None else family.line_of(model.config)
+            summary.parameters = model.num_parameters()
+            print(f"{type(model).__name__}: {summary.parameters:,} parameters, {len(tokenizer):,} tokens")
+            self._measure("before training", "train", "held_out")
+
+        with self._stage(f"Full fine-tuning on {len(split.train)} conversations, {args.epochs} epochs"):
+            self._train("full fine-tuning", split.train, learning_rate=args.learning_rate)
+            self._measure("after full fine-tuning", "train", "held_out", "adapter")
+            self._measure_transfer("after full fine-tuning")
+
+        with self._stage("Saving and reloading it"):
+            model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
+            model.save_pretrained(finetuned)
+            tokenizer.save_pretrained(finetuned)
+            trained = self._logits()
+            model, tokenizer = self._load(finetuned)
+            self._check("reloaded model gives bit-identical logits", torch.equal(trained, self._logits()))
+
+        with self._stage(f"LoRA with gradient checkpointing on {len(split.adapter)} conversations"):
+            model.name_or_path = str(args.output.resolve() / finetuned.name)  # where it is going to be
+            model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+            model.print_trainable_parameters()
+            self.task.model = model
+            self._train("LoRA", split.adapter, learning_rate=args.adapter_learning_rate, gradient_checkpointing=True)
+            self._measure("with the adapter", "adapter")
+            self._measure_transfer("with the adapter")
+
+        with self._stage("Saving and reloading the adapter"):
+            model.save_pretrained(str(adapter), save_embedding_layers=False)  # they are not adapted
+            trained = self._logits()
+            model, tokenizer = self._load(finetuned)
+            self.task.model = model = PeftModel.from_pretrained(model, adapter)
+            adapted = self._logits()
+            self._check("reloaded adapter gives bit-identical logits", torch.equal(trained, adapted))
+
+        with self._stage("Merging the adapter"):
+            model.merge_and_unload().save_pretrained(str(merged))
+            tokenizer.save_pretrained(merged)
+            model, tokenizer = self._load(merged)
+            summary.merge_difference = (self._logits() - adapted).abs().max().item()
+            self._check("merged model gives the adapter's logits", summary.merge_difference <= MERGE_TOLERANCE)
+
+        with self._stage("Writing the loss curve, the model card and the summary"):
+            summary.write(
+                self.folder,
+                auto_class=family.generates_with,
+                base_model=args.model and str(args.model),
+                training={
+                    "conversations": summary.conversations["train"],
+                    "epochs": args.epochs,
+                    "batch size": args.batch_size,
+                    "learning rate": args.learning_rate,
+                    "learning rate of the adapter": args.adapter_learning_rate,
+                    "max-z loss weight": getattr(model.config, "z_loss_weight", "none"),
+                },
+            )
+
+    @contextmanager
+    def _stage(self, title: str) -> Iterator[None]:
+        seconds = self.summary.seconds
+        print(f"\n[{len(seconds) + 1}/{STAGES - (self.args.model is not None)}] {title}", flush=True)
+        since = time.perf_counter()
+        yield
+        seconds[title] = round(time.perf_counter() - since, 1)
+
+    def _load(self, path: Path) -> tuple[Any, Any]:
         self.task = load_task(path, self.args.max_length)
+        return self.task.model, self.task.tokenizer
 
     def _trainer(self, conversations: Sequence[Conversation] = (), **options: Any) -> Trainer:
         on_gpu = torch.cuda.is_available()

@@ -34,12 +34,11 @@ class Sample:
 class Summary:
     """Everything that one run measured."""
 
-    family: str  # the line of models, as model cards name it
     checkpoint: str  # where the weights came from
-    parameters: int  # of the model, without the adapter
     conversations: dict[str, int]  # use -> how many
     samples: list[Sample]
-    seconds: dict[str, float]  # stage -> how long it took
+    family: str = ""  # the line of models, as model cards name it
+    parameters: int = 0  # of the model, without the adapter
     # Stage -> use -> mean loss over the replies' tokens in nats (with the max-z term, if the family has one).
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     # Stage -> share of training questions answered exactly as in the data.
@@ -50,6 +49,7 @@ class Summary:
     merge_difference: float = float("nan")  # largest of a logit, between the adapter and the merged weights
     checks: dict[str, bool] = field(default_factory=dict)  # what has to hold
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # training -> (step, loss)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> how long it took
 
     @property
     def passed(self) -> bool:
