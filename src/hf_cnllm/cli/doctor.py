@@ -64,6 +64,9 @@ class Patient(NamedTuple):
         return self.model().generate(ids, attention_mask=(ids != 0).long(), **options)
 
 
+PATIENTS = {name: Patient(family, name) for family in FAMILIES for name in family.architectures}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -88,7 +91,7 @@ def examine() -> dict[str, Any]:
         "broken promises": broken_promises(),
         "models": {
             name: {title: outcome(check, patient) for title, check in CHECKS.items()}
-            for name, patient in patients().items()
+            for name, patient in PATIENTS.items()
         },
     }
 
@@ -109,11 +112,6 @@ def versions() -> dict[str, str]:
     found["tested with"] = TESTED
     found["runs on"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return found
-
-
-def patients() -> dict[str, Patient]:
-    """A model of every architecture there is, by name."""
-    return {name: Patient(family, name) for family in FAMILIES for name in family.architectures}
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------

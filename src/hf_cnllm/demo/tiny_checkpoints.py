@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +134,7 @@ def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
         folder: created; must not exist.
         seed: of the random weights.
     """
-    with as_file(files("hf_cnllm.demo") / "checkpoints" / family) as originals:
-        shutil.copytree(originals, folder)
+    shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder)
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
     write_vocabulary, _ = TINY_FAMILIES[family]
     write_vocabulary(folder, texts + [sign_off.strip() for sign_off in SIGN_OFFS.values()])
