@@ -234,14 +234,10 @@ def _masks() -> Iterator[str]:
     config._attn_implementation, config.sliding_window = "sdpa", 2
     inputs, padding = torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 1]])
     causal, even = torch.ones(4, 4, dtype=torch.bool).tril(), torch.arange(4) % 2 == 0
-
-    def keys_are_even(batch_idx, head_idx, q_idx, kv_idx):
-        return kv_idx % 2 == 0
-
     cases: tuple[tuple[str, dict, torch.Tensor], ...] = (
         ("create_causal_mask", {}, causal),
-        ("create_causal_mask", {"or_mask_function": keys_are_even}, causal | even),
-        ("create_causal_mask", {"and_mask_function": keys_are_even}, causal & even),
+        ("create_causal_mask", {"or_mask_function": lambda batch, head, q, kv: kv % 2 == 0}, causal | even),
+        ("create_causal_mask", {"and_mask_function": lambda batch, head, q, kv: kv % 2 == 0}, causal & even),
         ("create_sliding_window_causal_mask", {}, causal.triu(-1)),
     )
     for name, functions, expected in cases:

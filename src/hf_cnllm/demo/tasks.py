@@ -98,14 +98,10 @@ class InfillingTask(ChatTask):
         return self._inputs([self.example(conversation) for conversation in conversations], MAX_NEW_TOKENS)
 
     def _inputs(self, examples: list[dict[str, Any]], max_gen_length: int, **targets: list[str]) -> BatchEncoding:
-        questions = self.tokenizer(  # cut on the left, so that the blank stays
-            [example["text"] for example in examples],
-            padding=True,
-            truncation=True,
-            max_length=self.half_length,
-            return_tensors="pt",
-        )
-        return self.tokenizer.build_inputs_for_generation(questions, max_gen_length, **targets)
+        texts = [example["text"] for example in examples]
+        # Cut on the left, so that the blank stays.
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.half_length, return_tensors="pt")
+        return self.tokenizer.build_inputs_for_generation(inputs, max_gen_length, **targets)
 
 
 TASKS = {"AutoModelForCausalLM": ChatTask, "AutoModelForSeq2SeqLM": InfillingTask}
