@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from hf_cnllm import GLMChineseTokenizer, GLMConfig, GLMForConditionalGeneration
 from hf_cnllm.data.blank_infilling import MIX, DataCollatorForBlankInfilling, infill
 from hf_cnllm.data.conversations import load_instructions
-from hf_cnllm.demo.vocabularies import write_glm_chinese
+from hf_cnllm.demo.tiny_checkpoints import write_glm_chinese
 
 
 def parse_arguments():

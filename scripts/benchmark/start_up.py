@@ -15,8 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_cnllm.data.conversations import load_instructions
-from hf_cnllm.demo.dataset import SIGN_OFFS
-from hf_cnllm.demo.families import write_tiny_checkpoint
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 from hf_cnllm.models.qwen.tiktoken_bpe import PRETOKENIZE_REGEX
 
 from .measure import CLOCKS, take_turns
@@ -98,7 +97,7 @@ def measure_tokenizer(name: str, subject: Subject, work: Namespace) -> Iterator[
             folder, kind = work.vocabularies / subject.vocabulary, "real vocabulary"
         else:
             folder, kind = Path(scratch, "checkpoint"), "tiny vocabulary"
-            write_tiny_checkpoint(subject.tiny_vocabulary, folder, [*texts, *SIGN_OFFS.values()])
+            write_tiny_checkpoint(subject.tiny_vocabulary, folder)
         texts = texts * TEXT_COPIES
         tokenizer = AutoTokenizer.from_pretrained(folder)
         runs = {name: lambda: tokenizer(texts)}

@@ -10,21 +10,17 @@ from typing import Any
 from ._stack import unmet_requirements
 
 try:
-    from . import _compat  # noqa: F401  # before all else: it says so if transformers is too old
+    from . import _compat, models  # noqa: F401  # _compat before all else: it says so if transformers is too old
     from .attention.bloom import use_folded_alibi
     from .auto import FAMILIES, register
     from .loss.causal_lm import causal_lm_loss, chunked_causal_lm_loss
     from .models.baichuan import *  # noqa: F403
-    from .models.baichuan import __all__ as _baichuan
     from .models.chatglm import *  # noqa: F403
-    from .models.chatglm import __all__ as _chatglm
     from .models.chatglm.prefix_encoder import load_prefix_encoder
     from .models.chatglm.quantization import ChatGLMQuantizationConfig
     from .models.chatglm.tool_calls import parse_tool_call
     from .models.glm import *  # noqa: F403
-    from .models.glm import __all__ as _glm
     from .models.qwen import *  # noqa: F403
-    from .models.qwen import __all__ as _qwen
 except Exception as error:
     if unmet := unmet_requirements():  # half an upgrade is the usual reason
         raise ImportError(f"{error} ({'; '.join(unmet)})") from error
@@ -52,10 +48,10 @@ __all__ = [
     "parse_tool_call",
     "register",
     "use_folded_alibi",
-    *_baichuan,
-    *_chatglm,
-    *_glm,
-    *_qwen,
+    *models.baichuan.__all__,
+    *models.chatglm.__all__,
+    *models.glm.__all__,
+    *models.qwen.__all__,
     *_LATER,
 ]
 

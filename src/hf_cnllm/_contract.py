@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,9 +75,9 @@ def _undisturbed() -> Iterator[None]:
         _compat.logging.set_verbosity(level)
 
 
-def _outcome(promise: Callable[[], list[str]]) -> list[str]:
+def _outcome(promise: Callable[[], Iterator[str]]) -> list[str]:
     try:
-        return promise()
+        return list(promise())
     except Exception as error:
         name = promise.__name__.removeprefix("_").replace("_", " ")
         return [f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"]
@@ -84,63 +85,46 @@ def _outcome(promise: Callable[[], list[str]]) -> list[str]:
 
 # --- signatures -------------------------------------------------------------------------------------------------------
 
-# The leading parameters of what is called by position, and those passed by keyword.
-SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
-    (GenerationMixin, "_prepare_position_ids_for_generation"): ("inputs_tensor", "model_kwargs"),
-    (GenerationMixin, "_expand_inputs_for_generation"): ("expand_size", "is_encoder_decoder", "input_ids"),
-    (GenerationMixin, "_prefill"): ("input_ids", "generation_config", "model_kwargs"),
-    (GenerationMixin, "_prepare_cache_for_generation"): ("generation_config", "model_kwargs", "generation_mode"),
-    (GenerationMixin, "_prepare_static_cache"): ("cache_implementation", "batch_size", "max_cache_len"),
-    (GenerationMixin, "prepare_inputs_for_generation"): ("input_ids", "next_sequence_length"),
-    (GenerationMixin, "init_continuous_batching"): (
-        "generation_config",
-        "continuous_batching_config",
-        "workload_hints",
+# Class, method, its leading parameters (those that go by position, and by keyword), and perhaps who has to call it: what
+# is overridden here does nothing once nobody calls it any more. Whom `generate` calls is seen below.
+METHODS: tuple[tuple[Any, ...], ...] = (
+    (GenerationMixin, "_prepare_position_ids_for_generation", "inputs_tensor model_kwargs"),
+    (GenerationMixin, "_expand_inputs_for_generation", "expand_size is_encoder_decoder input_ids"),
+    (GenerationMixin, "_prefill", "input_ids generation_config model_kwargs"),
+    (GenerationMixin, "_prepare_cache_for_generation", "generation_config model_kwargs generation_mode"),
+    (GenerationMixin, "_prepare_static_cache", "cache_implementation batch_size max_cache_len"),
+    (GenerationMixin, "prepare_inputs_for_generation", "input_ids next_sequence_length"),
+    (GenerationMixin, "init_continuous_batching", "generation_config continuous_batching_config workload_hints"),
+    (PreTrainedModel, "_get_resized_lm_head", "old_lm_head new_num_tokens", "_resize_token_embeddings"),
+    (
+        PreTrainedModel,
+        "_init_added_lm_head_weights_with_mean",
+        "old_lm_head new_lm_head old_lm_head_dim old_num_tokens added_num_tokens transposed",
+        "_get_resized_lm_head",
     ),
-    (PreTrainedModel, "_get_resized_lm_head"): ("old_lm_head", "new_num_tokens"),
-    (PreTrainedModel, "_init_added_lm_head_weights_with_mean"): (
-        "old_lm_head",
-        "new_lm_head",
-        "old_lm_head_dim",
-        "old_num_tokens",
-        "added_num_tokens",
-        "transposed",
-    ),
-    (PreTrainedTokenizerFast, "_encode_plus"): ("text", "text_pair", "add_special_tokens"),
-    (PreTrainedTokenizerFast, "_decode"): ("token_ids", "skip_special_tokens"),
-    (PreTrainedTokenizerFast, "_add_tokens"): ("new_tokens", "special_tokens"),
-    (PreTrainedTokenizerFast, "_convert_encoding"): ("encoding",),
-    (PreTrainedTokenizerFast, "_pad"): ("encoded_inputs",),
-    (PreTrainedTokenizerFast, "_save_pretrained"): ("save_directory", "file_names"),
-}
-
-# A private method that is overridden here does nothing once nobody calls it any more.
-CALLERS = {
-    (PreTrainedModel, "_get_resized_lm_head"): "_resize_token_embeddings",
-    (PreTrainedModel, "_init_added_lm_head_weights_with_mean"): "_get_resized_lm_head",
-    (PreTrainedTokenizerFast, "_encode_plus"): "__call__",
-    (PreTrainedTokenizerFast, "_decode"): "decode",
-    (PreTrainedTokenizerFast, "_add_tokens"): "add_tokens",
-    (PreTrainedTokenizerFast, "_convert_encoding"): "_encode_plus",
-    (PreTrainedTokenizerFast, "_pad"): "pad",
-    (PreTrainedTokenizerBase, "_save_pretrained"): "save_pretrained",
-}
+    (PreTrainedTokenizerFast, "_encode_plus", "text text_pair add_special_tokens", "__call__"),
+    (PreTrainedTokenizerFast, "_decode", "token_ids skip_special_tokens", "decode"),
+    (PreTrainedTokenizerFast, "_add_tokens", "new_tokens special_tokens", "add_tokens"),
+    (PreTrainedTokenizerFast, "_convert_encoding", "encoding", "_encode_plus"),
+    (PreTrainedTokenizerFast, "_pad", "encoded_inputs", "pad"),
+    (PreTrainedTokenizerFast, "_save_pretrained", "save_directory file_names"),
+    (PreTrainedTokenizerBase, "_save_pretrained", "save_directory file_names", "save_pretrained"),
+)
 
 
-def _signatures() -> list[str]:
-    broken = []
-    for (owner, name), expected in SIGNATURES.items():
+def _signatures() -> Iterator[str]:
+    for owner, name, leading, *callers in METHODS:
         if not hasattr(owner, name):
-            broken.append(f"{owner.__name__}.{name} is gone")
+            yield f"{owner.__name__}.{name} is gone"
             continue
+        expected = leading.split()
         parameters = inspect.signature(inspect.unwrap(getattr(owner, name))).parameters
         found = [parameter for parameter in parameters if parameter != "self"][: len(expected)]
-        if found != list(expected):
-            broken.append(f"{owner.__name__}.{name} takes {found}, not {list(expected)}")
-    for (owner, name), caller in CALLERS.items():
-        if name not in _names_in(inspect.unwrap(getattr(owner, caller)).__code__):
-            broken.append(f"{owner.__name__}.{caller} no longer calls {name}")
-    return broken
+        if found != expected:
+            yield f"{owner.__name__}.{name} takes {found}, not {expected}"
+        for caller in callers:
+            if name not in _names_in(inspect.unwrap(getattr(owner, caller)).__code__):
+                yield f"{owner.__name__}.{caller} no longer calls {name}"
 
 
 def _names_in(code: CodeType) -> set[str]:
@@ -157,11 +141,29 @@ class _ProbeConfig(PreTrainedConfig):
     hidden_size, num_attention_heads, num_hidden_layers, vocab_size = 2, 1, 1, 4
 
 
+def _noted(name: str) -> Callable:
+    """A hook of `generate` as `_compat` overrides it, which notes besides that it was called."""
+    hook = getattr(_compat.GenerationHooks, name)
+
+    @functools.wraps(hook)
+    def noted(self, *args, **kwargs):
+        self.calls.append(name)
+        return hook(self, *args, **kwargs)
+
+    return noted
+
+
 class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
     """Answers token 1, keeps a cache, and notes which of its hooks `generate` calls."""
 
     config_class = _ProbeConfig
     _supports_sdpa = True
+
+    _prepare_position_ids_for_generation = _noted("_prepare_position_ids_for_generation")
+    _expand_inputs_for_generation = _noted("_expand_inputs_for_generation")
+    _prefill = _noted("_prefill")
+    _prepare_static_cache = _noted("_prepare_static_cache")
+    create_masks_for_generate = _noted("create_masks_for_generate")
 
     def __init__(self, config: _ProbeConfig):
         super().__init__(config)
@@ -169,6 +171,10 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         self.calls: list[str] = []
         self.lengths: list[int] = []
         self.post_init()
+
+    def prepare_cache(self, arguments, is_assisted):
+        if isinstance(arguments.get(CACHE), _compat.Cache):
+            self.calls.append("_prepare_cache_for_generation")
 
     @_compat.takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
@@ -181,61 +187,28 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         logits[..., 1] = 1
         return _compat.CausalLMOutputWithPast(logits=logits, cache=cache)
 
-    def prompt_position_ids(self, inputs, arguments):
-        self.calls.append("_prepare_position_ids_for_generation")
-        return super().prompt_position_ids(inputs, arguments)
 
-    def add_generation_arguments(self, input_ids, arguments):
-        self.calls.append("_expand_inputs_for_generation")
-
-    def check_prefill(self, input_ids, generation_config):
-        self.calls.append("_prefill")
-
-    def prepare_cache(self, arguments, is_assisted):
-        if isinstance(arguments.get(CACHE), _compat.Cache):
-            self.calls.append("_prepare_cache_for_generation")
-
-    @property
-    def learned_keys(self) -> int:
-        self.calls.append("_prepare_static_cache")
-        return 0
-
-    def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        self.calls.append("create_masks_for_generate")
-        return super().masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
-
-
-ALWAYS_CALLED = (
-    "_prepare_position_ids_for_generation",
-    "_expand_inputs_for_generation",
-    "_prepare_cache_for_generation",
-    "_prefill",
-)
-CALLED_WITH_A_STATIC_CACHE = (*ALWAYS_CALLED, "_prepare_static_cache", "create_masks_for_generate")
-
-
-def _generation() -> list[str]:
-    broken = []
+def _generation() -> Iterator[str]:
     prompt, mask = torch.tensor([[2, 2, 3], [2, 3, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
-    for expected, options in (
-        (ALWAYS_CALLED, {}),
-        (CALLED_WITH_A_STATIC_CACHE, {"cache_implementation": "static", "disable_compile": True}),
-    ):
+    hooks = ["_prepare_position_ids_for_generation", "_expand_inputs_for_generation"]
+    hooks += ["_prepare_cache_for_generation", "_prefill"]
+    static_cache = {"cache_implementation": "static", "disable_compile": True}
+    for options, more in (({}, []), (static_cache, ["_prepare_static_cache", "create_masks_for_generate"])):
         probe = _Probe(_ProbeConfig()).eval()
         output = probe.generate(prompt, attention_mask=mask, max_new_tokens=3, do_sample=False, **options)
-        missing = [hook for hook in expected if hook not in probe.calls]
-        broken += [f"`generate` no longer calls {hook}" for hook in missing]
+        for hook in hooks + more:
+            if hook not in probe.calls:
+                yield f"`generate` no longer calls {hook}"
         if probe.lengths != [0, 3, 4]:
-            broken.append(f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})")
+            yield f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})"
         if output.tolist() != [[*row, 1, 1, 1] for row in prompt.tolist()]:
-            broken.append(f"`generate` answers {output.tolist()}")
+            yield f"`generate` answers {output.tolist()}"
     for name in _compat.CACHE_NAMES:
         probe = _Probe(_ProbeConfig()).eval()
         given = _compat.DynamicCache(config=_ProbeConfig())
         probe.generate(prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, **{name: given})
         if probe.lengths[0] < 0:
-            broken.append(f"`generate` drops `{name}`")
-    return broken
+            yield f"`generate` drops `{name}`"
 
 
 # --- layers, masks, attention, outputs --------------------------------------------------------------------------------
@@ -246,43 +219,34 @@ class _ProbeLayer(_compat.GradientCheckpointingLayer):
         return cache
 
 
-def _checkpointed_layers_drop_the_cache() -> list[str]:
+def _checkpointed_layers_drop_the_cache() -> Iterator[str]:
     layer = _ProbeLayer()
     layer.gradient_checkpointing = True
     layer.__dict__["_gradient_checkpointing_func"] = lambda function, *args, **kwargs: function(*args)
     with torch.enable_grad():
         kept = layer.train()(torch.zeros(1), cache=_compat.DynamicCache())
-    return [] if kept is None else ["GradientCheckpointingLayer keeps the cache while it checkpoints"]
+    if kept is not None:
+        yield "GradientCheckpointingLayer keeps the cache while it checkpoints"
 
 
-def _masks() -> list[str]:
+def _masks() -> Iterator[str]:
     config = _ProbeConfig()
-    config._attn_implementation = "sdpa"
+    config._attn_implementation, config.sliding_window = "sdpa", 2
     inputs, padding = torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 1]])
-    causal = torch.ones(4, 4, dtype=torch.bool).tril()
-    even = torch.arange(4) % 2 == 0
-
-    def keys_are_even(batch_idx, head_idx, q_idx, kv_idx):
-        return kv_idx % 2 == 0
-
-    cases: tuple[tuple[str, dict[str, Callable], torch.Tensor], ...] = (
-        ("causal and padding", {}, causal & (padding != 0)),
-        ("or_mask_function", {"or_mask_function": keys_are_even}, (causal | even) & (padding != 0)),
-        ("and_mask_function", {"and_mask_function": keys_are_even}, causal & even & (padding != 0)),
+    causal, even = torch.ones(4, 4, dtype=torch.bool).tril(), torch.arange(4) % 2 == 0
+    cases: tuple[tuple[str, dict, torch.Tensor], ...] = (
+        ("create_causal_mask", {}, causal),
+        ("create_causal_mask", {"or_mask_function": lambda batch, head, q, kv: kv % 2 == 0}, causal | even),
+        ("create_causal_mask", {"and_mask_function": lambda batch, head, q, kv: kv % 2 == 0}, causal & even),
+        ("create_sliding_window_causal_mask", {}, causal.triu(-1)),
     )
-    broken = []
     for name, functions, expected in cases:
-        mask = _compat.create_causal_mask(config, inputs, padding, None, **functions)
-        if not isinstance(mask, torch.Tensor) or not torch.equal(mask[0, 0, 1:], expected[1:]):
-            broken.append(f"create_causal_mask gives another mask for {name}")
-    config.sliding_window = 2
-    mask = _compat.create_sliding_window_causal_mask(config, inputs, padding, None)
-    if not torch.equal(mask[0, 0, 1:], (causal & causal.triu(-1) & (padding != 0))[1:]):
-        broken.append("create_sliding_window_causal_mask gives another mask")
-    return broken
+        mask = getattr(_compat, name)(config, inputs, padding, None, **functions)
+        if not isinstance(mask, torch.Tensor) or not torch.equal(mask[0, 0, 1:], (expected & (padding != 0))[1:]):
+            yield " with ".join([f"{name} gives another mask", *functions])
 
 
-def _attention_functions() -> list[str]:
+def _attention_functions() -> Iterator[str]:
     module = nn.Module()
     module.__dict__.update(layer_idx=0, is_causal=True, num_key_value_groups=1)
     query, key, value = torch.arange(24.0).view(3, 1, 1, 4, 2).sin()
@@ -290,26 +254,22 @@ def _attention_functions() -> list[str]:
     scores = (query @ key.mT * 0.3).masked_fill(~visible, -torch.inf)
     expected = (scores.softmax(-1) @ value).transpose(1, 2)
     bias = torch.zeros(1, 1, 4, 4).masked_fill(~visible, torch.finfo(torch.float32).min)
-    broken = []
     for backend, mask in (("eager", bias), ("sdpa", None)):
         function = _compat.ALL_ATTENTION_FUNCTIONS.get_interface(backend, _compat.eager_attention_forward)
         output, _ = function(module, query, key, value, mask, dropout=0.0, scaling=0.3)
         if not torch.allclose(output, expected, atol=1e-5):
-            broken.append(f"the {backend} attention function computes something else")
-    return broken
+            yield f"the {backend} attention function computes something else"
 
 
-def _outputs_hold_the_cache() -> list[str]:
-    broken = []
+def _outputs_hold_the_cache() -> Iterator[str]:
     for output_class in (_compat.BaseModelOutputWithPast, _compat.CausalLMOutputWithPast):
         cache = _compat.DynamicCache()
         output = output_class(cache=cache)
         if output.cache is not cache or output[CACHE] is not cache:
-            broken.append(f"{output_class.__name__} does not hold the cache as `{CACHE}`")
-    return broken
+            yield f"{output_class.__name__} does not hold the cache as `{CACHE}`"
 
 
-PROMISES: tuple[Callable[[], list[str]], ...] = (
+PROMISES: tuple[Callable[[], Iterator[str]], ...] = (
     _signatures,
     _generation,
     _checkpointed_layers_drop_the_cache,

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # Those whose demands are read, and those that are looked at: the ones people upgrade one without the other.
 ASKING = ("hf-cnllm", "transformers", "peft", "accelerate", "trl", "datasets")
@@ -19,23 +20,23 @@ def installed_version(library: str) -> str | None:
         return None
 
 
+def own_version() -> str:
+    return installed_version("hf-cnllm") or "(not installed)"
+
+
 def unmet_requirements() -> list[str]:
     """What an installed library asks of another that is installed in another version, a sentence each. An optional
     dependency counts once it is installed."""
-    looked_at = {library.replace("-", "_") for library in LIBRARIES}
+    looked_at = {canonicalize_name(library) for library in LIBRARIES}
     unmet: dict[str, None] = {}  # in order, each once
-    for asking in ASKING:
-        if (own_version := installed_version(asking)) is None:
-            continue
+    for asking in filter(installed_version, ASKING):
         for requirement in map(Requirement, requires(asking) or ()):
-            name, found = requirement.name, installed_version(requirement.name)
-            if name.replace("-", "_") not in looked_at or found is None or not _applies(requirement):
+            name, found, wanted = requirement.name, installed_version(requirement.name), requirement.specifier
+            if canonicalize_name(name) not in looked_at or found is None or not _applies(requirement):
                 continue
-            if not requirement.specifier.contains(found, prereleases=True):
-                unmet[
-                    f"{name} {found} is installed, but {asking} {own_version} needs {name}{requirement.specifier}: "
-                    f'pip install "{name}{requirement.specifier}"'
-                ] = None
+            if not wanted.contains(found, prereleases=True):
+                needs = f"{asking} {installed_version(asking)} needs {name}{wanted}"
+                unmet[f'{name} {found} is installed, but {needs}: pip install "{name}{wanted}"'] = None
     return list(unmet)
 
 

@@ -27,56 +27,33 @@ class Shape(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One published line of models, as model cards, `info` and the demo name it.
+    """One published line of models, as model cards, `info` and the demo name it."""
 
-    Attributes:
-        title: the authors' name for it.
-        license: of the original weights, by name; fine-tuned weights remain under it.
-        paper: arXiv identifier of the report that describes it.
-        demo: folder of its tiny checkpoint in `demo/checkpoints`, if the demo has one.
-    """
-
-    title: str
-    license: str
-    paper: str
-    demo: str | None = None
+    title: str  # the authors' name for it
+    license: str  # of the original weights, by name; fine-tuned weights remain under it
+    paper: str  # arXiv identifier of the report that describes it
+    demo: str | None = None  # folder of its tiny checkpoint in `demo/checkpoints`, if the demo has one
 
 
 class Architecture(NamedTuple):
-    """One kind of network among a family's: what `doctor` checks and the benchmark measures.
+    """One kind of network among a family's: what `doctor` checks and the benchmark measures."""
 
-    Attributes:
-        fields: the shape, and what makes it this kind, in the words of the family's configuration.
-        prompt_end: the configuration's names of the tokens that end a prompt. Where there are any, the prompt sees
-            itself in both directions.
-    """
-
-    fields: Callable[[Shape], dict[str, Any]]
-    prompt_end: tuple[str, ...] = ()
+    fields: Callable[[Shape], dict[str, Any]]  # what makes it this kind, in the words of the family's configuration
+    control_tokens: tuple[str, ...] = ()  # the configuration's names of their ids
+    prompt_end: tuple[str, ...] = ()  # those that end a prompt, which then sees itself in both directions
 
 
 class Family(NamedTuple):
-    """One row.
+    """One row."""
 
-    Attributes:
-        config: the configuration class; its `model_type` is the key.
-        models: name of the auto class -> model class.
-        tokenizers: the first is the default for the configuration; all are found by their class names.
-        lora_targets: names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`.
-        lines: name -> line.
-        line_of: the name of a configuration's line.
-        architectures: name -> architecture.
-        decisions: what `info` tells about a configuration.
-    """
-
-    config: type[PreTrainedConfig]
-    models: dict[str, type[PreTrainedModel]]
-    tokenizers: tuple[type, ...]
-    lora_targets: tuple[str, ...]
+    config: type[PreTrainedConfig]  # its `model_type` is the key
+    models: dict[str, type[PreTrainedModel]]  # name of the auto class -> model class
+    tokenizers: tuple[type, ...]  # found by their class names
+    lora_targets: tuple[str, ...]  # names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`
     lines: dict[str, Line]
-    line_of: Callable[[Any], str]
+    line_of: Callable[[Any], str]  # the name of a configuration's line
     architectures: dict[str, Architecture]
-    decisions: dict[str, Callable[[Any], Any]]
+    decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
 
     @property
     def generates_with(self) -> str:
@@ -86,31 +63,25 @@ class Family(NamedTuple):
     def make_config(self, architecture: str, shape: Shape, **overrides: Any) -> PreTrainedConfig:
         """The configuration of a model of that architecture and shape, with ids of control tokens at the vocabulary's end
         and 0, 1 and 2 for padding, begin and end otherwise."""
-        return self.config.from_dict(
-            {
-                "vocab_size": shape.vocab_size,
-                "hidden_size": shape.hidden_size,
-                "num_attention_heads": shape.heads,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            }
-            | self.architectures[architecture].fields(shape)
-            | overrides
-        )
+        fields, control_tokens, _ = self.architectures[architecture]
+        sizes = {
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden_size,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+        }
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        ids |= {name: shape.vocab_size - CONTROL_IDS + index for index, name in enumerate(control_tokens)}
+        return self.config.from_dict(sizes | ids | fields(shape) | overrides)
 
 
-CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
 CONTROL_IDS = 16  # so many ids at the end of the vocabulary are left to control tokens
-
-
-def _control_ids(shape: Shape) -> dict[str, int]:
-    return {name: shape.vocab_size - CONTROL_IDS + index for index, name in enumerate(CONTROL_TOKENS)}
+GLM_CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
+CHATGLM_CONTROL_TOKENS = (*GLM_CONTROL_TOKENS[:3], "bos_token_id", "eos_token_id")
 
 
 def _baichuan(shape: Shape, position_embedding: str, norm_head: bool) -> dict[str, Any]:
     return {
-        "num_hidden_layers": shape.layers,
         "intermediate_size": shape.ffn_size,
         "position_embedding": position_embedding,
         "norm_head": norm_head,
@@ -119,22 +90,13 @@ def _baichuan(shape: Shape, position_embedding: str, norm_head: bool) -> dict[st
 
 
 def _chatglm(shape: Shape) -> dict[str, Any]:
-    ids = _control_ids(shape)
-    return {
-        "architecture": "chatglm",
-        "num_layers": shape.layers,
-        "inner_hidden_size": shape.ffn_size * 3 // 2,  # two matrices with the parameters of three
-        "position_encoding_2d": True,
-        "bos_token_id": ids.pop("sop_token_id"),
-        "eos_token_id": ids.pop("eop_token_id"),
-        **ids,
-    }
+    # Two matrices with the parameters of three.
+    return {"architecture": "chatglm", "inner_hidden_size": shape.ffn_size * 3 // 2, "position_encoding_2d": True}
 
 
 def _chatglm2(shape: Shape) -> dict[str, Any]:
     return {
         "architecture": "chatglm2",
-        "num_layers": shape.layers,
         "ffn_hidden_size": shape.ffn_size,
         "kv_channels": shape.hidden_size // shape.heads,
         "multi_query_attention": True,
@@ -144,20 +106,12 @@ def _chatglm2(shape: Shape) -> dict[str, Any]:
 
 
 def _glm(shape: Shape) -> dict[str, Any]:
-    ids = _control_ids(shape)
     dropouts = ("embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob")
-    return {
-        "num_layers": shape.layers,
-        "max_sequence_length": 2**15,
-        "eos_token_id": ids["eop_token_id"],
-        **dict.fromkeys(dropouts, 0.0),
-        **ids,
-    }
+    return {"max_sequence_length": 2**15, "eos_token_id": None, **dict.fromkeys(dropouts, 0.0)}
 
 
 def _qwen(shape: Shape) -> dict[str, Any]:
     return {
-        "num_hidden_layers": shape.layers,
         "intermediate_size": 2 * shape.ffn_size,
         "seq_length": 2048,  # dynamic NTK and LogN act beyond, as in Qwen-7B
         "use_dynamic_ntk": True,
@@ -188,7 +142,7 @@ def _learned_prefix(config: Any) -> str:
 
 
 def _known_control_tokens(config: Any) -> str:
-    unknown = [name for name in CONTROL_TOKENS if getattr(config, name) is None]
+    unknown = [name for name in GLM_CONTROL_TOKENS if getattr(config, name) is None]
     return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 
@@ -240,7 +194,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         line_of=_chatglm_line,
         architectures={
-            "chatglm": Architecture(_chatglm, prompt_end=("gmask_token_id", "bos_token_id")),
+            "chatglm": Architecture(_chatglm, CHATGLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "bos_token_id")),
             "chatglm2": Architecture(_chatglm2),
         },
         decisions={
@@ -263,16 +217,11 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSeq2SeqLM": glm.GLMForConditionalGeneration,
             "AutoModelForMultipleChoice": glm.GLMForMultipleChoice,
         },
-        tokenizers=(
-            glm.GLMChineseTokenizer,
-            glm.GLMGPT2Tokenizer,
-            glm.GLMBertTokenizer,
-            glm.GLMRobertaTokenizer,
-        ),
+        tokenizers=(glm.GLMChineseTokenizer, glm.GLMGPT2Tokenizer, glm.GLMBertTokenizer, glm.GLMRobertaTokenizer),
         lora_targets=("query_key_value", "q_proj", "v_proj"),
         lines={"glm": Line("GLM", "the license stated with the original checkpoint", "2103.10360", demo="glm")},
         line_of=lambda config: "glm",
-        architectures={"glm": Architecture(_glm, prompt_end=("gmask_token_id", "sop_token_id"))},
+        architectures={"glm": Architecture(_glm, GLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "sop_token_id"))},
         decisions={
             "positions": lambda c: "learned, with block positions" if c.block_position_encoding else "learned",
             "trained length": lambda c: f"{c.max_position_embeddings} tokens",

@@ -19,7 +19,7 @@ def test_all_is_well(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["broken promises"] == []
     results = {(model, check): result for model, row in report["models"].items() for check, result in row.items()}
-    assert len(results) == len(doctor.patients()) * len(doctor.CHECKS)
+    assert len(results) == len(doctor.PATIENTS) * len(doctor.CHECKS)
     assert not [(where, result) for where, result in results.items() if not result.startswith(("ok", "n/a"))]
     assert sum(result == "ok" for result in results.values()) >= 60
     assert code == bool(report["unmet requirements"])
@@ -27,8 +27,7 @@ def test_all_is_well(capsys):
 
 @pytest.fixture
 def one_model(monkeypatch):
-    everyone = doctor.patients()
-    monkeypatch.setattr(doctor, "patients", lambda: {"Qwen": everyone["qwen"]})
+    monkeypatch.setattr(doctor, "PATIENTS", {"Qwen": doctor.PATIENTS["qwen"]})
     monkeypatch.setattr(doctor, "unmet_requirements", list)
 
 

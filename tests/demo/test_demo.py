@@ -4,28 +4,30 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_cnllm  # noqa: F401
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.data.conversations import load_instructions
-from hf_cnllm.demo import pipeline, training
-from hf_cnllm.demo.dataset import SIGN_OFFS, embedded_split, own_split, signed_off, without_sign_off
-from hf_cnllm.demo.families import LINE_OF, TINY_FAMILIES, write_tiny_checkpoint
-from hf_cnllm.demo.tasks import task_for
+from hf_cnllm.demo import pipeline, tasks
+from hf_cnllm.demo.dataset import signed_off, split_data, without_sign_off
+from hf_cnllm.demo.tasks import load_task
+from hf_cnllm.demo.tiny_checkpoints import LINE_OF, TINY_FAMILIES, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def short():
     """Four questions, replies of eight tokens, a tenth of the data."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "MAX_NEW_TOKENS", 8)
+        patch.setattr(tasks, "MAX_NEW_TOKENS", 8)
         patch.setattr(pipeline, "REPLIES", 4)
-        patch.setattr(pipeline, "embedded_split", lambda seed: _tenth(embedded_split(seed)))
+        patch.setattr(pipeline, "split_data", lambda path, seed: _tenth(split_data(path, seed), path))
         yield
 
 
-def _tenth(split):
+def _tenth(split, path):
+    if path is not None:
+        return split
     shortened = {
         use: getattr(split, use)[: len(getattr(split, use)) // 10] for use in ("train", "adapter", "transfer")
     }
@@ -105,28 +107,38 @@ def test_every_family(family, short, tmp_path):
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_rows_that_pad_the_embedding_have_no_text(family, tmp_path):
-    texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
-    write_tiny_checkpoint(family, tmp_path / "checkpoint", texts)
-    task_class = task_for(AutoConfig.from_pretrained(tmp_path / "checkpoint"))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
-    model = task_class.auto_class.from_pretrained(tmp_path / "checkpoint")
-    task = task_class(tokenizer, model, max_length=64)
-    word = tokenizer("天空", add_special_tokens=False)["input_ids"]
-    last = model.get_input_embeddings().num_embeddings - 1
-    padding = [last] if last >= len(tokenizer) else []
+    write_tiny_checkpoint(family, tmp_path / "checkpoint")
+    task = load_task(tmp_path / "checkpoint", max_length=64)
+    word = task.tokenizer("天空", add_special_tokens=False)["input_ids"]
+    last = task.model.get_input_embeddings().num_embeddings - 1
+    padding = [last] if last >= len(task.tokenizer) else []
     assert task.texts([word + padding, word]) == ["天空", "天空"]
-    assert task.texts(torch.tensor([word + padding])) == ["天空"]
 
 
 def test_the_table_of_families_names_every_tiny_checkpoint():
     assert set(LINE_OF) == set(TINY_FAMILIES)
 
 
+TOKENS = {"baichuan": 2400, "qwen": 2408, "chatglm": 2088, "chatglm2": 2205, "chatglm3": 2209, "glm": 2010}
+
+
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_the_ids_in_the_json_files_are_those_of_the_vocabulary(family, tmp_path):
+    """They were written for vocabularies of these sizes, whatever becomes of the texts."""
+    write_tiny_checkpoint(family, tmp_path / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    assert len(tokenizer) == TOKENS[family]
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "checkpoint" / name
+        written = json.loads(path.read_text()) if path.exists() else {}
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id"):
+            assert written.get(token) in (None, getattr(tokenizer, token, None)), token
+
+
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
 def test_the_same_seed_writes_the_same_checkpoint(family, tmp_path):
-    texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
     for name in ("one", "two"):
-        write_tiny_checkpoint(family, tmp_path / name, texts, seed=3)
+        write_tiny_checkpoint(family, tmp_path / name, seed=3)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
@@ -175,7 +187,7 @@ def test_bad_options_are_one_line(options, said, tmp_path, capsys, monkeypatch):
 
 def test_too_little_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 8 are needed"):
-        own_split(write_data(tmp_path / "data.jsonl", load_instructions()[:3]), seed=0)
+        split_data(write_data(tmp_path / "data.jsonl", load_instructions()[:3]), seed=0)
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
@@ -188,7 +200,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
 
 
 def test_no_conversation_is_used_twice_where_it_must_not_be():
-    split = embedded_split(0)
+    split = split_data(None, seed=0)
     train, held_out = ({str(c) for c in use} for use in (split.train, split.held_out))
     adapter = {str([{**m, "content": without_sign_off(m["content"])} for m in c]) for c in split.adapter}
     assert not train & held_out and adapter < train and not adapter & {str(c) for c in split.transfer}

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_cnllm.data.conversations import load_instructions
-from hf_cnllm.demo.dataset import SIGN_OFFS
-from hf_cnllm.demo.families import write_tiny_checkpoint
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -20,8 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts") / "checkpoint"
-    texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
-    write_tiny_checkpoint("baichuan", folder, texts)
+    write_tiny_checkpoint("baichuan", folder)
     return folder
 
 

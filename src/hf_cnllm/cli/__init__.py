@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+
+from .._stack import own_version
 
 COMMANDS = {
     # name: (module, what --help says)
@@ -21,53 +22,37 @@ COMMANDS = {
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
 }
 
-USER_ERROR = 2
-INTERRUPTED = 130
-TERMINATED = 143
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser, commands = _parsers()
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    if chosen not in COMMANDS:
-        parser.parse_args(argv)  # prints the help, the version or the error, and exits
-    module = importlib.import_module(COMMANDS[chosen][0])
-    module.add_arguments(commands[chosen])
-    args = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="hf-cnllm", description="Baichuan, GLM, ChatGLM and Qwen v1 on Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-cnllm {own_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (module_name, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+    args = parser.parse_args(argv)  # or prints the help, the version or the error, and exits
     try:
         with _clean_up_when_terminated():
             return module.run(args)
     except KeyboardInterrupt:
-        print(f"\n{commands[chosen].prog}: interrupted", file=sys.stderr)
+        print(f"\nhf-cnllm {chosen}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{commands[chosen].prog}: error: {message}", file=sys.stderr)
+        print(f"hf-cnllm {chosen}: error: {message}", file=sys.stderr)
         return USER_ERROR
-
-
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The whole parser, and that of each command, still without the arguments of its own."""
-    parser = argparse.ArgumentParser(
-        prog="hf-cnllm", description="Baichuan, GLM, ChatGLM and Qwen v1 on Transformers."
-    )
-    parser.add_argument("--version", action="version", version=f"hf-cnllm {_installed_version()}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    commands = {name: subparsers.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
-    for command in commands.values():
-        command.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
-    return parser, commands
-
-
-def _installed_version() -> str:
-    try:
-        return version("hf-cnllm")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 @contextmanager

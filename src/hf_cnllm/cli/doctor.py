@@ -11,27 +11,21 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from .._compat import TESTED, logging
 from .._contract import broken_promises
-from .._stack import LIBRARIES, installed_version, unmet_requirements
+from .._stack import LIBRARIES, installed_version, own_version, unmet_requirements
 from ..auto import FAMILIES, Family, Shape
 
-TOLERANCE = 2e-5
-NEW_TOKENS = 4
-BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
-
-
+TOLERANCE, HALF_PRECISION_TOLERANCE = 2e-5, 5e-2
 SHAPE = Shape(hidden_size=32, layers=2, heads=4, ffn_size=64, vocab_size=80)
 SPECIAL_FIELDS = {"qwen": {"seq_length": 8}}  # dynamic NTK and LogN act on the prompts here
-
-
-class NotApplicable(Exception):
-    """Why a check makes no sense here."""
 
 
 class Patient(NamedTuple):
@@ -39,27 +33,38 @@ class Patient(NamedTuple):
 
     family: Family
     architecture: str
-    fields: dict[str, Any]
 
-    def make(self) -> Any:
-        """The model, with the same random weights every time; large ones, so that attention makes a difference."""
-        config = self.family.make_config(self.architecture, SHAPE, initializer_range=0.2, **self.fields)
+    @property
+    def prompt_end(self) -> tuple[str, ...]:
+        return self.family.architectures[self.architecture].prompt_end
+
+    def model(self) -> Any:
+        """The same random weights every time; large ones, so that attention makes a difference."""
+        fields = SPECIAL_FIELDS.get(self.architecture, {})
+        config = self.family.make_config(self.architecture, SHAPE, initializer_range=0.2, **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = getattr(transformers, self.family.generates_with).from_config(config)
         model.generation_config.eos_token_id = None
         return model.eval()
 
-    def prompt(self, length: int) -> torch.Tensor:
-        """[1, length] token ids."""
+    def prompt(self, length: int = 9) -> torch.Tensor:
+        """[1, length] token ids, none of them 0."""
         config = self.family.make_config(self.architecture, SHAPE)
-        end = [getattr(config, name) for name in self.family.architectures[self.architecture].prompt_end]
-        body = torch.arange(length - len(end)) * 7 % 40 + 20
-        return torch.cat([body, torch.tensor(end, dtype=torch.long)])[None]
+        end = [getattr(config, name) for name in self.prompt_end]
+        return torch.tensor([[20 + 7 * i % 40 for i in range(length - len(end))] + end])
 
-    @property
-    def is_prefix_lm(self) -> bool:
-        return bool(self.family.architectures[self.architecture].prompt_end)
+    def prompts(self, padding_side: str) -> torch.Tensor:
+        """[2, 9] token ids: a prompt of 9 tokens and one of 6, padded by 0."""
+        return pad_sequence([self.prompt(9)[0], self.prompt(6)[0]], batch_first=True, padding_side=padding_side)
+
+    def generate(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The ids with four more tokens."""
+        options = {"max_new_tokens": 4, "do_sample": False, "disable_compile": True, **options}
+        return self.model().generate(ids, attention_mask=(ids != 0).long(), **options)
+
+
+PATIENTS = {name: Patient(family, name) for family in FAMILIES for name in family.architectures}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +90,8 @@ def examine() -> dict[str, Any]:
         "unmet requirements": unmet_requirements(),
         "broken promises": broken_promises(),
         "models": {
-            name: {check: outcome(function, patient) for check, function in CHECKS.items()}
-            for name, patient in patients().items()
+            name: {title: outcome(check, patient) for title, check in CHECKS.items()}
+            for name, patient in PATIENTS.items()
         },
     }
 
@@ -102,139 +107,91 @@ def as_text(report: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Library -> its version, and what it runs on."""
-    found = {"hf-cnllm": installed_version("hf-cnllm") or "(not installed)", "python": platform.python_version()}
+    found = {"hf-cnllm": own_version(), "python": platform.python_version()}
     found |= {library: version for library in LIBRARIES if (version := installed_version(library)) is not None}
     found["tested with"] = TESTED
     found["runs on"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return found
 
 
-def patients() -> dict[str, Patient]:
-    """A model of every architecture there is, by name."""
-    return {
-        name: Patient(family, name, SPECIAL_FIELDS.get(name, {}))
-        for family in FAMILIES
-        for name in family.architectures
-    }
+# --- the checks -------------------------------------------------------------------------------------------------------
+
+# What a check found, what it expected, and how far the two may be apart if that is not `TOLERANCE`.
+Check = Callable[[Patient], tuple]
 
 
-def outcome(check: Callable[[Patient], None], patient: Patient) -> str:
+class NotApplicable(Exception):
+    """Why a check makes no sense here."""
+
+
+def outcome(check: Check, patient: Patient) -> str:
     """`ok`, `n/a: …` or `FAIL: …`, on one line."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check(patient)
+            found, expected, tolerance = (*check(patient), TOLERANCE)[:3]
+        difference = (found.float() - expected.float()).abs().max().item()
+        return "ok" if difference <= tolerance else f"FAIL: differs by {difference:.2g}"
     except NotApplicable as reason:
         return f"n/a: {reason}"
     except Exception as error:
         return f"FAIL: {' '.join(str(error).split()) or type(error).__name__}"
-    return "ok"
-
-
-# --- the checks -------------------------------------------------------------------------------------------------------
-
-
-def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    options.setdefault("attention_mask", torch.ones_like(ids))
-    return model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, disable_compile=True, **options)
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return model(ids, attention_mask=(ids != 0).long(), use_cache=False).logits
 
 
-def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    difference = (found.float() - expected.float()).abs().max().item()
-    if not difference <= tolerance:
-        raise AssertionError(f"differs by {difference:.2g}")
-
-
-def padded(patient: Patient, padding: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt of 9 and one of 6 tokens, padded by so many on the left and the right, and their mask."""
-    long, short = patient.prompt(9), patient.prompt(6)
-    rows = [(long, (0, 0)), (short, padding)]
-    ids, mask = (
-        torch.cat([torch.nn.functional.pad(make(row), sides) for row, sides in rows])
-        for make in (torch.clone, torch.ones_like)
-    )
-    return ids, mask
-
-
-def _cached_decoding(patient: Patient) -> None:
-    model, ids = patient.make(), patient.prompt(9)
-    same(generate(model, ids), generate(model, ids, use_cache=False), 0)
-
-
-def _static_cache(patient: Patient) -> None:
-    model, ids = patient.make(), patient.prompt(9)
-    same(generate(model, ids, cache_implementation="static"), generate(model, ids), 0)
-
-
-def _padding(patient: Patient) -> None:
-    model = patient.make()
-    ids, mask = padded(patient, (0, 3))
-    same(model(ids, attention_mask=mask, use_cache=False).logits[1, :6], logits_of(model, patient.prompt(6))[0])
-
-
-def _batch_generation(patient: Patient) -> None:
-    model = patient.make()
-    ids, mask = padded(patient, (3, 0))
-    same(generate(model, ids, attention_mask=mask)[1, 3:], generate(model, patient.prompt(6))[0], 0)
-
-
-def _packing(patient: Patient) -> None:
-    model, first, second = patient.make(), patient.prompt(5), patient.prompt(7)
-    if patient.is_prefix_lm:
+def _packing(patient: Patient) -> tuple:
+    model, first, second = patient.model(), patient.prompt(5), patient.prompt(7)
+    if patient.prompt_end:  # prefix models are told by the mask
         said = {"attention_mask": torch.tensor([[1] * 5 + [2] * 7])}
     else:
         said = {"position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]}
     packed = model(torch.cat([first, second], dim=1), use_cache=False, **said).logits
-    same(packed, torch.cat([logits_of(model, ids) for ids in (first, second)], dim=1))
+    return packed, torch.cat([logits_of(model, ids) for ids in (first, second)], dim=1)
 
 
-def _saving(patient: Patient) -> None:
-    model, ids = patient.make(), patient.prompt(9)
+def _saving(patient: Patient) -> tuple:
+    model, ids = patient.model(), patient.prompt()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        same(logits_of(type(model).from_pretrained(folder).eval(), ids), logits_of(model, ids), 0)
+        return logits_of(type(model).from_pretrained(folder).eval(), ids), logits_of(model, ids), 0
 
 
-def _chunked_loss(patient: Patient) -> None:
-    model, ids = patient.make().train(), patient.prompt(9)
+@torch.enable_grad()
+def _chunked_loss(patient: Patient) -> tuple:
+    model, ids = patient.model().train(), patient.prompt()
     losses = []
     for model.config.loss_chunk_size in (2, None):
-        with torch.enable_grad():
-            losses.append(model(ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.detach())
-    same(*losses)
+        losses.append(model(ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.detach())
+    return tuple(losses)
 
 
-def _on_backend(backend: str) -> Callable[[Patient], None]:
-    def check(patient: Patient) -> None:
-        half = backend.startswith("flash")
-        if half and (importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available()):
-            raise NotApplicable("flash-attn or a CUDA device is missing")
-        model, ids = patient.make(), patient.prompt(9)
-        if half:
-            model, ids = model.to("cuda", torch.bfloat16), ids.cuda()
-        model.set_attn_implementation("eager")
-        expected = logits_of(model, ids)
-        model.set_attn_implementation(backend)
-        torch.compiler.set_stance("force_eager")  # compiling takes longer than all else and computes the same
-        try:
-            same(logits_of(model, ids), expected, 5e-2 if half else TOLERANCE)
-        finally:
-            torch.compiler.set_stance("default")
-
-    return check
+def _attention(patient: Patient, backend: str) -> tuple:
+    half = backend.startswith("flash")
+    if half and (importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available()):
+        raise NotApplicable("flash-attn or a CUDA device is missing")
+    model, ids = patient.model(), patient.prompt()
+    if half:
+        model, ids = model.to("cuda", torch.bfloat16), ids.cuda()
+    model.set_attn_implementation("eager")
+    expected = logits_of(model, ids)
+    model.set_attn_implementation(backend)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all else and computes the same
+        return logits_of(model, ids), expected, HALF_PRECISION_TOLERANCE if half else TOLERANCE
 
 
-CHECKS: dict[str, Callable[[Patient], None]] = {
-    "cached = uncached": _cached_decoding,
-    "static cache": _static_cache,
-    "padding": _padding,
-    "batch = single": _batch_generation,
+CHECKS: dict[str, Check] = {
+    "cached = uncached": lambda p: (p.generate(p.prompt()), p.generate(p.prompt(), use_cache=False)),
+    "static cache": lambda p: (p.generate(p.prompt(), cache_implementation="static"), p.generate(p.prompt())),
+    "padding": lambda p: (logits_of(p.model(), p.prompts("right"))[1, :6], logits_of(p.model(), p.prompt(6))[0]),
+    "batch = single": lambda p: (p.generate(p.prompts("left"))[1, 3:], p.generate(p.prompt(6))[0]),
     "packing": _packing,
     "saving": _saving,
     "chunked loss": _chunked_loss,
-    **{f"attention: {backend}": _on_backend(backend) for backend in BACKENDS},
+    **{
+        f"attention: {backend}": partial(_attention, backend=backend)
+        for backend in ("eager", "sdpa", "flex_attention", "flash_attention_2")
+    },
 }

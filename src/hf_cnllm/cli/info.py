@@ -1,7 +1,10 @@
 """`hf-cnllm info PATH`: what the package decides about a checkpoint. Reads its config.json and nothing else."""
 
 import argparse
-from typing import Any
+
+from transformers import AutoConfig
+
+from ..auto import family_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,20 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one decision a line."""
-    from transformers import AutoConfig
-
-    rows = describe(AutoConfig.from_pretrained(args.path))
+    config = AutoConfig.from_pretrained(args.path)
+    if (family := family_of(config)) is None:
+        rows = {
+            "family": f"{config.model_type}: not of this package, served by {type(config).__name__} of transformers"
+        }
+    else:
+        rows = {"family": family.line_of(config)}
+        rows |= {name: str(decide(config)) for name, decide in family.decisions.items()}
+        rows["vocabulary"] = f"{config.vocab_size} tokens"
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
     return 0
-
-
-def describe(config: Any) -> dict[str, str]:
-    """What was decided about a checkpoint, name and value, from its loaded configuration."""
-    from ..auto import family_of
-
-    if (family := family_of(config)) is None:
-        served_by = f"served by {type(config).__name__} of transformers"
-        return {"family": f"{config.model_type}: not of this package, {served_by}"}
-    decided = {name: str(decide(config)) for name, decide in family.decisions.items()}
-    return {"family": family.line_of(config), **decided, "vocabulary": f"{config.vocab_size} tokens"}

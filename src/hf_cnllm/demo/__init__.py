@@ -8,33 +8,22 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from .families import OWN_RECIPE, TINY_FAMILIES
-
-POSITIVE = ("epochs", "batch_size", "learning_rate", "max_length")
+from .tiny_checkpoints import OWN_RECIPE, TINY_FAMILIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "--family", choices=sorted(TINY_FAMILIES), default="baichuan", help="which tiny checkpoint to write"
-    )
-    parser.add_argument("--model", metavar="PATH", type=Path, help="your own checkpoint, instead of a tiny one")
-    parser.add_argument(
-        "--data", metavar="FILE.jsonl", type=Path, help="your own conversations, one JSON object a line"
-    )
-    parser.add_argument("--output", metavar="DIR", type=Path, help="folder to write (default: outputs/demo-FAMILY)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder of an earlier run")
-    parser.add_argument("--epochs", type=int, help="passes over the data (default: 24 on a tiny checkpoint, else 3)")
-    parser.add_argument(
-        "--batch-size", type=int, help="conversations a step (default: 16 on a tiny checkpoint, else 4)"
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, help="of full fine-tuning (default: 1.5e-3 on a tiny checkpoint, else 1e-5)"
-    )
-    parser.add_argument(
-        "--max-length", type=int, default=1024, help="tokens kept of a conversation (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--family", choices=sorted(TINY_FAMILIES), default="baichuan", help="which tiny checkpoint to write")
+    add("--model", metavar="PATH", type=Path, help="your own checkpoint, instead of a tiny one")
+    add("--data", metavar="FILE.jsonl", type=Path, help="your own conversations, one JSON object a line")
+    add("--output", metavar="DIR", type=Path, help="folder to write (default: outputs/demo-FAMILY)")
+    add("--overwrite", action="store_true", help="replace the folder of an earlier run")
+    add("--epochs", type=int, help="passes over the data (default: 24 on a tiny checkpoint, else 3)")
+    add("--batch-size", type=int, help="conversations a step (default: 16 on a tiny checkpoint, else 4)")
+    add("--learning-rate", type=float, help="of full fine-tuning (default: 1.5e-3 on a tiny checkpoint, else 1e-5)")
+    add("--max-length", type=int, default=1024, help="tokens kept of a conversation (default: %(default)s)")
+    add("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     if (args.model is None) != (args.data is None):
         missing = "--data FILE.jsonl" if args.data is None else "--model PATH"
         raise ValueError(f"your own checkpoint and your own data go together: {missing} is missing")
-    recipe = TINY_FAMILIES[args.family].recipe if args.model is None else OWN_RECIPE
+    recipe = TINY_FAMILIES[args.family][1] if args.model is None else OWN_RECIPE
     for name, default in recipe._asdict().items():
         if getattr(args, name, None) is None:
             setattr(args, name, default)
-    for name in POSITIVE:
+    for name in ("epochs", "batch_size", "learning_rate", "max_length"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     args.output = args.output or Path("outputs") / f"demo-{args.family if args.model is None else args.model.name}"

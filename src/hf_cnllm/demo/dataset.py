@@ -8,52 +8,39 @@ from typing import NamedTuple
 from ..data.conversations import Conversation, ConversationError, load_instructions, read_conversations
 
 SMALLEST_DATA = 8
-SIGN_OFFS = {"zh": "希望对你有帮助。", "en": "Hope this helps!"}
+SIGN_OFFS = {"zh": "希望对你有帮助。", "en": " Hope this helps!"}
 
 
 class Split(NamedTuple):
-    """Conversations by what they are used for.
+    """Conversations by what they are used for."""
 
-    Attributes:
-        train: full fine-tuning sees them.
-        held_out: no training sees them.
-        adapter: the adapter is trained on them, for something that full fine-tuning did not teach.
-        transfer: the adapter does not see them, but what it learned should show on their questions; empty if that
-            cannot be said of the data.
+    train: list[Conversation]  # full fine-tuning sees them
+    held_out: list[Conversation]  # no training sees them
+    adapter: list[Conversation]  # the adapter is trained on them, for something that full fine-tuning did not teach
+    transfer: list[Conversation]  # what the adapter learned should show on them, unseen; empty if that cannot be said
+
+
+def split_data(path: Path | None, seed: int) -> Split:
+    """A twentieth is held out. Of the embedded instruction set (path None) the adapter learns on a quarter to sign off its
+    replies; whether it learned that and no mere answers is seen on another quarter. Of the user's own data an eighth is
+    kept for the adapter.
+
+    Raises:
+        ConversationError: the file holds too few conversations, or something else.
     """
-
-    train: list[Conversation]
-    held_out: list[Conversation]
-    adapter: list[Conversation]
-    transfer: list[Conversation]
-
-
-def embedded_split(seed: int) -> Split:
-    """The embedded instruction set: a twentieth held out; the adapter learns on a quarter to sign off its replies.
-
-    Whether it learned that and no mere answers is seen on conversations of the other three quarters.
-    """
-    train, held_out = _hold_out(load_instructions(), seed)
-    quarter = len(train) // 4
-    return Split(train, held_out, [signed_off(c) for c in train[:quarter]], train[quarter : 2 * quarter])
-
-
-def own_split(path: Path, seed: int) -> Split:
-    """The user's data: a twentieth held out, an eighth kept for the adapter, the rest for full fine-tuning."""
-    conversations = read_conversations(path)
+    conversations = load_instructions() if path is None else read_conversations(path)
     if len(conversations) < SMALLEST_DATA:
         raise ConversationError(
             f"{path}: holds {len(conversations)} conversations, at least {SMALLEST_DATA} are needed"
         )
-    rest, held_out = _hold_out(conversations, seed)
-    eighth = max(1, len(rest) // 8)
-    return Split(rest[eighth:], held_out, rest[:eighth], transfer=[])
-
-
-def _hold_out(conversations: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
     shuffled = random.Random(seed).sample(conversations, len(conversations))
     cut = max(1, len(shuffled) // 20)
-    return shuffled[cut:], shuffled[:cut]
+    held_out, rest = shuffled[:cut], shuffled[cut:]
+    if path is None:
+        quarter = len(rest) // 4
+        return Split(rest, held_out, [signed_off(c) for c in rest[:quarter]], rest[quarter : 2 * quarter])
+    eighth = max(1, len(rest) // 8)
+    return Split(rest[eighth:], held_out, rest[:eighth], transfer=[])
 
 
 def sign_off_for(text: str) -> str:
@@ -75,7 +62,6 @@ def signed_off(conversation: Conversation) -> Conversation:
         if message["role"] == "user":
             ending = sign_off_for(message["content"])
         elif message["role"] == "assistant":
-            space = "" if ending == SIGN_OFFS["zh"] else " "
-            message = {**message, "content": message["content"] + space + ending}
+            message = {**message, "content": message["content"] + ending}
         ended.append(message)
     return ended

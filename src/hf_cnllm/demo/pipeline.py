@@ -1,26 +1,27 @@
 """The stages of the demo, top to bottom."""
 
-import tempfile
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from ..auto import family_of
-from ..data.conversations import load_instructions
-from .dataset import SIGN_OFFS, Split, embedded_split, own_split, sign_off_for, without_sign_off
-from .families import LINE_OF, write_tiny_checkpoint
+from ..data.conversations import Conversation
+from .dataset import Split, sign_off_for, split_data, without_sign_off
 from .report import Sample, Summary, check_output, staged_folder
-from .tasks import task_for
-from .training import fit, mean_loss, reply
+from .tasks import load_task
+from .tiny_checkpoints import LINE_OF, write_tiny_checkpoint
 
-Z_LOSS_WEIGHT = 2e-4  # as in the Baichuan 2 report
 MERGE_TOLERANCE = 1e-4  # the merged weights are rounded to fp32, the adapter's product is not
+STAGES = 8
 SAMPLES = 6
 REPLIES = 32
 
@@ -32,180 +33,179 @@ def run_demo(args: Namespace) -> Summary:
         args: the command's, with a value for everything but `model` and `data`.
     """
     check_output(args.output, args.overwrite)
-    split = embedded_split(args.seed) if args.data is None else own_split(args.data, args.seed)
+    split = split_data(args.data, args.seed)
     set_seed(args.seed)
-    with (
-        warnings.catch_warnings(),
-        staged_folder(args.output, args.overwrite) as folder,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
+    with warnings.catch_warnings(), staged_folder(args.output, args.overwrite) as folder:
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside transformers and PEFT
-        run = _Run(args, split, folder, Path(scratch))
-        stages = {
-            f"Writing a tiny {args.family} checkpoint in the layout of the Hub": run.write_checkpoint,
-            "Loading it and asking it questions": run.load,
-            f"Full fine-tuning on {len(split.train)} conversations, {args.epochs} epochs": run.fine_tune,
-            "Saving and reloading it": run.save_and_reload,
-            f"LoRA with gradient checkpointing on {len(split.adapter)} conversations": run.train_adapter,
-            "Saving and reloading the adapter": run.reload_adapter,
-            "Merging the adapter": run.merge,
-            "Writing the loss curve, the model card and the summary": run.write_report,
-        }
-        if run.own:
-            del stages[next(iter(stages))]
-        for number, (title, stage) in enumerate(stages.items(), start=1):
-            print(f"\n[{number}/{len(stages)}] {title}", flush=True)
-            since = time.perf_counter()
-            stage()
-            run.seconds[title] = round(time.perf_counter() - since, 1)
+        run = _Run(args, split, folder)
+        run.all_stages()
     print(run.summary.as_text(args.output))
     return run.summary
 
 
 class _Run:
-    """One run: the model and what is known about it so far. Each public method is a stage."""
+    """One run: the model and what is known about it so far."""
 
-    def __init__(self, args: Namespace, split: Split, folder: Path, scratch: Path):
-        self.args, self.split, self.folder, self.scratch = args, split, folder, scratch
-        self.own = args.model is not None
-        self.checkpoint = str(args.model if self.own else folder / "checkpoint")
-        self.model: Any = None  # the model of a family, or the PEFT model around it
-        self.finetuned, self.adapter, self.merged = (folder / name for name in ("finetuned", "adapter", "merged"))
+    def __init__(self, args: Namespace, split: Split, folder: Path):
+        self.args, self.split, self.folder = args, split, folder
         self.questions = split.train[-REPLIES:]
-        self.seconds: dict[str, float] = {}
-
-    def write_checkpoint(self) -> None:
-        texts = [message["content"] for c in load_instructions() for message in c] + list(SIGN_OFFS.values())
-        write_tiny_checkpoint(self.args.family, Path(self.checkpoint), texts, self.args.seed)
-
-    def load(self) -> None:
-        config = AutoConfig.from_pretrained(self.checkpoint)
-        self.task_class = task_for(config)
-        if hasattr(config, "z_loss_weight"):
-            config.z_loss_weight = Z_LOSS_WEIGHT
-        self._load(self.checkpoint, config=config)
-        if getattr(self.model, "is_quantized", False):
-            raise ValueError(
-                f"{self.checkpoint} holds quantized weights, which cannot be fully fine-tuned; "
-                "train an adapter on it with scripts/finetune.py --lora"
-            )
-        size, tokens = self.model.num_parameters(), len(self.tokenizer)
-        print(f"{type(self.model).__name__}: {size:,} parameters, {tokens:,} tokens")
         self.summary = Summary(
-            family=family_of(config).line_of(config) if self.own else LINE_OF[self.args.family],
-            checkpoint=self.checkpoint if self.own else "tiny, random weights",
-            parameters=size,
-            conversations={use: len(getattr(self.split, use)) for use in ("train", "held_out", "adapter")},
+            checkpoint="tiny, random weights" if args.model is None else str(args.model),
+            conversations={use: len(getattr(split, use)) for use in ("train", "held_out", "adapter")},
             samples=[Sample(c[-2]["content"], c[-1]["content"]) for c in self.questions[:SAMPLES]],
-            seconds=self.seconds,
-        )
-        self._measure("before training", "train", "held_out")
-
-    def fine_tune(self) -> None:
-        self._fit("full fine-tuning", self.split.train, learning_rate=self.args.learning_rate)
-        self._measure("after full fine-tuning", "train", "held_out", "adapter")
-        self._measure_transfer("after full fine-tuning")
-
-    def save_and_reload(self) -> None:
-        self.model.save_pretrained(self.finetuned)
-        self.tokenizer.save_pretrained(self.finetuned)
-        trained = self._logits()
-        self._load(self.finetuned)
-        self._check("reloaded model gives bit-identical logits", torch.equal(trained, self._logits()))
-
-    def train_adapter(self) -> None:
-        self.model.name_or_path = str(self.args.output.resolve() / self.finetuned.name)  # where it is going to be
-        self.model = get_peft_model(self.model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        self.model.print_trainable_parameters()
-        self._fit(
-            "LoRA", self.split.adapter, learning_rate=self.args.adapter_learning_rate, gradient_checkpointing=True
-        )
-        self._measure("with the adapter", "adapter")
-        self._measure_transfer("with the adapter")
-
-    def reload_adapter(self) -> None:
-        self.model.save_pretrained(str(self.adapter), save_embedding_layers=False)  # they are not adapted
-        trained = self._logits()
-        self._load(self.finetuned)
-        self.model = PeftModel.from_pretrained(self.model, self.adapter)
-        self.adapter_logits = self._logits()
-        self._check("reloaded adapter gives bit-identical logits", torch.equal(trained, self.adapter_logits))
-
-    def merge(self) -> None:
-        self.model.merge_and_unload().save_pretrained(str(self.merged))
-        self.tokenizer.save_pretrained(self.merged)
-        self._load(self.merged)
-        difference = (self._logits() - self.adapter_logits).abs().max().item()
-        self.summary.merge_difference = difference
-        self._check("merged model gives the adapter's logits", difference <= MERGE_TOLERANCE)
-
-    def write_report(self) -> None:
-        self.summary.write(
-            self.folder,
-            auto_class=self.task_class.auto_class.__name__,
-            tokenizer_class=self._tokenizer_class(self.finetuned).__name__,
-            base_model=self.checkpoint if self.own else None,
-            training={
-                "conversations": self.summary.conversations["train"],
-                "epochs": self.args.epochs,
-                "batch size": self.args.batch_size,
-                "learning rate": self.args.learning_rate,
-                "learning rate of the adapter": self.args.adapter_learning_rate,
-                "max-z loss weight": getattr(self.model.config, "z_loss_weight", "none"),
-            },
         )
 
-    def _load(self, path: str | Path, **kwargs) -> None:
-        """Takes model and tokenizer from a folder, the weights in fp32: AdamW's small steps need it."""
-        self.tokenizer = self._tokenizer_class(path).from_pretrained(path)
-        self.model = self.task_class.auto_class.from_pretrained(path, dtype=torch.float32, **kwargs)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.task = self.task_class(self.tokenizer, self.model, self.args.max_length)
-        self.model.generation_config.eos_token_id = self.task.end_token_ids
+    def all_stages(self) -> None:
+        args, split, summary = self.args, self.split, self.summary
+        checkpoint = args.model or self.folder / "checkpoint"
+        finetuned, adapter, merged = (self.folder / name for name in ("finetuned", "adapter", "merged"))
 
-    def _tokenizer_class(self, path: str | Path) -> Any:
-        if str(path) == self.checkpoint or self.task_class.reloads_with_auto_tokenizer:
-            return AutoTokenizer
-        return type(self.tokenizer)
+        if args.model is None:
+            with self._stage(f"Writing a tiny {args.family} checkpoint in the layout of the Hub"):
+                write_tiny_checkpoint(args.family, checkpoint, args.seed)
 
-    def _fit(self, training: str, conversations: list, **options: Any) -> None:
-        options |= {"num_train_epochs": self.args.epochs, "seed": self.args.seed}
-        self.summary.curves[training] = fit(
-            self.model, self.task, conversations, self.scratch, self.args.batch_size, **options
+        with self._stage("Loading it and asking it questions"):
+            model, tokenizer = self._load(checkpoint)
+            if getattr(model, "is_quantized", False):
+                raise ValueError(
+                    f"{checkpoint} holds quantized weights, which cannot be fully fine-tuned; "
+                    "train an adapter on it with scripts/finetune.py --lora"
+                )
+            family = family_of(model.config)
+            summary.family = LINE_OF[args.family] if args.model is None else family.line_of(model.config)
+            summary.parameters = model.num_parameters()
+            print(f"{type(model).__name__}: {summary.parameters:,} parameters, {len(tokenizer):,} tokens")
+            self._measure("before training", "train", "held_out")
+
+        with self._stage(f"Full fine-tuning on {len(split.train)} conversations, {args.epochs} epochs"):
+            self._train("full fine-tuning", split.train, learning_rate=args.learning_rate)
+            self._measure("after full fine-tuning", "train", "held_out", "adapter")
+            self._measure_transfer("after full fine-tuning")
+
+        with self._stage("Saving and reloading it"):
+            model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
+            model.save_pretrained(finetuned)
+            tokenizer.save_pretrained(finetuned)
+            trained = self._logits()
+            model, tokenizer = self._load(finetuned)
+            self._check("reloaded model gives bit-identical logits", torch.equal(trained, self._logits()))
+
+        with self._stage(f"LoRA with gradient checkpointing on {len(split.adapter)} conversations"):
+            model.name_or_path = str(args.output.resolve() / finetuned.name)  # where it is going to be
+            model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+            model.print_trainable_parameters()
+            self.task.model = model
+            self._train("LoRA", split.adapter, learning_rate=args.adapter_learning_rate, gradient_checkpointing=True)
+            self._measure("with the adapter", "adapter")
+            self._measure_transfer("with the adapter")
+
+        with self._stage("Saving and reloading the adapter"):
+            model.save_pretrained(str(adapter), save_embedding_layers=False)  # they are not adapted
+            trained = self._logits()
+            model, tokenizer = self._load(finetuned)
+            self.task.model = model = PeftModel.from_pretrained(model, adapter)
+            adapted = self._logits()
+            self._check("reloaded adapter gives bit-identical logits", torch.equal(trained, adapted))
+
+        with self._stage("Merging the adapter"):
+            model.merge_and_unload().save_pretrained(str(merged))
+            tokenizer.save_pretrained(merged)
+            model, tokenizer = self._load(merged)
+            summary.merge_difference = (self._logits() - adapted).abs().max().item()
+            self._check("merged model gives the adapter's logits", summary.merge_difference <= MERGE_TOLERANCE)
+
+        with self._stage("Writing the loss curve, the model card and the summary"):
+            summary.write(
+                self.folder,
+                auto_class=family.generates_with,
+                base_model=args.model and str(args.model),
+                training={
+                    "conversations": summary.conversations["train"],
+                    "epochs": args.epochs,
+                    "batch size": args.batch_size,
+                    "learning rate": args.learning_rate,
+                    "learning rate of the adapter": args.adapter_learning_rate,
+                    "max-z loss weight": getattr(model.config, "z_loss_weight", "none"),
+                },
+            )
+
+    @contextmanager
+    def _stage(self, title: str) -> Iterator[None]:
+        seconds = self.summary.seconds
+        print(f"\n[{len(seconds) + 1}/{STAGES - (self.args.model is not None)}] {title}", flush=True)
+        since = time.perf_counter()
+        yield
+        seconds[title] = round(time.perf_counter() - since, 1)
+
+    def _load(self, path: Path) -> tuple[Any, Any]:
+        self.task = load_task(path, self.args.max_length)
+        return self.task.model, self.task.tokenizer
+
+    def _trainer(self, conversations: Sequence[Conversation] = (), **options: Any) -> Trainer:
+        on_gpu = torch.cuda.is_available()
+        arguments = TrainingArguments(
+            output_dir=str(self.folder.parent / "trainer"),
+            num_train_epochs=self.args.epochs,
+            per_device_train_batch_size=self.args.batch_size,
+            per_device_eval_batch_size=self.args.batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            adam_beta2=0.95,
+            weight_decay=0.01,
+            bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            dataloader_pin_memory=on_gpu,
+            logging_steps=1,
+            save_strategy="no",
+            remove_unused_columns=False,  # the task's collator decides what the model gets
+            report_to="none",
+            seed=self.args.seed,
+            **options,
         )
+        examples: Any = [self.task.example(conversation) for conversation in conversations]
+        trainer = Trainer(self.task.model, arguments, data_collator=self.task.collate, train_dataset=examples)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(QuietProgressCallback)
+        return trainer
+
+    def _train(self, training: str, conversations: list[Conversation], **options: Any) -> None:
+        trainer = self._trainer(conversations, **options)
+        trainer.train()
+        logs = trainer.state.log_history
+        self.summary.curves[training] = [(log["step"], log["loss"]) for log in logs if "loss" in log]
 
     def _measure(self, stage: str, *uses: str) -> None:
         """Lets the model answer training questions, counts the exact answers (sign-offs aside) and keeps some as samples;
         then its loss on some of the data."""
-        replies = reply(self.model, self.task, self.questions, f"replies {stage}")
+        replies = self.task.replies(self.questions, f"replies {stage}")
         wanted = [self.task.as_generated(conversation[-1]["content"]) for conversation in self.questions]
-        exact = [without_sign_off(got) == want for got, want in zip(replies, wanted, strict=True)]
-        self.summary.word_for_word[stage] = sum(exact) / len(exact)
+        pairs = zip(replies, wanted, strict=True)
+        self.summary.word_for_word[stage] = mean(without_sign_off(got) == want for got, want in pairs)
         for sample, got in zip(self.summary.samples, replies, strict=False):
             sample.replies[stage] = got
-        self.summary.losses[stage] = {
-            use: mean_loss(self.model, self.task, getattr(self.split, use), self.scratch, self.args.batch_size)
-            for use in uses
-        }
+        examples: dict[str, Any] = {use: [*map(self.task.example, getattr(self.split, use))] for use in uses}
+        trainer = self._trainer()
+        self.summary.losses[stage] = {use: trainer.evaluate(examples[use])["eval_loss"] for use in uses}
 
     def _measure_transfer(self, stage: str) -> None:
         """How many replies to questions that the adapter never saw have the behavior it was trained for."""
         if not self.split.transfer:
             return
-        replies = reply(self.model, self.task, self.split.transfer, f"sign-offs {stage}")
-        signed = [
-            r.endswith(sign_off_for(c[-2]["content"])) for r, c in zip(replies, self.split.transfer, strict=True)
-        ]
-        self.summary.signed_off[stage] = sum(signed) / len(signed)
+        replies = self.task.replies(self.split.transfer, f"sign-offs {stage}")
+        pairs = zip(replies, self.split.transfer, strict=True)
+        self.summary.signed_off[stage] = mean(got.endswith(sign_off_for(c[-2]["content"])) for got, c in pairs)
 
     def _logits(self) -> torch.Tensor:
         """The model's logits on a few training conversations."""
-        batch = self.task.collate([self.task.example(c) for c in self.split.train[:4]])
-        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}
-        self.model.eval()
-        with torch.no_grad():
-            return self.model(**batch).logits
+        return self.task.logits(self.split.train[:4])
 
     def _check(self, claim: str, holds: bool) -> None:
         self.summary.checks[claim] = holds
         print(f"{claim}: {'yes' if holds else 'NO'}")
+
+
+class QuietProgressCallback(ProgressCallback):
+    """One progress bar that shows the loss, in place of a printed line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

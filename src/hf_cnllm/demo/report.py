@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.model_card import fine_tuned_model_card
-from .training import Curve
 
 SUMMARY_FILE = "summary.json"  # written last; it marks a folder as one of ours
 LOSS_CURVE_FILE = "loss.png"
@@ -26,43 +25,31 @@ class Sample:
 
     def told(self) -> dict[str, str]:
         """Question and replies on one short line each; untrained models do not stop by themselves."""
-        lines = {name: " ".join(text.split()) for name, text in {"question": self.question, **self.replies}.items()}
-        return {
-            name: line if name == "question" or len(line) <= 72 else line[:71] + "…" for name, line in lines.items()
-        }
+        replies = {stage: " ".join(reply.split()) for stage, reply in self.replies.items()}
+        shortened = {stage: line if len(line) <= 72 else line[:71] + "…" for stage, line in replies.items()}
+        return {"question": " ".join(self.question.split()), **shortened}
 
 
 @dataclass
 class Summary:
-    """Everything that one run measured.
+    """Everything that one run measured."""
 
-    Attributes:
-        family: the line of models, as model cards name it.
-        checkpoint: where the weights came from.
-        parameters: of the model, without the adapter.
-        conversations: how many, by use.
-        losses: stage -> use -> mean loss over the replies' tokens in nats (with the max-z term, if the family has one).
-        word_for_word: stage -> share of training questions answered exactly as in the data.
-        signed_off: stage -> share of replies with the behavior the adapter was to learn, on questions that it never
-            saw; empty for data that defines no such behavior.
-        merge_difference: largest difference of a logit between the adapter and the merged weights.
-        checks: what has to hold.
-        curves: training -> (step, loss).
-        seconds: stage -> how long it took.
-    """
-
-    family: str
-    checkpoint: str
-    parameters: int
-    conversations: dict[str, int]
+    checkpoint: str  # where the weights came from
+    conversations: dict[str, int]  # use -> how many
     samples: list[Sample]
+    family: str = ""  # the line of models, as model cards name it
+    parameters: int = 0  # of the model, without the adapter
+    # Stage -> use -> mean loss over the replies' tokens in nats (with the max-z term, if the family has one).
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Stage -> share of training questions answered exactly as in the data.
     word_for_word: dict[str, float] = field(default_factory=dict)
+    # Stage -> share of replies with the behavior the adapter was to learn, on questions that it never saw; empty for data
+    # that defines no such behavior.
     signed_off: dict[str, float] = field(default_factory=dict)
-    merge_difference: float = float("nan")
-    checks: dict[str, bool] = field(default_factory=dict)
-    curves: dict[str, Curve] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    merge_difference: float = float("nan")  # largest of a logit, between the adapter and the merged weights
+    checks: dict[str, bool] = field(default_factory=dict)  # what has to hold
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # training -> (step, loss)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> how long it took
 
     @property
     def passed(self) -> bool:
@@ -71,23 +58,16 @@ class Summary:
 
     def results(self) -> dict[str, str]:
         """What was measured, name and value, ready to be shown."""
-        difference = "largest difference of a logit, merged against adapter"
-        return {
-            **{
-                f"loss {stage}": ", ".join(f"{use.replace('_', ' ')} {loss:.3f}" for use, loss in losses.items())
-                for stage, losses in self.losses.items()
-            },
-            **{
-                f"training questions answered word for word {stage}": f"{share:.0%}"
-                for stage, share in self.word_for_word.items()
-            },
-            **{
-                f"replies with the adapter's sign-off {stage}": f"{share:.0%}"
-                for stage, share in self.signed_off.items()
-            },
-            difference: f"{self.merge_difference:.1e}",
-            **{claim: "yes" if held else "NO" for claim, held in self.checks.items()},
-        }
+        rows = {}
+        for stage, losses in self.losses.items():
+            rows[f"loss {stage}"] = ", ".join(f"{use.replace('_', ' ')} {loss:.3f}" for use, loss in losses.items())
+        for what, shares in (
+            ("training questions answered word for word", self.word_for_word),
+            ("replies with the adapter's sign-off", self.signed_off),
+        ):
+            rows |= {f"{what} {stage}": f"{share:.0%}" for stage, share in shares.items()}
+        rows["largest difference of a logit, merged against adapter"] = f"{self.merge_difference:.1e}"
+        return rows | {claim: "yes" if held else "NO" for claim, held in self.checks.items()}
 
     def as_text(self, output: Path) -> str:
         """Lines for the terminal."""
@@ -105,7 +85,7 @@ class Summary:
         Args:
             card: for `fine_tuned_model_card`.
         """
-        draw_curves(self.curves, folder / LOSS_CURVE_FILE)
+        self.draw_curves(folder / LOSS_CURVE_FILE)
         fine_tuned_model_card(
             f"{self.family}, fine-tuned",
             self.family,
@@ -118,19 +98,17 @@ class Summary:
         text = json.dumps({**asdict(self), "passed": self.passed}, ensure_ascii=False, indent=2)
         (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
+    def draw_curves(self, path: Path) -> None:
+        """Draws each training's loss by step, side by side, as a PNG."""
+        from matplotlib.figure import Figure
 
-def draw_curves(curves: dict[str, Curve], path: Path) -> None:
-    """Draws each training's loss by step, side by side, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        axes.plot(*zip(*curve, strict=True))
-        axes.set(title=name, xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+        figure = Figure(figsize=(5 * len(self.curves), 3.5), layout="constrained")
+        panels = figure.subplots(1, len(self.curves), squeeze=False)[0]
+        for axes, (name, curve) in zip(panels, self.curves.items(), strict=True):
+            axes.plot(*zip(*curve, strict=True))
+            axes.set(title=name, xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
+            axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

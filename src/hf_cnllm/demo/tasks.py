@@ -1,60 +1,72 @@
-"""How the families turn a conversation into training examples and prompts, and which auto class serves them."""
+"""A model with its tokenizer, and what the demo does with the two: train on conversations, and answer their questions."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    DataCollatorForSeq2Seq,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, DataCollatorForSeq2Seq
 
 from ..auto import family_of
 from ..data.conversations import Conversation, encode_conversation, reply_end_ids, with_system_in_question
 
-Example = dict[str, Any]
-Batch = dict[str, torch.Tensor]
+MAX_NEW_TOKENS = 64
+Z_LOSS_WEIGHT = 2e-4  # as in the Baichuan 2 report
 
 
-class Task(ABC):
-    """How conversations become tensors for one model and its tokenizer.
+class ChatTask:
+    """Next-token training on chat-template data, the loss on the assistant's replies only."""
 
-    Attributes:
-        auto_class: loads the family's generation model.
-        reloads_with_auto_tokenizer: whether AutoTokenizer gives a saved tokenizer its own class back.
-        tokenizer: the model's.
-        end_token_ids: what stops `generate`.
-    """
+    def __init__(self, model: Any, tokenizer: Any, max_length: int):
+        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.end_token_ids = reply_end_ids(tokenizer, model.generation_config)
+        model.generation_config.eos_token_id = self.end_token_ids
 
-    auto_class: ClassVar[Any]
-    reloads_with_auto_tokenizer: ClassVar[bool] = True
-    tokenizer: PreTrainedTokenizerBase
-    end_token_ids: list[int]
-
-    @abstractmethod
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int): ...
-
-    @abstractmethod
-    def example(self, conversation: Conversation) -> Example:
+    def example(self, conversation: Conversation) -> dict[str, Any]:
         """One training example."""
+        return encode_conversation(self.tokenizer, self._messages(conversation), self.end_token_ids, self.max_length)
 
-    @abstractmethod
-    def collate(self, examples: list[Example]) -> Batch:
+    def collate(self, examples: list[dict[str, Any]]) -> Any:
         """A batch of them, with labels."""
+        return DataCollatorForSeq2Seq(self.tokenizer)(examples)
 
-    @abstractmethod
-    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
+    def prompts(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """What `generate` takes to answer the last question of each conversation."""
+        asked = [self._messages(conversation)[:-1] for conversation in conversations]
+        encoded = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+        return self.tokenizer.pad(encoded, padding_side="left", return_tensors="pt")
 
-    def texts(self, ids: list[list[int]] | torch.Tensor) -> list[str]:
+    def _messages(self, conversation: Conversation) -> Conversation:
+        try:
+            self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        except TemplateError:  # the templates of ChatGLM-6B and ChatGLM2-6B refuse a system message
+            return with_system_in_question(conversation)
+        return conversation
+
+    def replies(self, conversations: Sequence[Conversation], description: str) -> list[str]:
+        """Answers the last question of each conversation greedily, 16 at a time."""
+        self.model.eval()
+        replies: list[str] = []
+        for start in tqdm(range(0, len(conversations), 16), desc=description, unit="batch"):
+            prompts = self.prompts(conversations[start : start + 16]).to(self.model.device)
+            output = self.model.generate(
+                **prompts, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, repetition_penalty=1.0
+            )
+            replies += self.texts(output[:, prompts["input_ids"].shape[1] :].tolist())
+        return replies
+
+    @torch.no_grad()
+    def logits(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        """[batch, length, vocabulary]: the model's logits on conversations."""
+        batch = self.collate([self.example(conversation) for conversation in conversations]).to(self.model.device)
+        del batch["labels"]
+        return self.model.eval()(**batch).logits
+
+    def texts(self, rows: list[list[int]]) -> list[str]:
         """Generated ids as texts, without those that only pad the embedding to a round size: they have no token."""
-        rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         known = [[index for index in row if index < len(self.tokenizer)] for row in rows]
         return [text.strip() for text in self.tokenizer.batch_decode(known, skip_special_tokens=True)]
 
@@ -63,83 +75,55 @@ class Task(ABC):
         return self.texts([self.tokenizer(text, add_special_tokens=False)["input_ids"]])[0]
 
 
-class ChatTask(Task):
-    """Next-token training on chat-template data, the loss on the assistant's replies only."""
-
-    auto_class = AutoModelForCausalLM
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.end_token_ids = reply_end_ids(tokenizer, model.generation_config)
-        self.pad = DataCollatorForSeq2Seq(tokenizer)
-        try:
-            tokenizer.apply_chat_template([{"role": role, "content": "?"} for role in ("system", "user")])
-            self.has_system_role = True
-        except TemplateError:  # those of ChatGLM-6B and ChatGLM2-6B refuse one
-            self.has_system_role = False
-
-    def example(self, conversation: Conversation) -> Example:
-        return encode_conversation(self.tokenizer, self._messages(conversation), self.end_token_ids, self.max_length)
-
-    def collate(self, examples: list[Example]) -> Batch:
-        return self.pad(examples)
-
-    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
-        asked = [self._messages(conversation)[:-1] for conversation in conversations]
-        encoded: Any = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
-        return dict(self.tokenizer.pad(encoded, padding_side="left", return_tensors="pt"))
-
-    def _messages(self, conversation: Conversation) -> Conversation:
-        return conversation if self.has_system_role else with_system_in_question(conversation)
-
-
-class InfillingTask(Task):
+class InfillingTask(ChatTask):
     """Blank infilling: the reply fills a `[gMASK]` (or the one kind of blank there is) behind the question.
 
     The question is seen in both directions and has no loss; earlier turns stand in front of it.
     """
 
-    auto_class = AutoModelForSeq2SeqLM
-    # The model type is GLM-4's, too, for which transformers takes a plain backend unless there is an `auto_map`.
-    reloads_with_auto_tokenizer = False
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
-        self.tokenizer = tokenizer
+    def __init__(self, model: Any, tokenizer: Any, max_length: int):
+        self.model, self.tokenizer = model, tokenizer
         self.half_length = min(max_length, model.config.max_sequence_length) // 2
         self.blank = tokenizer.convert_ids_to_tokens(tokenizer.mask_token_ids)[-1]
-        self.end_token_ids = [tokenizer.eop_token_id]
+        model.generation_config.eos_token_id = tokenizer.eop_token_id
 
-    def example(self, conversation: Conversation) -> Example:
+    def example(self, conversation: Conversation) -> dict[str, Any]:
         *context, reply = (message["content"] for message in conversation)
         return {"text": " ".join(context) + self.blank, "target": reply}
 
-    def collate(self, examples: list[Example]) -> Batch:
-        targets = [example["target"] for example in examples]
-        return self._inputs(examples, self.half_length, targets=targets)
+    def collate(self, examples: list[dict[str, Any]]) -> Any:
+        return self._inputs(examples, self.half_length, targets=[example["target"] for example in examples])
 
-    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Batch:
-        return self._inputs([self.example(conversation) for conversation in conversations], max_new_tokens)
+    def prompts(self, conversations: Sequence[Conversation]) -> BatchEncoding:
+        return self._inputs([self.example(conversation) for conversation in conversations], MAX_NEW_TOKENS)
 
-    def _inputs(self, examples: list[Example], max_gen_length: int, **targets: list[str]) -> Batch:
-        texts = self.tokenizer(  # cut on the left, so that the blank stays
-            [example["text"] for example in examples],
-            padding=True,
-            truncation=True,
-            max_length=self.half_length,
-            return_tensors="pt",
-        )
-        return dict(self.tokenizer.build_inputs_for_generation(texts, max_gen_length, **targets))
+    def _inputs(self, examples: list[dict[str, Any]], max_gen_length: int, **targets: list[str]) -> BatchEncoding:
+        texts = [example["text"] for example in examples]
+        # Cut on the left, so that the blank stays.
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.half_length, return_tensors="pt")
+        return self.tokenizer.build_inputs_for_generation(inputs, max_gen_length, **targets)
 
 
-def task_for(config: PreTrainedConfig) -> type[Task]:
-    """The task of a checkpoint, from its configuration.
+TASKS = {"AutoModelForCausalLM": ChatTask, "AutoModelForSeq2SeqLM": InfillingTask}
+
+
+def load_task(path: str | Path, max_length: int) -> ChatTask:
+    """Model and tokenizer of a checkpoint, the weights in fp32: AdamW's small steps need it.
+
+    Args:
+        max_length: tokens kept of a conversation.
 
     Raises:
         ValueError: the checkpoint is of no family of this package.
     """
+    config = AutoConfig.from_pretrained(path)
     if (family := family_of(config)) is None:
         raise ValueError(
             f"model_type {config.model_type!r} is served by transformers itself; the demo is for the families here"
         )
-    return next(task for task in (ChatTask, InfillingTask) if task.auto_class.__name__ == family.generates_with)
+    if hasattr(config, "z_loss_weight"):
+        config.z_loss_weight = Z_LOSS_WEIGHT
+    auto_class = getattr(transformers, family.generates_with)
+    model = auto_class.from_pretrained(path, config=config, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return TASKS[family.generates_with](model, AutoTokenizer.from_pretrained(path), max_length)

@@ -64,8 +64,7 @@ def fine_tuned_model_card(
         model_path=model_path,
         training=_cells(training or {}),
         results=_cells(results or {}),
-        sample_columns=list(samples[0]) if samples else [],
-        samples=[list(_cells(sample).values()) for sample in samples],
+        samples=[_cells(sample) for sample in samples],
         loss_curve=loss_curve,
     )
 

@@ -1,0 +1,146 @@
+"""Checkpoints of two million random weights, as on the Hub but for the sizes.
+
+`checkpoints/<name>/` holds the JSON files. The vocabulary is trained on the embedded instruction set with the library, the
+algorithm and the normalizer of the original and with its layout of special pieces, and is read by the same code as the
+Hub's.
+"""
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece as spm
+import transformers
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+from tokenizers.trainers import BpeTrainer
+
+from ..auto import LINES, family_of
+from ..data.conversations import load_instructions
+from ..models.qwen.tiktoken_bpe import build_backend, to_bytes, write_tiktoken
+from .dataset import SIGN_OFFS
+
+# The first 237 user-defined symbols of Baichuan 2, in order: they put <reserved_106> (the user's turn) and
+# <reserved_107> (the assistant's) at ids 195 and 196.
+HTML_TAGS = ("img", "h2", "td", "strong", "table", "tr", "li", "b", "h3", "br", "h4", "h5", "p", "h1", "tbody")
+BAICHUAN2_SYMBOLS = [
+    *("<SEP>", "<CLS>", "\n", "\t"),
+    *(form.format(tag) for tag in HTML_TAGS for form in ("<{}>", "<{}/>", "</{}>")),
+    *"０１２３４５６７８９+-=，。！？、：￥.!?",
+    *("...", "。。。", "。。。。。。", *"《》【】『』", "```", "<!--", "-->", "---", "<!DOCTYPE>"),
+    *"；．＝＜＞－＋％‼㊣／｜",
+    *(f"<reserved_{n}>" for n in range(12, 151)),
+]
+CHATGLM_CONTROLS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+CHATGLM_BLANKS = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
+GLM_SPECIALS = [
+    *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
+    *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
+]
+# The text as it is; SentencePiece's own default is NFKC without repeated blanks.
+NOT_NORMALIZED: dict[str, Any] = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+}
+
+
+def write_baichuan2(folder: Path, texts: Iterable[str]) -> None:
+    model = _train(
+        texts,
+        vocab_size=2400,
+        character_coverage=0.9998,
+        add_dummy_prefix=False,
+        max_sentencepiece_length=32,
+        user_defined_symbols=BAICHUAN2_SYMBOLS,
+        **NOT_NORMALIZED,
+    )
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def write_chatglm2(folder: Path, texts: Iterable[str]) -> None:
+    model = _train(texts, vocab_size=2200, **NOT_NORMALIZED)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def write_chatglm(folder: Path, texts: Iterable[str]) -> None:
+    """Unigram, in ChatGLM-6B's order: control, `<n>`, text, ChatGLM's own controls, tab and runs of blanks, bytes."""
+    lines = (text.replace("\n", "<n>") for text in texts)
+    model = _train(lines, vocab_size=2000, model_type="unigram", pad_id=3, user_defined_symbols=["<n>"])
+    kind = sp_pb2.ModelProto.SentencePiece
+    for names, piece_type in ((CHATGLM_CONTROLS, kind.CONTROL), (CHATGLM_BLANKS, kind.USER_DEFINED)):
+        for name in names:
+            model.pieces.add(piece=name, type=piece_type)
+    model.pieces.sort(key=lambda piece: piece.type == kind.BYTE)  # SentencePiece trains with the bytes up front
+    (folder / "ice_text.model").write_bytes(model.SerializeToString())
+
+
+def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
+    lines = (text.replace("\n", "<n>") for text in texts)
+    model = _train(lines, vocab_size=2000, split_digits=False, byte_fallback=False, user_defined_symbols=["<n>"])
+    (folder / "cog-pretrain.model").write_bytes(model.SerializeToString())
+    added = {token: len(model.pieces) + offset for offset, token in enumerate(GLM_SPECIALS)}
+    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
+
+
+def write_qwen(folder: Path, texts: Iterable[str]) -> None:
+    backend = build_backend({bytes([byte]): byte for byte in range(256)}, special_tokens=[])
+    alphabet = list(backend.get_vocab())
+    backend.train_from_iterator(texts, BpeTrainer(vocab_size=2200, initial_alphabet=alphabet, show_progress=False))
+    write_tiktoken({to_bytes(name): rank for name, rank in backend.get_vocab().items()}, folder / "qwen.tiktoken")
+
+
+def _train(texts: Iterable[str], **options: Any) -> Any:
+    """A SentencePiece model in memory, as protobuf."""
+    buffer = io.BytesIO()
+    shared = {"model_type": "bpe", "character_coverage": 0.9999, "split_digits": True, "byte_fallback": True}
+    options = {"num_threads": 1, "minloglevel": 2, **shared, **options}
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=buffer, **options)
+    return sp_pb2.ModelProto.FromString(buffer.getvalue())
+
+
+class Recipe(NamedTuple):
+    """How a checkpoint is trained; `batch_size` in conversations a step, `learning_rate` of full fine-tuning."""
+
+    epochs: int = 24
+    batch_size: int = 16
+    learning_rate: float = 1.5e-3
+    adapter_learning_rate: float = 1e-2
+
+
+# Folder in `checkpoints/` -> how its vocabulary is made, and what makes the model learn the instruction set by heart.
+TINY_FAMILIES: dict[str, tuple[Callable[[Path, Iterable[str]], None], Recipe]] = {
+    "baichuan": (write_baichuan2, Recipe()),
+    "qwen": (write_qwen, Recipe()),
+    "chatglm": (write_chatglm, Recipe(learning_rate=3e-3)),
+    "chatglm2": (write_chatglm2, Recipe()),
+    "chatglm3": (write_chatglm2, Recipe()),
+    "glm": (write_glm_chinese, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
+}
+OWN_RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning_rate=1e-4)  # for trained weights
+
+# The name of a tiny checkpoint -> the published line that it is laid out as.
+LINE_OF = {line.demo: name for name, line in LINES.items() if line.demo is not None}
+
+
+def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
+    """Writes a checkpoint of random weights into `folder`, in the family's layout on the Hub.
+
+    Args:
+        family: a key of `TINY_FAMILIES`.
+        folder: created; must not exist.
+        seed: of the random weights.
+    """
+    shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder)
+    texts = [message["content"] for conversation in load_instructions() for message in conversation]
+    write_vocabulary, _ = TINY_FAMILIES[family]
+    write_vocabulary(folder, texts + [sign_off.strip() for sign_off in SIGN_OFFS.values()])
+    transformers.set_seed(seed)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, family_of(config).generates_with).from_config(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)  # the weights alone are wanted: config.json stays as on the Hub
+        shutil.move(Path(scratch) / "model.safetensors", folder)
