@@ -32,12 +32,11 @@ from transformers import Cache, PreTrainedConfig
 from .._compat import (
     compile_friendly_flex_attention,
     eager_attention_forward,
-    get_target_dtype,
     is_tracing,
     repeat_kv,
     sdpa_attention_forward,
 )
-from .alibi_flash import FlashSequences, flash_attention_with_slopes, flash_sequences
+from .alibi_flash import FlashAlibi, alibi_flash_attention, make_flash_alibi
 from .flex import fixed_size
 from .masks import AttentionMask, follow_restarts, read_mask
 
@@ -64,15 +63,6 @@ class FlexAlibi(NamedTuple):
     block_mask: BlockMask
 
 
-class FlashAlibi(NamedTuple):
-    """For flash attention; slopes [heads], the sequences (None: whole rows), and how many keys there are (a static cache
-    has room for more)."""
-
-    slopes: torch.Tensor
-    sequences: FlashSequences | None
-    keys: int
-
-
 # A tensor is the dense bias, [batch or 1, heads, queries, keys], with the mask in it.
 AlibiMask: TypeAlias = torch.Tensor | FoldedAlibi | FlexAlibi | FlashAlibi
 # Those that need an attention function of this file; a tensor is the dense bias, which every function adds.
@@ -91,11 +81,6 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 
     power = 2 ** math.floor(math.log2(num_heads))
     return torch.tensor(geometric(power) + geometric(2 * power)[::2][: num_heads - power], dtype=torch.float32)
-
-
-def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """slope·(j − i), fp32 [heads, queries, keys]."""
-    return slopes[:, None, None] * (key_positions[None, :] - query_positions[:, None])
 
 
 # --- the folded form -------------------------------------------------------------------------------------------------
@@ -221,26 +206,25 @@ def create_alibi_mask(
     alibi_attention(backend)  # an unknown backend is refused before any work
     if isinstance(attention_mask, dict):
         return attention_mask[PREPARED]
+    slopes = alibi_slopes(config.num_attention_heads).to(inputs_embeds.device)
     mask = read_mask(inputs_embeds, attention_mask, cache, forms=(2, 3, 4))
     mask = follow_restarts(mask, position_ids, cache)
-    slopes = alibi_slopes(config.num_attention_heads).to(mask.device)
     if backend == "flash_attention_2":
-        return _for_flash(mask, slopes)
+        return make_flash_alibi(slopes, mask)
+    queries, keys = mask.query_positions, mask.key_positions
     if backend == "flex_attention":
-        return FlexAlibi(slopes, fixed_size(mask.query_positions), mask.block_mask())
+        return FlexAlibi(slopes, fixed_size(queries), mask.block_mask())
     # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
     autocast = mask.device.type != "meta" and torch.is_autocast_enabled(mask.device.type)
     dtype = torch.get_autocast_dtype(mask.device.type) if autocast else inputs_embeds.dtype
     if backend == "eager" or mask.queries == 1:
-        bias = alibi_bias(slopes, mask.query_positions, mask.key_positions)
+        bias = slopes[:, None, None] * (keys - queries[:, None])
         return bias.to(dtype)[None] + mask.additive(dtype)
     scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
     if not _is_padding_only(mask):
-        columns = fold_alibi(slopes, mask.query_positions, mask.key_positions, None, scaling, dtype)
-        return FoldedAlibi(*columns, mask.additive(dtype))
+        return FoldedAlibi(*fold_alibi(slopes, queries, keys, None, scaling, dtype), mask.additive(dtype))
     hidden_keys = None if mask.sequences is None else mask.sequences == 0
-    positions = torch.arange(mask.queries, device=mask.device)
-    return FoldedAlibi(*fold_alibi(slopes, positions, positions, hidden_keys, scaling, dtype))
+    return FoldedAlibi(*fold_alibi(slopes, queries, keys[: mask.queries], hidden_keys, scaling, dtype))
 
 
 def prepare_alibi_mask(
@@ -261,17 +245,6 @@ def _is_padding_only(mask: AttentionMask) -> bool:
     if mask.packed is not False or mask.pairs is not None or mask.complete is not None:
         return False
     return mask.past == 0 if isinstance(mask.past, int) else not is_tracing(mask.past) and int(mask.past) == 0
-
-
-def _for_flash(mask: AttentionMask, slopes: torch.Tensor) -> FlashAlibi:
-    if mask.pairs is not None or mask.complete is not None:
-        raise ValueError(
-            "flash attention takes no mask for single queries and keys: give a 2-D `attention_mask`, or use "
-            'attn_implementation="sdpa".'
-        )
-    keys = int(mask.past) + mask.queries
-    sequences = None if mask.sequences is None else flash_sequences(mask.sequences[:, :keys], mask.queries)
-    return FlashAlibi(slopes, sequences, keys)
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------
@@ -306,14 +279,6 @@ def alibi_flex_attention(module, query, key, value, attention_mask, scaling, dro
         query, key, value, score_mod=add_bias, block_mask=block_mask, scale=scaling, training=module.training
     )
     return output.transpose(1, 2).contiguous(), None
-
-
-def alibi_flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """flash-attn 2 with its own ALiBi."""
-    slopes, sequences, keys = attention_mask
-    dtype = get_target_dtype(query, module) or query.dtype  # norms kept in fp32 make fp32 queries
-    query, key, value = query.to(dtype), key[:, :, :keys].to(dtype), value[:, :, :keys].to(dtype)
-    return flash_attention_with_slopes(query, key, value, slopes, sequences, scaling, dropout), None
 
 
 ALIBI_ATTENTION: dict[str, Callable] = {
