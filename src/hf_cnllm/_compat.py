@@ -46,6 +46,8 @@ try:
         causal_mask_function,
         find_packed_sequence_indices,
         or_masks,
+        padding_mask_function,
+        sliding_window_overlay,
     )
     from transformers.modeling_layers import (
         GenericForQuestionAnswering,

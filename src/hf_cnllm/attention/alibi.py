@@ -242,7 +242,7 @@ def _is_padding_only(mask: AttentionMask) -> bool:
 
     Reads values, so while tracing the answer is the one that is always right.
     """
-    if mask.packed is not False or mask.pairs is not None or mask.complete is not None:
+    if mask.packed is not False or mask.complete is not None:
         return False
     return mask.past == 0 if isinstance(mask.past, int) else not is_tracing(mask.past) and int(mask.past) == 0
 

@@ -35,7 +35,7 @@ def make_flash_alibi(slopes: torch.Tensor, mask: AttentionMask) -> FlashAlibi:
         ValueError: the mask is one for single queries and keys, or a row holds one sequence in two places, as with
             padding inside it.
     """
-    if mask.pairs is not None or mask.complete is not None:
+    if mask.complete is not None:
         raise ValueError(
             "flash attention takes no mask for single queries and keys: give a 2-D `attention_mask`, or use "
             'attn_implementation="sdpa".'

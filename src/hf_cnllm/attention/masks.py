@@ -13,6 +13,7 @@ Flash attention, which takes no mask for single queries and keys, knows packing 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from .._compat import (
     is_flash_attention_requested,
     is_tracing,
     or_masks,
+    padding_mask_function,
+    sliding_window_overlay,
 )
 from .flex import fixed_size, make_block_mask
 
@@ -40,14 +43,13 @@ HIDES = -1e4
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """An `attention_mask` that has been checked, beside the sizes of its forward pass. One of the last three is set, or none.
+    """An `attention_mask` that has been checked, beside the sizes of its forward pass; `sequences` or `complete`, or neither.
 
     Attributes:
         queries, keys: lengths of what the attention function gets, the free room of a static cache included.
         past: number of keys in front of the first query; a static cache counts in a tensor.
         sequences: [batch, past + queries] or [batch, keys], 0 for padding, equal numbers for the tokens of one sequence.
         packed: whether there may be several sequences in a row; None while tracing, where values cannot be read.
-        pairs: [batch or 1, queries, keys] bool, on top of causality.
         complete: [batch or 1, heads or 1, queries, keys], bool or additive; there is no causality besides.
     """
 
@@ -58,7 +60,6 @@ class AttentionMask:
     device: torch.device
     sequences: torch.Tensor | None = None
     packed: bool | None = False
-    pairs: torch.Tensor | None = None
     complete: torch.Tensor | None = None
 
     @property
@@ -75,17 +76,19 @@ class AttentionMask:
         Args:
             table: makes of a tensor one that the function looks things up in.
         """
-        if self.complete is not None:
-            if self.complete.shape[1] != 1:
-                raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
-            pairs = as_bool(self.complete)[:, 0].expand(self.batch, -1, -1)
-            return _look_up(table(pairs), self.query_positions[0])
-        if self.pairs is not None:
-            pairs = self.pairs.expand(self.batch, -1, -1)
-            return and_masks(causal_mask_function, _look_up(table(pairs), self.query_positions[0]))
-        if self.sequences is not None:
+        if self.complete is None:
+            if self.sequences is None:
+                return causal_mask_function
             return and_masks(causal_mask_function, same_sequence(table(_up_to(self.sequences, self.keys))))
-        return causal_mask_function
+        if self.complete.shape[1] != 1:
+            raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
+        pairs = table(as_bool(self.complete)[:, 0].expand(self.batch, -1, -1))
+        first_query = self.query_positions[0]
+
+        def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+            return pairs[batch_idx, q_idx - first_query, kv_idx]
+
+        return mask_function
 
     def block_mask(self) -> BlockMask:
         """For flex attention."""
@@ -97,12 +100,10 @@ class AttentionMask:
         The minimum rather than −inf: a row that may look nowhere stays finite.
         """
         if self.complete is not None:
-            mask = self.complete
-        else:
-            rows = torch.arange(1 if self.sequences is None and self.pairs is None else self.batch, device=self.device)
-            positions = self.query_positions[:, None], self.key_positions[None, :]
-            mask = self.function()(rows[:, None, None], None, *positions).view(-1, 1, self.queries, self.keys)
-        return as_additive(mask, dtype)
+            return as_additive(self.complete, dtype)
+        rows = torch.arange(1 if self.sequences is None else self.batch, device=self.device)[:, None, None]
+        mask = self.function()(rows, None, self.query_positions[:, None], self.key_positions[None, :])
+        return as_additive(mask.view(-1, 1, self.queries, self.keys), dtype)
 
 
 def read_mask(
@@ -128,7 +129,7 @@ def read_mask(
     batch, queries = inputs_embeds.shape[:2]
     past, keys, device = 0, queries, inputs_embeds.device
     if cache is not None:
-        layer = _layer_with(cache, window=None)
+        layer = _layer_of(cache, sliding=False)
         past, keys = cache.get_query_offset(layer), cache.get_mask_sizes(queries, layer)[0]
     mask = AttentionMask(batch, queries, keys, past, device)
     if attention_mask is None:
@@ -138,17 +139,21 @@ def read_mask(
     if attention_mask.ndim == 2:
         packed = is_packed(attention_mask)
         everyones = True if attention_mask.dtype == torch.bool else EVERYONES
-        sequences = F.pad(attention_mask, (learned_keys, 0), value=everyones)
-        return replace(mask, sequences=sequences, packed=packed)
-    if not attention_mask.is_floating_point() or attention_mask.ndim == 3:
+        return replace(mask, sequences=F.pad(attention_mask, (learned_keys, 0), value=everyones), packed=packed)
+    without_future = attention_mask.ndim == 3
+    if without_future:
+        attention_mask = attention_mask[:, None] != 0
+    elif not attention_mask.is_floating_point():
         attention_mask = attention_mask != 0
-    unseen = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    is_bool = attention_mask.dtype == torch.bool
     if attention_mask.shape[-1] < keys:
-        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=True if unseen is False else 0.0)
+        unseen = False if is_bool else torch.finfo(attention_mask.dtype).min
+        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=True if is_bool else 0.0)
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=unseen)
-    if attention_mask.ndim == 3:
-        return replace(mask, pairs=attention_mask)
-    _refuse_inverted(attention_mask, mask)
+    if without_future:
+        attention_mask = attention_mask & (mask.key_positions <= mask.query_positions[:, None])
+    else:
+        _refuse_inverted(attention_mask, mask)
     return replace(mask, complete=attention_mask)
 
 
@@ -174,12 +179,11 @@ def check_mask(
     shape = list(attention_mask.shape)
     tokens = past + queries if isinstance(past, int) else shape[-1] if shape else queries
     wanted = {2: [batch, tokens], 3: [batch, queries, tokens], 4: [batch, 1, queries, tokens]}
-    if attention_mask.ndim not in forms:
-        fits = False
-    elif attention_mask.ndim == 2:
-        fits = shape == wanted[2]
-    else:
-        fits = shape[0] in (1, batch) and shape[-2] == queries and tokens <= shape[-1] <= (keys or shape[-1])
+    fits = attention_mask.ndim in forms and (
+        shape == wanted[2]
+        if attention_mask.ndim == 2
+        else shape[0] in (1, batch) and shape[-2] == queries and tokens <= shape[-1] <= (keys or shape[-1])
+    )
     if not fits:
         raise ValueError(
             f"`attention_mask` has shape {shape}, but the inputs are {batch} sequences of {tokens} tokens, those in "
@@ -212,18 +216,10 @@ def is_packed(attention_mask: object) -> bool | None:
 
 def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cache: Cache | None) -> AttentionMask:
     """Packs by restarts in `position_ids` [batch or 1, queries], where neither a mask nor a cache says more."""
-    if position_ids is None or cache is not None or (mask.sequences, mask.pairs, mask.complete) != (None, None, None):
+    if position_ids is None or cache is not None or (mask.sequences, mask.complete) != (None, None):
         return mask
     sequences = find_packed_sequence_indices(position_ids.expand(mask.batch, -1))
     return mask if sequences is None else replace(mask, sequences=sequences + 1, packed=True)
-
-
-@dataclass(frozen=True)
-class _OneWindow:
-    """All that transformers' mask functions read of a configuration, as if every layer had this window."""
-
-    _attn_implementation: str
-    sliding_window: int
 
 
 # --- plain causal attention ------------------------------------------------------------------------------------------
@@ -287,7 +283,8 @@ def make_mask(
         sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
     make = _compat.create_causal_mask
     if window is not None:
-        config = _OneWindow(backend, window)  # type: ignore[assignment]
+        # All that transformers' mask functions read of a configuration, as if every layer had this window.
+        config = SimpleNamespace(_attn_implementation=backend, sliding_window=window)  # type: ignore[assignment]
         make = _compat.create_sliding_window_causal_mask
     return make(
         config,
@@ -305,15 +302,14 @@ def _causal_block_mask(
 ) -> BlockMask:
     keys, first_key = mask.keys, 0
     if window is not None and cache is not None:  # layers with windows keep less
-        keys, first_key = cache.get_mask_sizes(mask.queries, _layer_with(cache, window))
-    functions = [
-        causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
-    ]
-    if window is not None:
-        functions.append(in_window(window))
+        keys, first_key = cache.get_mask_sizes(mask.queries, _layer_of(cache, sliding=True))
+    causal = causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
+    functions = [causal] if window is None else [causal, sliding_window_overlay(window)]
     if mask.sequences is not None:
-        sequences = fixed_size(_up_to(mask.sequences, first_key + keys))
-        functions.append(same_sequence(sequences) if mask.packed else no_padding(sequences))
+        sequences = _up_to(mask.sequences, first_key + keys)
+        functions.append(
+            same_sequence(fixed_size(sequences)) if mask.packed else padding_mask_function(fixed_size(sequences != 0))
+        )
     key_positions = torch.arange(keys, device=mask.device) + first_key
     return make_block_mask(and_masks(*functions), mask.batch, mask.query_positions, key_positions)
 
@@ -411,33 +407,6 @@ def same_sequence(sequences: torch.Tensor) -> Callable:
     return mask_function
 
 
-def no_padding(sequences: torch.Tensor) -> Callable:
-    """Mask function: the key is no padding, which is 0 in `sequences` [batch, keys]."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return sequences[batch_idx, kv_idx] != 0
-
-    return mask_function
-
-
-def in_window(window: int) -> Callable:
-    """Mask function: the key is not more than `window` − 1 tokens before the query."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return kv_idx > q_idx - window
-
-    return mask_function
-
-
-def _look_up(pairs: torch.Tensor, first_query: torch.Tensor) -> Callable:
-    """Mask function that looks up [batch, queries, keys], whose first row is position `first_query`, 0-d."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return pairs[batch_idx, q_idx - first_query, kv_idx]
-
-    return mask_function
-
-
 def as_bool(mask: torch.Tensor) -> torch.Tensor:
     """A mask, bool or additive, as True where a query sees a key.
 
@@ -467,7 +436,6 @@ def _up_to(sequences: torch.Tensor, keys: int) -> torch.Tensor:
     return F.pad(sequences, (0, max(0, keys - sequences.shape[1])))
 
 
-def _layer_with(cache: Cache, window: int | None) -> int:
-    """A layer of the cache that has a window, or, for None, that has not."""
-    wanted = window is not None
-    return cache.is_sliding.index(wanted) if wanted in cache.is_sliding else 0
+def _layer_of(cache: Cache, sliding: bool) -> int:
+    """A layer of the cache that has a window, or one that has none; the first if there is no such layer."""
+    return cache.is_sliding.index(sliding) if sliding in cache.is_sliding else 0
