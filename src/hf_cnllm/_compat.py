@@ -30,9 +30,6 @@ if INSTALLED < OLDEST:
 try:
     from transformers import GenerationMixin as _GenerationMixin
     from transformers import initialization as init
-    from transformers import masking_utils as _masking
-    from transformers import modeling_layers as _layers
-    from transformers import modeling_outputs as _outputs
     from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache, DynamicCache
     from transformers.generation.configuration_utils import GenerationMode
@@ -44,6 +41,9 @@ try:
     from transformers.masking_utils import (
         and_masks,
         causal_mask_function,
+        create_causal_mask,
+        create_masks_for_generate,
+        create_sliding_window_causal_mask,
         find_packed_sequence_indices,
         or_masks,
         padding_mask_function,
@@ -136,7 +136,9 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 if _RENAMED:
-    # Until 5.23: outputs and layers know the cache by its old name.
+    # Until 5.23 outputs and layers know the cache by its old name.
+    from transformers import modeling_layers as _layers
+    from transformers import modeling_outputs as _outputs
 
     class _CacheByItsNewName:
         def __init__(self, *args, cache: Cache | None = None, **kwargs):
@@ -147,14 +149,11 @@ if _RENAMED:
         def cache(self) -> Cache | None:
             return self.past_key_values
 
-    class BaseModelOutputWithPast(_CacheByItsNewName, _outputs.BaseModelOutputWithPast):
-        pass
+    class BaseModelOutputWithPast(_CacheByItsNewName, _outputs.BaseModelOutputWithPast): ...
 
-    class CausalLMOutputWithPast(_CacheByItsNewName, _outputs.CausalLMOutputWithPast):
-        pass
+    class CausalLMOutputWithPast(_CacheByItsNewName, _outputs.CausalLMOutputWithPast): ...
 
-    class SequenceClassifierOutputWithPast(_CacheByItsNewName, _outputs.SequenceClassifierOutputWithPast):
-        pass
+    class SequenceClassifierOutputWithPast(_CacheByItsNewName, _outputs.SequenceClassifierOutputWithPast): ...
 
     class GradientCheckpointingLayer(_layers.GradientCheckpointingLayer):
         def __call__(self, *args, **kwargs):
@@ -169,12 +168,6 @@ else:
         CausalLMOutputWithPast,
         SequenceClassifierOutputWithPast,
     )
-
-# --- masks ------------------------------------------------------------------------------------------------------------
-# The cache is their fourth argument and goes by position, which no release has changed.
-
-create_causal_mask = _masking.create_causal_mask
-create_sliding_window_causal_mask = _masking.create_sliding_window_causal_mask
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
@@ -203,7 +196,8 @@ class GenerationHooks:
     ) -> Any:
         """The mask of a step with a static cache, of a fixed shape, made outside of the compiled forward pass;
         `attention_mask` itself where the forward pass is to make it."""
-        return _masking.create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+        # The cache goes by position: its name is another one until 5.23.
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
 
     @functools.wraps(_GenerationMixin.generate)
     def generate(self, *args, **kwargs):

@@ -28,7 +28,7 @@ def loss_and_logits(
     `config.loss_chunk_size` tokens without the logits, and the returned logits are lazy: who reads
     `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who does not never pays
     for them. Everything else computes the logits and the loss from them: evaluation, `loss_chunk_size=None`,
-    `logits_to_keep`, a `loss_function` of the user's own, a head that is quantised, sharded, adapted by LoRA, offloaded
+    `logits_to_keep`, a `loss_function` of the user's own, a head that is quantized, sharded, adapted by LoRA, offloaded
     or hooked, `torch.compile`, and `nn.DataParallel`.
 
     Args:

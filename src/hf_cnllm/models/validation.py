@@ -17,8 +17,6 @@ from .._compat import (
     update_as_others,
 )
 
-CACHES = (Cache, *PAGED_CACHES)
-
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Refuses token ids outside the vocabulary. On accelerators nothing is looked at, as that would wait for them.
@@ -61,12 +59,13 @@ def validate_inputs(
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:
         check_token_ids(input_ids, config.vocab_size)
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
-    check_length(inputs)
+    batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    if length == 0:
+        raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    check_cache(cache, inputs.shape[0], config.num_hidden_layers, heads, head_dim)
+    check_cache(cache, batch_size, config.num_hidden_layers, heads, head_dim)
     return cache
 
 
@@ -80,23 +79,13 @@ def take_cache(cache: object, kwargs: dict[str, Any]) -> Any:
     if OLD_CACHE_NAME in kwargs:
         cache = pop_cache(kwargs, cache)
     for name, value in kwargs.items():
-        if isinstance(value, CACHES):
+        if isinstance(value, (Cache, *PAGED_CACHES)):
             raise TypeError(
                 f"the model got a {type(value).__name__} as `{name}`, which it does not know: pass it as `cache`. If "
                 f"this call is transformers' own, its release {INSTALLED} has renamed the argument; hf_cnllm works with "
                 f"{TESTED}: {PIP_INSTALL}"
             )
     return update_as_others(cache) if isinstance(cache, PagedAttentionCache) else cache
-
-
-def check_length(inputs_embeds: Tensor) -> None:
-    """Refuses sequences of no tokens.
-
-    Raises:
-        ValueError: inputs_embeds [batch, length, ...] has length 0.
-    """
-    if inputs_embeds.shape[1] == 0:
-        raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
 
 
 def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int | Tensor:
