@@ -193,10 +193,7 @@ def create_alibi_mask(
     """What `create_causal_mask` is to plain attention, for a model with ALiBi.
 
     Args:
-        config: read for `_attn_implementation`, `hidden_size` and `num_attention_heads`.
-        inputs_embeds: [batch, queries, ...]; only shape, dtype and device are read.
         attention_mask: any form of `attention.masks`, or what [`prepare_alibi_mask`] made of it.
-        cache: the cache, before this forward pass.
         position_ids: [batch, queries]; without mask and cache, restarts in it separate packed sequences.
 
     Raises:
@@ -238,10 +235,8 @@ def prepare_alibi_mask(
 
 
 def _is_padding_only(mask: AttentionMask) -> bool:
-    """Whether causality and padding are all there is to the mask, which a folded column expresses.
-
-    Reads values, so while tracing the answer is the one that is always right.
-    """
+    """Whether causality and padding are all there is to the mask, which a folded column expresses; while tracing, where
+    values cannot be read, the answer that is always right."""
     if mask.packed is not False or mask.complete is not None:
         return False
     return mask.past == 0 if isinstance(mask.past, int) else not is_tracing(mask.past) and int(mask.past) == 0

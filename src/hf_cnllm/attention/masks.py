@@ -71,11 +71,8 @@ class AttentionMask:
         return torch.arange(self.keys, device=self.device)
 
     def function(self, table: Callable = torch.Tensor.contiguous) -> Callable:
-        """(batch, head, query position, key position) -> whether the query sees the key. Padding sees nothing.
-
-        Args:
-            table: makes of a tensor one that the function looks things up in.
-        """
+        """(batch, head, query position, key position) -> whether the query sees the key; it looks that up in a `table` of a
+        tensor. Padding sees nothing."""
         if self.complete is None:
             if self.sequences is None:
                 return causal_mask_function
@@ -95,10 +92,8 @@ class AttentionMask:
         return make_block_mask(self.function(fixed_size), self.batch, self.query_positions, self.key_positions)
 
     def additive(self, dtype: torch.dtype) -> torch.Tensor:
-        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look.
-
-        The minimum rather than −inf: a row that may look nowhere stays finite.
-        """
+        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look: unlike −inf, it leaves a row
+        finite that may look nowhere."""
         if self.complete is not None:
             return as_additive(self.complete, dtype)
         rows = torch.arange(1 if self.sequences is None else self.batch, device=self.device)[:, None, None]
@@ -117,8 +112,7 @@ def read_mask(
 
     Args:
         inputs_embeds: [batch, queries, ...]; only shape and device are read.
-        attention_mask: see the module's docstring.
-        cache: the cache before this forward pass.
+        cache: before this forward pass.
         learned_keys: how many of the cache's first keys are learned (P-tuning). All see them, and the mask does not
             count them.
         forms: the numbers of dimensions that the mask may have.
@@ -127,31 +121,29 @@ def read_mask(
         ValueError: the mask does not fit, or is True where the original ChatGLM-6B hid a key.
     """
     batch, queries = inputs_embeds.shape[:2]
-    past, keys, device = 0, queries, inputs_embeds.device
+    past, keys = 0, queries
     if cache is not None:
         layer = _layer_of(cache, sliding=False)
         past, keys = cache.get_query_offset(layer), cache.get_mask_sizes(queries, layer)[0]
-    mask = AttentionMask(batch, queries, keys, past, device)
+    mask = AttentionMask(batch, queries, keys, past, inputs_embeds.device)
     if attention_mask is None:
         return mask
     check_mask(attention_mask, batch, past - learned_keys, queries, keys, forms)
-    attention_mask = attention_mask.to(device)
+    attention_mask = attention_mask.to(mask.device)
     if attention_mask.ndim == 2:
         packed = is_packed(attention_mask)
         everyones = True if attention_mask.dtype == torch.bool else EVERYONES
         return replace(mask, sequences=F.pad(attention_mask, (learned_keys, 0), value=everyones), packed=packed)
-    without_future = attention_mask.ndim == 3
-    if without_future:
-        attention_mask = attention_mask[:, None] != 0
-    elif not attention_mask.is_floating_point():
+    is_causal = attention_mask.ndim == 3
+    if is_causal or not attention_mask.is_floating_point():
         attention_mask = attention_mask != 0
     is_bool = attention_mask.dtype == torch.bool
     if attention_mask.shape[-1] < keys:
         unseen = False if is_bool else torch.finfo(attention_mask.dtype).min
         attention_mask = F.pad(attention_mask, (learned_keys, 0), value=True if is_bool else 0.0)
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=unseen)
-    if without_future:
-        attention_mask = attention_mask & (mask.key_positions <= mask.query_positions[:, None])
+    if is_causal:
+        attention_mask = attention_mask[:, None] & (mask.key_positions <= mask.query_positions[:, None])
     else:
         _refuse_inverted(attention_mask, mask)
     return replace(mask, complete=attention_mask)
@@ -233,11 +225,7 @@ def create_causal_mask(
     position_ids: torch.Tensor | None = None,
     learned_keys: int = 0,
 ) -> torch.Tensor | BlockMask | None:
-    """transformers' function of this name, for all forms of mask on all backends.
-
-    Args:
-        config: read for `_attn_implementation`.
-        learned_keys: see [`read_mask`].
+    """transformers' function of this name, for all forms of mask on all backends; `learned_keys` as in [`read_mask`].
 
     Raises:
         ValueError: the mask does not fit, or the backend cannot follow it.
@@ -274,10 +262,9 @@ def make_mask(
         if backend == "flex_attention":
             return mask.block_mask()
         return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
-    sequences = mask.sequences
     if backend == "flex_attention":
-        mask = follow_restarts(mask, position_ids, cache)
-        return _causal_block_mask(mask, cache, or_mask_function, window)
+        return _causal_block_mask(follow_restarts(mask, position_ids, cache), cache, or_mask_function, window)
+    sequences = mask.sequences
     if flash and sequences is None and cache is not None and mask.keys != mask.past + mask.queries:
         # Flash attention would see the free room of a static cache.
         sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
@@ -339,11 +326,7 @@ def create_window_masks(
     cache: Cache | None,
     position_ids: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor | BlockMask | None]:
-    """One mask per kind of layer, under its [`mask_name`], in the form that the configured attention backend takes.
-
-    Args:
-        config: a configuration with `window_sizes`; the rest as for [`create_causal_mask`], whose errors it has.
-    """
+    """One mask per kind of layer of `config.window_sizes`, under its [`mask_name`], each as [`create_causal_mask`] makes it."""
     windows = {mask_name(config, layer): window for layer, window in enumerate(config.window_sizes or (None,))}
     if isinstance(cache, PAGED_CACHES):
         return dict.fromkeys(windows, create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids))

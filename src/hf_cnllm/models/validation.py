@@ -42,17 +42,14 @@ def validate_inputs(
     cache: Cache | None,
     kwargs: dict[str, Any],
 ) -> Cache | None:
-    """Refuses what a forward pass cannot begin with, before any work, and returns its cache.
+    """Refuses what a forward pass cannot begin with, before any work, and returns its cache, see [`take_cache`].
 
     Args:
-        input_ids: [batch, length], or None.
-        inputs_embeds: [batch, length, hidden_size], or None; one of the two is given.
-        cache: the keys and values so far, or None.
+        input_ids, inputs_embeds: [batch, length] or [batch, length, hidden_size]; one of the two is given.
         kwargs: the forward pass's other arguments, among them perhaps the cache by its old name.
 
     Raises:
         ValueError: naming the argument and what to pass instead.
-        TypeError: a cache under another keyword, see [`take_cache`].
     """
     cache = take_cache(cache, kwargs)
     if (input_ids is None) == (inputs_embeds is None):
