@@ -70,35 +70,49 @@ class AttentionMask:
     def key_positions(self) -> torch.Tensor:
         return torch.arange(self.keys, device=self.device)
 
-    def function(self, table: Callable = torch.Tensor.contiguous) -> Callable:
-        """(batch, head, query position, key position) -> whether the query sees the key; it looks that up in a `table` of a
-        tensor. Padding sees nothing."""
-        if self.complete is None:
-            if self.sequences is None:
-                return causal_mask_function
-            return and_masks(causal_mask_function, same_sequence(table(_up_to(self.sequences, self.keys))))
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look: unlike −inf, it leaves a row
+        finite that may look nowhere, as all padding does here."""
+        if self.complete is not None:
+            return as_additive(self.complete, dtype)
+        rows = torch.arange(self.batch, device=self.device)[:, None, None]
+        pairs = rows, None, self.query_positions[:, None], self.key_positions[None, :]
+        mask = causal_mask_function(*pairs)
+        if self.sequences is not None:
+            mask = mask & same_sequence(_up_to(self.sequences, self.keys))(*pairs)
+        return as_additive(mask.view(-1, 1, self.queries, self.keys), dtype)
+
+    def block_mask(
+        self, cache: Cache | None = None, or_mask_function: Callable | None = None, window: int | None = None
+    ) -> BlockMask:
+        """For flex attention; arguments as in [`make_mask`]."""
+        if self.complete is not None:
+            return make_block_mask(self._look_up(), self.batch, self.query_positions, self.key_positions)
+        keys, first_key = self.keys, 0
+        if window is not None and cache is not None:  # layers with windows keep less
+            keys, first_key = cache.get_mask_sizes(self.queries, _layer_of(cache, sliding=True))
+        causal = causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
+        functions = [causal] if window is None else [causal, sliding_window_overlay(window)]
+        if self.sequences is not None:
+            sequences = _up_to(self.sequences, first_key + keys)
+            is_plain = self.packed is False
+            functions.append(
+                padding_mask_function(fixed_size(sequences != 0)) if is_plain else same_sequence(fixed_size(sequences))
+            )
+        key_positions = torch.arange(keys, device=self.device) + first_key
+        return make_block_mask(and_masks(*functions), self.batch, self.query_positions, key_positions)
+
+    def _look_up(self) -> Callable:
+        """The mask function that looks `complete` up."""
         if self.complete.shape[1] != 1:
             raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
-        pairs = table(as_bool(self.complete)[:, 0].expand(self.batch, -1, -1))
+        pairs = fixed_size(as_bool(self.complete)[:, 0].expand(self.batch, -1, -1))
         first_query = self.query_positions[0]
 
         def mask_function(batch_idx, head_idx, q_idx, kv_idx):
             return pairs[batch_idx, q_idx - first_query, kv_idx]
 
         return mask_function
-
-    def block_mask(self) -> BlockMask:
-        """For flex attention."""
-        return make_block_mask(self.function(fixed_size), self.batch, self.query_positions, self.key_positions)
-
-    def additive(self, dtype: torch.dtype) -> torch.Tensor:
-        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look: unlike −inf, it leaves a row
-        finite that may look nowhere."""
-        if self.complete is not None:
-            return as_additive(self.complete, dtype)
-        rows = torch.arange(1 if self.sequences is None else self.batch, device=self.device)[:, None, None]
-        mask = self.function()(rows, None, self.query_positions[:, None], self.key_positions[None, :])
-        return as_additive(mask.view(-1, 1, self.queries, self.keys), dtype)
 
 
 def read_mask(
@@ -258,12 +272,10 @@ def make_mask(
             "0 and 1 (with `position_ids` that restart where packed sequences begin), or use 'sdpa', 'flex_attention' "
             "or 'eager'."
         )
-    if mask.complete is not None:
-        if backend == "flex_attention":
-            return mask.block_mask()
-        return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
     if backend == "flex_attention":
-        return _causal_block_mask(follow_restarts(mask, position_ids, cache), cache, or_mask_function, window)
+        return follow_restarts(mask, position_ids, cache).block_mask(cache, or_mask_function, window)
+    if mask.complete is not None:
+        return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
     sequences = mask.sequences
     if flash and sequences is None and cache is not None and mask.keys != mask.past + mask.queries:
         # Flash attention would see the free room of a static cache.
@@ -282,23 +294,6 @@ def make_mask(
         or_mask_function=or_mask_function,
         and_mask_function=same_sequence(_up_to(mask.sequences, mask.keys)) if mask.packed else None,
     )
-
-
-def _causal_block_mask(
-    mask: AttentionMask, cache: Cache | None, or_mask_function: Callable | None, window: int | None
-) -> BlockMask:
-    keys, first_key = mask.keys, 0
-    if window is not None and cache is not None:  # layers with windows keep less
-        keys, first_key = cache.get_mask_sizes(mask.queries, _layer_of(cache, sliding=True))
-    causal = causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
-    functions = [causal] if window is None else [causal, sliding_window_overlay(window)]
-    if mask.sequences is not None:
-        sequences = _up_to(mask.sequences, first_key + keys)
-        functions.append(
-            same_sequence(fixed_size(sequences)) if mask.packed else padding_mask_function(fixed_size(sequences != 0))
-        )
-    key_positions = torch.arange(keys, device=mask.device) + first_key
-    return make_block_mask(and_masks(*functions), mask.batch, mask.query_positions, key_positions)
 
 
 # --- windows, a size of its own for each layer ------------------------------------------------------------------------
