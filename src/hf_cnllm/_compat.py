@@ -84,11 +84,11 @@ except ImportError as error:
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
-# What `generate` calls the cache. 5.24 renamed it everywhere.
+# What `generate` calls the cache: until 5.23 by its old name, which 5.24 changed everywhere.
 OLD_CACHE_NAME = "past_key_values"
 CACHE_NAMES = ("cache", OLD_CACHE_NAME)
 CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else OLD_CACHE_NAME
-# What PEFT's prompt learning calls it in the inputs of a step. No release of PEFT knows the new name yet.
+# What PEFT's prompt learning calls it in the inputs of a step, until PEFT 0.21: no release knows the new name yet.
 _PEFT_CACHE = OLD_CACHE_NAME if Version(version("peft")) < Version("0.22.dev0") else CACHE
 _RENAMED = CACHE == OLD_CACHE_NAME
 

@@ -119,6 +119,13 @@ def test_flex_attention_follows_restarts_and_the_callers_own_mask_too():
     assert torch.equal(dense(prefix, 1, 6, 6), expected)
 
 
+def test_flex_attention_follows_numbers_while_compiling_too(monkeypatch):
+    monkeypatch.setattr("hf_cnllm.attention.masks.is_tracing", lambda tensor: True)
+    mask = create_causal_mask(config_of("flex_attention"), torch.empty(2, 6, 16), NUMBERS, None)
+    tokens = NUMBERS != 0
+    assert torch.equal(dense(mask, 2, 6, 6)[tokens], who_sees_whom(NUMBERS)[tokens])
+
+
 def test_flash_attention_does_not_see_the_free_room_of_a_static_cache():
     config = config_of("flash_attention_2")
     cache = StaticCache(config=config, max_cache_len=9)

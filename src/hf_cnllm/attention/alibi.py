@@ -47,11 +47,13 @@ class FoldedAlibi(NamedTuple):
     Attributes:
         query_columns: [1, heads, queries, columns], to put in front of q.
         key_columns: [batch or 1, 1, keys, columns], to put in front of k.
+        scaling: the kernel's factor on q'·k'. What is missing from the model's, q is scaled by before.
         mask: additive, [batch or 1, 1, queries, keys]; None for plain causal attention.
     """
 
     query_columns: torch.Tensor
     key_columns: torch.Tensor
+    scaling: float
     mask: torch.Tensor | None = None
 
 
@@ -99,7 +101,8 @@ def fold_alibi(
     hidden_keys: torch.Tensor | None,
     scaling: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    mask: torch.Tensor | None = None,
+) -> FoldedAlibi:
     """The columns that make plain attention compute ALiBi.
 
     Args:
@@ -109,9 +112,7 @@ def fold_alibi(
         hidden_keys: [batch, keys], True for padding, or None.
         scaling: the model's factor on q·k.
         dtype: of the queries and keys.
-
-    Returns:
-        query columns [1, heads, queries, columns] and key columns [batch or 1, 1, keys, columns].
+        mask: see [`FoldedAlibi`].
 
     Raises:
         ValueError: more keys than half precision can count.
@@ -121,7 +122,7 @@ def fold_alibi(
             f"attn_implementation='sdpa' computes ALiBi for up to {MOST_KEYS_IN_HALF_PRECISION:,} keys in {dtype}, not "
             f"for {key_positions.shape[-1]:,}; use 'flex_attention' or 'flash_attention_2', or run the model in fp32."
         )
-    scaling = _kernel_scaling(scaling, dtype)
+    scaling = 1.0 if dtype in FULL_PRECISION else scaling
     slope = slopes / scaling
     row_term = -slope[:, None] * query_positions
     ones = torch.ones_like(key_positions, dtype=dtype)
@@ -141,12 +142,7 @@ def fold_alibi(
         key_columns = torch.cat([key_columns.expand(hide.shape[0], -1, -1, -1), hide], dim=-1)
         # The kernel scales the product; at least 1 keeps the entry below any score.
         query_columns = F.pad(query_columns, (0, 1), value=max(1.0, 1.0 / scaling))
-    return query_columns, key_columns
-
-
-def _kernel_scaling(scaling: float, dtype: torch.dtype) -> float:
-    """What the kernel is to scale q'·k' by: nothing in full precision, where q is scaled before."""
-    return 1.0 if dtype in FULL_PRECISION else scaling
+    return FoldedAlibi(query_columns, key_columns, scaling, mask)
 
 
 def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -156,28 +152,6 @@ def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         pieces.append(value.to(dtype))
         value = value - pieces[-1].float()
     return pieces
-
-
-def _with_columns(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FoldedAlibi, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """q', k' and v of the same width, a multiple of 8 as CUDA kernels ask of the head dimension; the kernel's scaling."""
-    if not query.dtype == key.dtype == mask.query_columns.dtype:
-        raise ValueError(
-            f"ALiBi was folded for {mask.query_columns.dtype}, but the queries are {query.dtype} and the cached keys "
-            f"{key.dtype}: run the model and its cache in one dtype, or use attn_implementation='eager'."
-        )
-    kernel_scaling = _kernel_scaling(scaling, query.dtype)
-    if kernel_scaling != scaling:
-        query = query * (scaling / kernel_scaling)
-    head_dim, columns = query.shape[-1], mask.query_columns.shape[-1]
-    fill = -(head_dim + columns) % 8
-    keys = mask.key_columns.shape[2]  # fewer than a static cache holds
-    query_columns = mask.query_columns.expand(query.shape[0], -1, -1, -1)
-    key_columns = mask.key_columns.expand(key.shape[0], key.shape[1], -1, -1)
-    query = torch.cat([query_columns, F.pad(query, (0, fill))], dim=-1)
-    key = torch.cat([key_columns, F.pad(key[:, :, :keys], (0, fill))], dim=-1)
-    return query, key, F.pad(value[:, :, :keys], (0, columns + fill)), kernel_scaling
 
 
 # --- one mask per forward pass ---------------------------------------------------------------------------------------
@@ -219,9 +193,9 @@ def create_alibi_mask(
         return bias.to(dtype)[None] + mask.additive(dtype)
     scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
     if not _is_padding_only(mask):
-        return FoldedAlibi(*fold_alibi(slopes, queries, keys, None, scaling, dtype), mask.additive(dtype))
+        return fold_alibi(slopes, queries, keys, None, scaling, dtype, mask.additive(dtype))
     hidden_keys = None if mask.sequences is None else mask.sequences == 0
-    return FoldedAlibi(*fold_alibi(slopes, queries, keys[: mask.queries], hidden_keys, scaling, dtype))
+    return fold_alibi(slopes, queries, keys[: mask.queries], hidden_keys, scaling, dtype)
 
 
 def prepare_alibi_mask(
@@ -248,13 +222,28 @@ def _is_padding_only(mask: AttentionMask) -> bool:
 
 
 def alibi_sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Folded for several queries, with a dense bias for one."""
-    head_dim, mask = value.shape[-1], attention_mask
-    if isinstance(mask, FoldedAlibi):
-        query, key, value, scaling = _with_columns(query, key, value, mask, scaling)
-        mask = mask.mask
+    """Folded for several queries, all of q', k' and v as wide, a multiple of 8, as CUDA kernels ask of the head dimension;
+    with a dense bias for one."""
+    folded, head_dim = attention_mask, query.shape[-1]
+    if not isinstance(folded, FoldedAlibi):
+        return sdpa_attention_forward(module, query, key, value, folded, dropout, scaling, is_causal=False, **kwargs)
+    if not query.dtype == key.dtype == folded.query_columns.dtype:
+        raise ValueError(
+            f"ALiBi was folded for {folded.query_columns.dtype}, but the queries are {query.dtype} and the cached keys "
+            f"{key.dtype}: run the model and its cache in one dtype, or use attn_implementation='eager'."
+        )
+    if folded.scaling != scaling:
+        query = query * (scaling / folded.scaling)
+    keys, columns = folded.key_columns.shape[2:]  # fewer keys than a static cache holds
+    fill = -(head_dim + columns) % 8
+    query_columns = folded.query_columns.expand(query.shape[0], -1, -1, -1)
+    key_columns = folded.key_columns.expand(key.shape[0], key.shape[1], -1, -1)
+    query = torch.cat([query_columns, F.pad(query, (0, fill))], dim=-1)
+    key = torch.cat([key_columns, F.pad(key[:, :, :keys], (0, fill))], dim=-1)
+    value = F.pad(value[:, :, :keys], (0, columns + fill))
+    is_causal = folded.mask is None
     output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout, scaling, is_causal=mask is None, **kwargs
+        module, query, key, value, folded.mask, dropout, folded.scaling, is_causal=is_causal, **kwargs
     )
     return output[..., :head_dim], None
 

@@ -69,8 +69,8 @@ class FoldedBloomAttention(BloomAttention):
         positions = mask.key_positions[None] if tokens is None else tokens.cumsum(1) - 1
         hidden = None if tokens is None or mask.past else ~tokens
         slopes = alibi_slopes(heads).to(key.device)
-        columns = fold_alibi(slopes, mask.query_positions, positions, hidden, self.inv_norm_factor, query.dtype)
-        return FoldedAlibi(*columns, mask.additive(query.dtype) if mask.past else None)
+        dense = mask.additive(query.dtype) if mask.past else None
+        return fold_alibi(slopes, mask.query_positions, positions, hidden, self.inv_norm_factor, query.dtype, dense)
 
 
 def use_folded_alibi(model: nn.Module) -> nn.Module:

@@ -38,11 +38,15 @@ def loss_and_logits(
         loss_kwargs: passed on to the loss (`num_items_in_batch`, `shift_labels`, `z_loss_weight`, ...).
     """
     chunk_size = getattr(model.config, "loss_chunk_size", DEFAULT_CHUNK_SIZE)
+    in_data_parallel = getattr(model, "_is_replica", False)  # its gather cannot read lazy logits
     if (
-        chunk_size is not None
+        model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not in_data_parallel
+        and chunk_size is not None
         and isinstance(logits_to_keep, int)
         and logits_to_keep == 0
-        and _is_training_step(model)
         and model.loss_function in _SHIFTS_LABELS
         and _is_plain(head, hidden_states)
     ):
@@ -61,11 +65,6 @@ def loss_and_logits(
 
     logits = head(slice_logits_to_keep(hidden_states, logits_to_keep))
     return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs), logits
-
-
-def _is_training_step(model: nn.Module) -> bool:
-    in_data_parallel = getattr(model, "_is_replica", False)  # its gather cannot read lazy logits
-    return model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_data_parallel
 
 
 def _is_plain(head: nn.Module, hidden_states: Tensor) -> bool:

@@ -79,11 +79,9 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-
-    def __init__(self, compute: Callable[[], Tensor], shape, dtype, device):
-        self._compute = compute
-        self._computed: Tensor | None = None
+        lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        lazy._compute, lazy._computed = compute, None
+        return lazy
 
     def result(self) -> Tensor:
         """The values as an ordinary tensor outside the autograd graph, computed once."""
