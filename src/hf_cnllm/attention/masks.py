@@ -75,11 +75,11 @@ class AttentionMask:
         finite that may look nowhere, as all padding does here."""
         if self.complete is not None:
             return as_additive(self.complete, dtype)
-        rows = torch.arange(self.batch, device=self.device)[:, None, None]
-        pairs = rows, None, self.query_positions[:, None], self.key_positions[None, :]
-        mask = causal_mask_function(*pairs)
+        queries, keys = self.query_positions[:, None], self.key_positions
+        mask = keys <= queries
         if self.sequences is not None:
-            mask = mask & same_sequence(_up_to(self.sequences, self.keys))(*pairs)
+            rows = torch.arange(self.batch, device=self.device)[:, None, None]
+            mask = mask & same_sequence(_up_to(self.sequences, self.keys))(rows, None, queries, keys)
         return as_additive(mask.view(-1, 1, self.queries, self.keys), dtype)
 
     def block_mask(

@@ -77,6 +77,9 @@ class LazyTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    _compute: Callable[[], Tensor]
+    _computed: Tensor | None
+
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
@@ -87,7 +90,7 @@ class LazyTensor(Tensor):
         """The values as an ordinary tensor outside the autograd graph, computed once."""
         if self._computed is None:
             self._computed = self._compute()
-            self._compute = None
+            del self._compute
         return self._computed
 
     @classmethod
