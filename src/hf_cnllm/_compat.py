@@ -94,11 +94,8 @@ _RENAMED = CACHE == OLD_CACHE_NAME
 
 
 def pop_cache(arguments: dict[str, Any], cache: Any = None) -> Any:
-    """The one cache among `cache` and what `arguments` hold by either name, which is taken out of them.
-
-    Raises:
-        TypeError: there are two.
-    """
+    """The one cache among `cache` and what `arguments` hold by either name, which is taken out of them; a TypeError if there
+    are two."""
     given = [value for value in (cache, *(arguments.pop(name, None) for name in CACHE_NAMES)) if value is not None]
     if len(given) > 1:
         raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")

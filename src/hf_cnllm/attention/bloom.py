@@ -18,10 +18,8 @@ def _padding_only_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> 
 
 
 class FoldedBloomAttention(BloomAttention):
-    """`BloomAttention` on SDPA: folded ALiBi for several queries, BLOOM's own bias [batch, heads, 1, keys] for one.
-
-    Same parameters, same numbers as eager attention; no attention weights are returned.
-    """
+    """`BloomAttention` on SDPA: folded ALiBi for several queries, BLOOM's own bias [batch, heads, 1, keys] for one. Same
+    parameters, same numbers as eager attention; no attention weights are returned."""
 
     num_key_value_groups = 1
     is_causal = True

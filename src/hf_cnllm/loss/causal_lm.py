@@ -7,9 +7,6 @@ For the logits ``z`` of one position, its target ``y`` and the largest logit ``m
 The second term is the *max-z loss* of the Baichuan 2 report (arXiv 2309.10305, section 2.6), which holds the logits
 down: it stabilizes training and makes sampling less sensitive to the repetition penalty. It counts every shifted
 position, also those whose label is ignored.
-
-`causal_lm_loss` takes the logits. `chunked_causal_lm_loss` takes the hidden states and the head's weight and never
-holds more than one chunk of logits; `reference_causal_lm_loss` is the naive form of the same function.
 """
 
 from collections.abc import Iterator

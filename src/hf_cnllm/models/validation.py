@@ -19,11 +19,8 @@ from .._compat import (
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuses token ids outside the vocabulary. On accelerators nothing is looked at, as that would wait for them.
-
-    Raises:
-        ValueError: naming the id and where it stands.
-    """
+    """Refuses token ids outside the vocabulary with a ValueError. On accelerators nothing is looked at, as that would wait
+    for them."""
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
         return
     smallest, largest = input_ids.aminmax()
@@ -94,19 +91,16 @@ def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int |
 
 
 def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads: int, head_dim: int) -> None:
-    """Refuses a cache that another model filled, or that holds other sequences, and the tuples of older versions.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if isinstance(cache, PAGED_CACHES):
+    """Refuses, with a ValueError, a cache that another model filled or that holds other sequences, and the tuples of older
+    versions."""
+    if cache is None or isinstance(cache, PAGED_CACHES):
         return
-    if cache is not None and not isinstance(cache, Cache):
+    if not isinstance(cache, Cache):
         raise ValueError(
             f"`cache` is of type {type(cache).__name__}, but must be a transformers `Cache`, such as "
             "`DynamicCache()`, which a forward pass with `use_cache=True` returns."
         )
-    if cache is None or not cache.layers:
+    if not cache.layers:
         return
     grows = getattr(cache, "layer_class_to_replicate", None) is not None
     if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):
