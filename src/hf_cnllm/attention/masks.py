@@ -13,7 +13,6 @@ Flash attention, which takes no mask for single queries and keys, knows packing 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -95,10 +94,10 @@ class AttentionMask:
         functions = [causal] if window is None else [causal, sliding_window_overlay(window)]
         if self.sequences is not None:
             sequences = _up_to(self.sequences, first_key + keys)
-            is_plain = self.packed is False
-            functions.append(
-                padding_mask_function(fixed_size(sequences != 0)) if is_plain else same_sequence(fixed_size(sequences))
-            )
+            if self.packed is False:
+                functions.append(padding_mask_function(fixed_size(sequences != 0)))
+            else:
+                functions.append(same_sequence(fixed_size(sequences), padding_sees=self.packed is None))
         key_positions = torch.arange(keys, device=self.device) + first_key
         return make_block_mask(and_masks(*functions), self.batch, self.query_positions, key_positions)
 
@@ -228,6 +227,14 @@ def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cach
     return mask if sequences is None else replace(mask, sequences=sequences + 1, packed=True)
 
 
+@dataclass(frozen=True)
+class _OneWindow:
+    """All that transformers' mask functions read of a configuration, as if every layer had this window."""
+
+    _attn_implementation: str
+    sliding_window: int
+
+
 # --- plain causal attention ------------------------------------------------------------------------------------------
 
 
@@ -276,14 +283,15 @@ def make_mask(
         return follow_restarts(mask, position_ids, cache).block_mask(cache, or_mask_function, window)
     if mask.complete is not None:
         return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
-    sequences = mask.sequences
+    sequences, same = mask.sequences, None
+    if mask.packed is not False and sequences is not None and not flash:
+        same = same_sequence(_up_to(sequences, mask.keys), padding_sees=mask.packed is None)
     if flash and sequences is None and cache is not None and mask.keys != mask.past + mask.queries:
         # Flash attention would see the free room of a static cache.
         sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
     make = _compat.create_causal_mask
     if window is not None:
-        # All that transformers' mask functions read of a configuration, as if every layer had this window.
-        config = SimpleNamespace(_attn_implementation=backend, sliding_window=window)  # type: ignore[assignment]
+        config = _OneWindow(backend, window)  # type: ignore[assignment]
         make = _compat.create_sliding_window_causal_mask
     return make(
         config,
@@ -292,7 +300,7 @@ def make_mask(
         cache,
         position_ids,
         or_mask_function=or_mask_function,
-        and_mask_function=same_sequence(_up_to(mask.sequences, mask.keys)) if mask.packed else None,
+        and_mask_function=same,
     )
 
 
@@ -375,12 +383,16 @@ class Stretches(NamedTuple):
 # --- forms of a mask -------------------------------------------------------------------------------------------------
 
 
-def same_sequence(sequences: torch.Tensor) -> Callable:
-    """Mask function: key and query have the same number in `sequences` [batch, keys], or the key has EVERYONES."""
+def same_sequence(sequences: torch.Tensor, padding_sees: bool = False) -> Callable:
+    """Mask function: key and query have the same number in `sequences` [batch, keys], or the key has EVERYONES.
+
+    With `padding_sees`, queries of padding see all tokens, so that of 0 and 1 it makes what `padding_mask_function` does.
+    """
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        sequence = sequences[batch_idx, kv_idx]
-        return (sequence != 0) & ((sequence == sequences[batch_idx, q_idx]) | (sequence == EVERYONES))
+        key, query = sequences[batch_idx, kv_idx], sequences[batch_idx, q_idx]
+        seen = (key == query) | (key == EVERYONES)
+        return (key != 0) & (seen | (query == 0) if padding_sees else seen)
 
     return mask_function
 
