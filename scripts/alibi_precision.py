@@ -12,9 +12,10 @@ import argparse
 import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from hf_cnllm.attention.alibi import FoldedAlibi, _with_columns, alibi_slopes, fold_alibi
+from hf_cnllm.attention.alibi import alibi_sdpa_attention, alibi_slopes, fold_alibi
 
 
 def attend(form: str, query, key, value, slopes, scaling):
@@ -24,12 +25,9 @@ def attend(form: str, query, key, value, slopes, scaling):
     rows = index[keys - queries :]
     hidden = index[None, :] > rows[:, None]
     if form == "folded":
-        columns = fold_alibi(slopes, rows, index, None, scaling, query.dtype)
-        mask = FoldedAlibi(*columns)
-        query, key, value_wide, scaling = _with_columns(query, key, value, mask, scaling)
-        bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, -math.inf)
-        output = F.scaled_dot_product_attention(query, key, value_wide, attn_mask=bias[None, None], scale=scaling)
-        return output[..., : value.shape[-1]]
+        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, -math.inf)[None, None]
+        folded = fold_alibi(slopes, rows, index, None, scaling, query.dtype, mask)
+        return alibi_sdpa_attention(nn.Module(), query, key, value, folded, scaling)[0].transpose(1, 2)
     reference = rows[:, None] if form == "dense" else 0
     bias = (slopes[:, None, None] * (index[None, :] - reference)).expand(-1, queries, -1)
     bias = bias.masked_fill(hidden, -math.inf).to(query.dtype)

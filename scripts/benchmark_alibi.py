@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmark.measure import peak_growth, take_turns
 from hf_cnllm import BaichuanConfig
-from hf_cnllm.attention.alibi import alibi_bias, alibi_sdpa_attention, alibi_slopes, create_alibi_mask
+from hf_cnllm.attention.alibi import alibi_sdpa_attention, alibi_slopes, create_alibi_mask
 
 
 def make(form: str, heads: int, head_dim: int, length: int, dtype: torch.dtype, device: str):
@@ -35,8 +35,8 @@ def make(form: str, heads: int, head_dim: int, length: int, dtype: torch.dtype, 
 
         def dense():
             positions = torch.arange(length, device=device)
-            bias = alibi_bias(alibi_slopes(heads).to(device), positions, positions)
-            bias = bias.masked_fill(positions[None, :] > positions[:, None], -math.inf)
+            distances = positions[None, :] - positions[:, None]
+            bias = (alibi_slopes(heads).to(device)[:, None, None] * distances).masked_fill(distances > 0, -math.inf)
             return sdpa(query, key, value, attn_mask=bias.to(dtype)[None], scale=scaling)
 
         return dense

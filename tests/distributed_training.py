@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cnllm import BaichuanConfig, BaichuanForCausalLM
-from hf_cnllm.loss.lazy_logits import DeferredTensor
+from hf_cnllm.loss.lazy_logits import LazyTensor
 
 RANKS, STEPS, VOCAB, LENGTH = 2, 3, 211, 16
 
@@ -52,7 +52,7 @@ def train(model, input_ids, scale=1.0, **loss_kwargs):
     for _ in range(STEPS):
         optimizer.zero_grad()
         outputs = model(input_ids, labels=input_ids, **loss_kwargs)
-        unread = isinstance(outputs.logits, DeferredTensor) and outputs.logits._computed is None
+        unread = isinstance(outputs.logits, LazyTensor) and outputs.logits._computed is None
         (outputs.loss * scale).backward()
         optimizer.step()
     return unread

@@ -30,9 +30,6 @@ if INSTALLED < OLDEST:
 try:
     from transformers import GenerationMixin as _GenerationMixin
     from transformers import initialization as init
-    from transformers import masking_utils as _masking
-    from transformers import modeling_layers as _layers
-    from transformers import modeling_outputs as _outputs
     from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache, DynamicCache
     from transformers.generation.configuration_utils import GenerationMode
@@ -44,8 +41,13 @@ try:
     from transformers.masking_utils import (
         and_masks,
         causal_mask_function,
+        create_causal_mask,
+        create_masks_for_generate,
+        create_sliding_window_causal_mask,
         find_packed_sequence_indices,
         or_masks,
+        padding_mask_function,
+        sliding_window_overlay,
     )
     from transformers.modeling_layers import (
         GenericForQuestionAnswering,
@@ -82,21 +84,18 @@ except ImportError as error:
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
-# What `generate` calls the cache. 5.24 renamed it everywhere.
+# What `generate` calls the cache: until 5.23 by its old name, which 5.24 changed everywhere.
 OLD_CACHE_NAME = "past_key_values"
 CACHE_NAMES = ("cache", OLD_CACHE_NAME)
 CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else OLD_CACHE_NAME
-# What PEFT's prompt learning calls it in the inputs of a step. No release of PEFT knows the new name yet.
+# What PEFT's prompt learning calls it in the inputs of a step, until PEFT 0.21: no release knows the new name yet.
 _PEFT_CACHE = OLD_CACHE_NAME if Version(version("peft")) < Version("0.22.dev0") else CACHE
 _RENAMED = CACHE == OLD_CACHE_NAME
 
 
 def pop_cache(arguments: dict[str, Any], cache: Any = None) -> Any:
-    """The one cache among `cache` and what `arguments` hold by either name, which is taken out of them.
-
-    Raises:
-        TypeError: there are two.
-    """
+    """The one cache among `cache` and what `arguments` hold by either name, which is taken out of them; a TypeError if there
+    are two."""
     given = [value for value in (cache, *(arguments.pop(name, None) for name in CACHE_NAMES)) if value is not None]
     if len(given) > 1:
         raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
@@ -134,7 +133,9 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 if _RENAMED:
-    # Until 5.23: outputs and layers know the cache by its old name.
+    # Until 5.23 outputs and layers know the cache by its old name.
+    from transformers import modeling_layers as _layers
+    from transformers import modeling_outputs as _outputs
 
     class _CacheByItsNewName:
         def __init__(self, *args, cache: Cache | None = None, **kwargs):
@@ -145,14 +146,11 @@ if _RENAMED:
         def cache(self) -> Cache | None:
             return self.past_key_values
 
-    class BaseModelOutputWithPast(_CacheByItsNewName, _outputs.BaseModelOutputWithPast):
-        pass
+    class BaseModelOutputWithPast(_CacheByItsNewName, _outputs.BaseModelOutputWithPast): ...
 
-    class CausalLMOutputWithPast(_CacheByItsNewName, _outputs.CausalLMOutputWithPast):
-        pass
+    class CausalLMOutputWithPast(_CacheByItsNewName, _outputs.CausalLMOutputWithPast): ...
 
-    class SequenceClassifierOutputWithPast(_CacheByItsNewName, _outputs.SequenceClassifierOutputWithPast):
-        pass
+    class SequenceClassifierOutputWithPast(_CacheByItsNewName, _outputs.SequenceClassifierOutputWithPast): ...
 
     class GradientCheckpointingLayer(_layers.GradientCheckpointingLayer):
         def __call__(self, *args, **kwargs):
@@ -167,12 +165,6 @@ else:
         CausalLMOutputWithPast,
         SequenceClassifierOutputWithPast,
     )
-
-# --- masks ------------------------------------------------------------------------------------------------------------
-# The cache is their fourth argument and goes by position, which no release has changed.
-
-create_causal_mask = _masking.create_causal_mask
-create_sliding_window_causal_mask = _masking.create_sliding_window_causal_mask
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +193,8 @@ class GenerationHooks:
     ) -> Any:
         """The mask of a step with a static cache, of a fixed shape, made outside of the compiled forward pass;
         `attention_mask` itself where the forward pass is to make it."""
-        return _masking.create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+        # The cache goes by position: its name is another one until 5.23.
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
 
     @functools.wraps(_GenerationMixin.generate)
     def generate(self, *args, **kwargs):

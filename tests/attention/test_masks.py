@@ -119,6 +119,18 @@ def test_flex_attention_follows_restarts_and_the_callers_own_mask_too():
     assert torch.equal(dense(prefix, 1, 6, 6), expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+def test_numbers_are_followed_while_compiling_too(backend, monkeypatch):
+    """Values cannot be read then: padding looks as it does otherwise, and sequences are apart."""
+    padding, tokens = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]), NUMBERS != 0
+    embeds, config = torch.empty(2, 6, 16), config_of(backend)
+    expected = dense(create_causal_mask(config, embeds, padding, None), 2, 6, 6)
+    monkeypatch.setattr("hf_cnllm.attention.masks.is_tracing", lambda tensor: True)
+    assert torch.equal(dense(create_causal_mask(config, embeds, padding, None), 2, 6, 6), expected)
+    packed = dense(create_causal_mask(config, embeds, NUMBERS, None), 2, 6, 6)
+    assert torch.equal(packed[tokens], who_sees_whom(NUMBERS)[tokens])
+
+
 def test_flash_attention_does_not_see_the_free_room_of_a_static_cache():
     config = config_of("flash_attention_2")
     cache = StaticCache(config=config, max_cache_len=9)

@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from hf_cnllm import BaichuanConfig, BaichuanForCausalLM
 from hf_cnllm.loss import head
 from hf_cnllm.loss.head import loss_and_logits
-from hf_cnllm.loss.lazy_logits import DeferredTensor
+from hf_cnllm.loss.lazy_logits import LazyTensor
 
 VOCAB, LENGTH = 97, 12
 
@@ -31,7 +31,7 @@ def batch():
 
 
 def is_unread(outputs) -> bool:
-    return isinstance(outputs.logits, DeferredTensor) and outputs.logits._computed is None
+    return isinstance(outputs.logits, LazyTensor) and outputs.logits._computed is None
 
 
 def train_step(model, batch, **kwargs):
@@ -183,7 +183,7 @@ def test_head_with_bias_and_a_config_without_the_field():
     head, hidden_states = nn.Linear(8, VOCAB), torch.randn(2, LENGTH, 8, requires_grad=True)
     labels = torch.randint(VOCAB, (2, LENGTH))
     loss, logits = loss_and_logits(model, head, hidden_states, labels)
-    assert isinstance(logits, DeferredTensor)
+    assert isinstance(logits, LazyTensor)
     expected = model.loss_function(head(hidden_states), labels, VOCAB)
     torch.testing.assert_close(loss, expected)
     inputs = [hidden_states, *head.parameters()]

@@ -1,4 +1,4 @@
-"""Deferred logits are the head's output in every way, and cost nothing until they are read."""
+"""Lazy logits are the head's output in every way, and cost nothing until they are read."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_cnllm.loss.lazy_logits import DeferredTensor, deferred_logits
+from hf_cnllm.loss.lazy_logits import LazyTensor, lazy_logits
 from hf_cnllm.loss.norm_head import NormHead
 
 HIDDEN, VOCAB = 8, 21
@@ -31,7 +31,7 @@ def hidden_states():
 
 
 def is_waiting(logits) -> bool:
-    return isinstance(logits, DeferredTensor) and logits._computed is None
+    return isinstance(logits, LazyTensor) and logits._computed is None
 
 
 class Cube(torch.autograd.Function):
@@ -73,7 +73,7 @@ def test_values_and_gradients(head, hidden_states, use):
         result.backward()
         return result, hidden_states.grad, *(parameter.grad for parameter in head.parameters())
 
-    actual, expected = map(result_and_gradients, (deferred_logits(head, hidden_states), head(hidden_states)))
+    actual, expected = map(result_and_gradients, (lazy_logits(head, hidden_states), head(hidden_states)))
     torch.testing.assert_close(actual, expected)
 
 
@@ -83,13 +83,13 @@ def test_second_derivative(head, hidden_states):
 
     actual, expected = (
         torch.autograd.grad(penalty(logits), list(head.parameters()))
-        for logits in (deferred_logits(head, hidden_states), head(hidden_states))
+        for logits in (lazy_logits(head, hidden_states), head(hidden_states))
     )
     torch.testing.assert_close(actual, expected)
 
 
 def test_nothing_is_computed_before_reading(head, hidden_states):
-    logits = deferred_logits(head, hidden_states)
+    logits = lazy_logits(head, hidden_states)
     assert logits.shape == (2, 5, VOCAB) and logits.dtype == torch.float32 and logits.device.type == "cpu"
     assert logits.requires_grad and not logits.is_leaf and len(logits) == 2 and logits.numel() == 10 * VOCAB
     copies = [logits.double(), logits.to(torch.bfloat16), logits.clone(), logits.float()]
@@ -99,20 +99,20 @@ def test_nothing_is_computed_before_reading(head, hidden_states):
 
 
 def test_leaves_torch_as_an_ordinary_tensor(head, hidden_states, tmp_path):
-    logits, expected = deferred_logits(head, hidden_states), head(hidden_states).detach()
+    logits, expected = lazy_logits(head, hidden_states), head(hidden_states).detach()
     assert logits.tolist() == expected.tolist()
     assert (logits.detach().numpy() == expected.numpy()).all()
     assert type(pickle.loads(pickle.dumps(logits))) is torch.Tensor
     assert torch.equal(copy.deepcopy(logits.detach()), expected)
     torch.save({"logits": logits}, tmp_path / "logits.pt")
     assert torch.equal(torch.load(tmp_path / "logits.pt")["logits"], expected)
-    assert deferred_logits(head, hidden_states).data_ptr() != 0
-    assert repr(deferred_logits(head, hidden_states)).startswith("DeferredTensor([[[")
+    assert lazy_logits(head, hidden_states).data_ptr() != 0
+    assert repr(lazy_logits(head, hidden_states)).startswith("LazyTensor([[[")
 
 
 def test_autocast_state_is_that_of_the_forward_pass(head, hidden_states):
     with torch.autocast("cpu", torch.bfloat16):
-        logits, expected = deferred_logits(head, hidden_states), head(hidden_states)
+        logits, expected = lazy_logits(head, hidden_states), head(hidden_states)
     assert logits.dtype == expected.dtype == torch.bfloat16
     assert torch.equal(logits.detach(), expected)
     inputs = [hidden_states, *head.parameters()]
@@ -125,7 +125,7 @@ def test_autocast_state_is_that_of_the_forward_pass(head, hidden_states):
 
 
 def test_reading_after_an_optimizer_step_is_refused(head, hidden_states):
-    logits, read = deferred_logits(head, hidden_states), deferred_logits(head, hidden_states)
+    logits, read = lazy_logits(head, hidden_states), lazy_logits(head, hidden_states)
     before = read.detach()
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
     head(hidden_states).sum().backward()
@@ -136,7 +136,7 @@ def test_reading_after_an_optimizer_step_is_refused(head, hidden_states):
 
 
 def test_change_between_copy_and_reading_is_refused(head, hidden_states):
-    logits = deferred_logits(head, hidden_states)
+    logits = lazy_logits(head, hidden_states)
     clone = logits.clone()
     logits.mul_(2.0)
     with pytest.raises(RuntimeError, match="in place"):

@@ -32,12 +32,11 @@ from transformers import Cache, PreTrainedConfig
 from .._compat import (
     compile_friendly_flex_attention,
     eager_attention_forward,
-    get_target_dtype,
     is_tracing,
     repeat_kv,
     sdpa_attention_forward,
 )
-from .alibi_flash import FlashSequences, flash_attention_with_slopes, flash_sequences
+from .alibi_flash import FlashAlibi, alibi_flash_attention, make_flash_alibi
 from .flex import fixed_size
 from .masks import AttentionMask, follow_restarts, read_mask
 
@@ -48,11 +47,13 @@ class FoldedAlibi(NamedTuple):
     Attributes:
         query_columns: [1, heads, queries, columns], to put in front of q.
         key_columns: [batch or 1, 1, keys, columns], to put in front of k.
+        scaling: the kernel's factor on q'·k'. What is missing from the model's, q is scaled by before.
         mask: additive, [batch or 1, 1, queries, keys]; None for plain causal attention.
     """
 
     query_columns: torch.Tensor
     key_columns: torch.Tensor
+    scaling: float
     mask: torch.Tensor | None = None
 
 
@@ -62,15 +63,6 @@ class FlexAlibi(NamedTuple):
     slopes: torch.Tensor
     positions: torch.Tensor
     block_mask: BlockMask
-
-
-class FlashAlibi(NamedTuple):
-    """For flash attention; slopes [heads], the sequences (None: whole rows), and how many keys there are (a static cache
-    has room for more)."""
-
-    slopes: torch.Tensor
-    sequences: FlashSequences | None
-    keys: int
 
 
 # A tensor is the dense bias, [batch or 1, heads, queries, keys], with the mask in it.
@@ -93,11 +85,6 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
     return torch.tensor(geometric(power) + geometric(2 * power)[::2][: num_heads - power], dtype=torch.float32)
 
 
-def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """slope·(j − i), fp32 [heads, queries, keys]."""
-    return slopes[:, None, None] * (key_positions[None, :] - query_positions[:, None])
-
-
 # --- the folded form -------------------------------------------------------------------------------------------------
 
 # Hides a padded key: far below any visible score, and exact in every dtype.
@@ -114,7 +101,8 @@ def fold_alibi(
     hidden_keys: torch.Tensor | None,
     scaling: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    mask: torch.Tensor | None = None,
+) -> FoldedAlibi:
     """The columns that make plain attention compute ALiBi.
 
     Args:
@@ -124,9 +112,7 @@ def fold_alibi(
         hidden_keys: [batch, keys], True for padding, or None.
         scaling: the model's factor on q·k.
         dtype: of the queries and keys.
-
-    Returns:
-        query columns [1, heads, queries, columns] and key columns [batch or 1, 1, keys, columns].
+        mask: see [`FoldedAlibi`].
 
     Raises:
         ValueError: more keys than half precision can count.
@@ -136,7 +122,7 @@ def fold_alibi(
             f"attn_implementation='sdpa' computes ALiBi for up to {MOST_KEYS_IN_HALF_PRECISION:,} keys in {dtype}, not "
             f"for {key_positions.shape[-1]:,}; use 'flex_attention' or 'flash_attention_2', or run the model in fp32."
         )
-    scaling = _kernel_scaling(scaling, dtype)
+    scaling = 1.0 if dtype in FULL_PRECISION else scaling
     slope = slopes / scaling
     row_term = -slope[:, None] * query_positions
     ones = torch.ones_like(key_positions, dtype=dtype)
@@ -156,12 +142,7 @@ def fold_alibi(
         key_columns = torch.cat([key_columns.expand(hide.shape[0], -1, -1, -1), hide], dim=-1)
         # The kernel scales the product; at least 1 keeps the entry below any score.
         query_columns = F.pad(query_columns, (0, 1), value=max(1.0, 1.0 / scaling))
-    return query_columns, key_columns
-
-
-def _kernel_scaling(scaling: float, dtype: torch.dtype) -> float:
-    """What the kernel is to scale q'·k' by: nothing in full precision, where q is scaled before."""
-    return 1.0 if dtype in FULL_PRECISION else scaling
+    return FoldedAlibi(query_columns, key_columns, scaling, mask)
 
 
 def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -171,28 +152,6 @@ def _pieces(value: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         pieces.append(value.to(dtype))
         value = value - pieces[-1].float()
     return pieces
-
-
-def _with_columns(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FoldedAlibi, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """q', k' and v of the same width, a multiple of 8 as CUDA kernels ask of the head dimension; the kernel's scaling."""
-    if not query.dtype == key.dtype == mask.query_columns.dtype:
-        raise ValueError(
-            f"ALiBi was folded for {mask.query_columns.dtype}, but the queries are {query.dtype} and the cached keys "
-            f"{key.dtype}: run the model and its cache in one dtype, or use attn_implementation='eager'."
-        )
-    kernel_scaling = _kernel_scaling(scaling, query.dtype)
-    if kernel_scaling != scaling:
-        query = query * (scaling / kernel_scaling)
-    head_dim, columns = query.shape[-1], mask.query_columns.shape[-1]
-    fill = -(head_dim + columns) % 8
-    keys = mask.key_columns.shape[2]  # fewer than a static cache holds
-    query_columns = mask.query_columns.expand(query.shape[0], -1, -1, -1)
-    key_columns = mask.key_columns.expand(key.shape[0], key.shape[1], -1, -1)
-    query = torch.cat([query_columns, F.pad(query, (0, fill))], dim=-1)
-    key = torch.cat([key_columns, F.pad(key[:, :, :keys], (0, fill))], dim=-1)
-    return query, key, F.pad(value[:, :, :keys], (0, columns + fill)), kernel_scaling
 
 
 # --- one mask per forward pass ---------------------------------------------------------------------------------------
@@ -208,10 +167,7 @@ def create_alibi_mask(
     """What `create_causal_mask` is to plain attention, for a model with ALiBi.
 
     Args:
-        config: read for `_attn_implementation`, `hidden_size` and `num_attention_heads`.
-        inputs_embeds: [batch, queries, ...]; only shape, dtype and device are read.
         attention_mask: any form of `attention.masks`, or what [`prepare_alibi_mask`] made of it.
-        cache: the cache, before this forward pass.
         position_ids: [batch, queries]; without mask and cache, restarts in it separate packed sequences.
 
     Raises:
@@ -221,26 +177,25 @@ def create_alibi_mask(
     alibi_attention(backend)  # an unknown backend is refused before any work
     if isinstance(attention_mask, dict):
         return attention_mask[PREPARED]
+    slopes = alibi_slopes(config.num_attention_heads).to(inputs_embeds.device)
     mask = read_mask(inputs_embeds, attention_mask, cache, forms=(2, 3, 4))
     mask = follow_restarts(mask, position_ids, cache)
-    slopes = alibi_slopes(config.num_attention_heads).to(mask.device)
     if backend == "flash_attention_2":
-        return _for_flash(mask, slopes)
+        return make_flash_alibi(slopes, mask)
+    queries, keys = mask.query_positions, mask.key_positions
     if backend == "flex_attention":
-        return FlexAlibi(slopes, fixed_size(mask.query_positions), mask.block_mask())
+        return FlexAlibi(slopes, fixed_size(queries), mask.block_mask())
     # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
     autocast = mask.device.type != "meta" and torch.is_autocast_enabled(mask.device.type)
     dtype = torch.get_autocast_dtype(mask.device.type) if autocast else inputs_embeds.dtype
     if backend == "eager" or mask.queries == 1:
-        bias = alibi_bias(slopes, mask.query_positions, mask.key_positions)
+        bias = slopes[:, None, None] * (keys - queries[:, None])
         return bias.to(dtype)[None] + mask.additive(dtype)
     scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
     if not _is_padding_only(mask):
-        columns = fold_alibi(slopes, mask.query_positions, mask.key_positions, None, scaling, dtype)
-        return FoldedAlibi(*columns, mask.additive(dtype))
+        return fold_alibi(slopes, queries, keys, None, scaling, dtype, mask.additive(dtype))
     hidden_keys = None if mask.sequences is None else mask.sequences == 0
-    positions = torch.arange(mask.queries, device=mask.device)
-    return FoldedAlibi(*fold_alibi(slopes, positions, positions, hidden_keys, scaling, dtype))
+    return fold_alibi(slopes, queries, keys[: mask.queries], hidden_keys, scaling, dtype)
 
 
 def prepare_alibi_mask(
@@ -254,24 +209,11 @@ def prepare_alibi_mask(
 
 
 def _is_padding_only(mask: AttentionMask) -> bool:
-    """Whether causality and padding are all there is to the mask, which a folded column expresses.
-
-    Reads values, so while tracing the answer is the one that is always right.
-    """
-    if mask.packed is not False or mask.pairs is not None or mask.complete is not None:
+    """Whether causality and padding are all there is to the mask, which a folded column expresses; while tracing, where
+    values cannot be read, the answer that is always right."""
+    if mask.packed is not False or mask.complete is not None:
         return False
     return mask.past == 0 if isinstance(mask.past, int) else not is_tracing(mask.past) and int(mask.past) == 0
-
-
-def _for_flash(mask: AttentionMask, slopes: torch.Tensor) -> FlashAlibi:
-    if mask.pairs is not None or mask.complete is not None:
-        raise ValueError(
-            "flash attention takes no mask for single queries and keys: give a 2-D `attention_mask`, or use "
-            'attn_implementation="sdpa".'
-        )
-    keys = int(mask.past) + mask.queries
-    sequences = None if mask.sequences is None else flash_sequences(mask.sequences[:, :keys], mask.queries)
-    return FlashAlibi(slopes, sequences, keys)
 
 
 # --- attention functions, called as those of transformers' AttentionInterface ----------------------------------------
@@ -280,13 +222,28 @@ def _for_flash(mask: AttentionMask, slopes: torch.Tensor) -> FlashAlibi:
 
 
 def alibi_sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Folded for several queries, with a dense bias for one."""
-    head_dim, mask = value.shape[-1], attention_mask
-    if isinstance(mask, FoldedAlibi):
-        query, key, value, scaling = _with_columns(query, key, value, mask, scaling)
-        mask = mask.mask
+    """Folded for several queries, all of q', k' and v as wide, a multiple of 8, as CUDA kernels ask of the head dimension;
+    with a dense bias for one."""
+    folded, head_dim = attention_mask, query.shape[-1]
+    if not isinstance(folded, FoldedAlibi):
+        return sdpa_attention_forward(module, query, key, value, folded, dropout, scaling, is_causal=False, **kwargs)
+    if not query.dtype == key.dtype == folded.query_columns.dtype:
+        raise ValueError(
+            f"ALiBi was folded for {folded.query_columns.dtype}, but the queries are {query.dtype} and the cached keys "
+            f"{key.dtype}: run the model and its cache in one dtype, or use attn_implementation='eager'."
+        )
+    if folded.scaling != scaling:
+        query = query * (scaling / folded.scaling)
+    keys, columns = folded.key_columns.shape[2:]  # fewer keys than a static cache holds
+    fill = -(head_dim + columns) % 8
+    query_columns = folded.query_columns.expand(query.shape[0], -1, -1, -1)
+    key_columns = folded.key_columns.expand(key.shape[0], key.shape[1], -1, -1)
+    query = torch.cat([query_columns, F.pad(query, (0, fill))], dim=-1)
+    key = torch.cat([key_columns, F.pad(key[:, :, :keys], (0, fill))], dim=-1)
+    value = F.pad(value[:, :, :keys], (0, columns + fill))
+    is_causal = folded.mask is None
     output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout, scaling, is_causal=mask is None, **kwargs
+        module, query, key, value, folded.mask, dropout, folded.scaling, is_causal=is_causal, **kwargs
     )
     return output[..., :head_dim], None
 
@@ -306,14 +263,6 @@ def alibi_flex_attention(module, query, key, value, attention_mask, scaling, dro
         query, key, value, score_mod=add_bias, block_mask=block_mask, scale=scaling, training=module.training
     )
     return output.transpose(1, 2).contiguous(), None
-
-
-def alibi_flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """flash-attn 2 with its own ALiBi."""
-    slopes, sequences, keys = attention_mask
-    dtype = get_target_dtype(query, module) or query.dtype  # norms kept in fp32 make fp32 queries
-    query, key, value = query.to(dtype), key[:, :, :keys].to(dtype), value[:, :, :keys].to(dtype)
-    return flash_attention_with_slopes(query, key, value, slopes, sequences, scaling, dropout), None
 
 
 ALIBI_ATTENTION: dict[str, Callable] = {

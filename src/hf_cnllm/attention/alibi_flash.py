@@ -10,67 +10,58 @@ from typing import NamedTuple
 
 import torch
 
-from .masks import Stretches, find_sequences
+from .._compat import get_target_dtype
+from .masks import AttentionMask, Stretches, find_sequences
 
 
-class FlashSequences(NamedTuple):
-    """The sequences of a batch, among the flattened [batch · queries] and [batch · keys]."""
+class FlashAlibi(NamedTuple):
+    """For flash attention.
 
-    queries: Stretches
-    keys: Stretches
+    Attributes:
+        slopes: [heads], fp32.
+        keys: how many there are; a static cache has room for more.
+        sequences: those of the batch among the flattened [batch · queries] and [batch · keys]; None: they are whole rows.
+    """
+
+    slopes: torch.Tensor
+    keys: int
+    sequences: tuple[Stretches, Stretches] | None = None
 
 
-def flash_sequences(numbers: torch.Tensor, queries: int) -> FlashSequences | None:
-    """The sequences of a batch; None if they are whole rows without padding.
-
-    Args:
-        numbers: [batch, keys], 0 for padding, equal for the tokens of one sequence.
-        queries: the last so many of the keys are the queries.
+def make_flash_alibi(slopes: torch.Tensor, mask: AttentionMask) -> FlashAlibi:
+    """What all layers of a forward pass share.
 
     Raises:
-        ValueError: a row holds one sequence in two places, as with padding inside it.
+        ValueError: the mask is one for single queries and keys, or a row holds one sequence in two places, as with
+            padding inside it.
     """
-    keys, device = numbers.shape[1], numbers.device
-    if bool((numbers == 1).all()):
-        return None
-    found = find_sequences(numbers)
+    if mask.complete is not None:
+        raise ValueError(
+            "flash attention takes no mask for single queries and keys: give a 2-D `attention_mask`, or use "
+            'attn_implementation="sdpa".'
+        )
+    past, keys = int(mask.past), int(mask.past) + mask.queries
+    if mask.sequences is None or bool((mask.sequences[:, :keys] == 1).all()):
+        return FlashAlibi(slopes, keys)
+    found = find_sequences(mask.sequences[:, :keys])
     if found is None:
         raise ValueError(
             "`attention_mask` has padding inside a sequence, which flash attention would close up, and ALiBi counts "
             'distances over it: pad on one side only (the left, to generate), or use attn_implementation="sdpa".'
         )
-    past = keys - queries
     row, start, end = (column[found[2] > past] for column in found)  # a sequence that is over has no queries
-    in_queries = row * queries - past
-    return FlashSequences(
-        Stretches.between(in_queries + start.clamp(min=past), in_queries + end, device),
-        Stretches.between(row * keys + start, row * keys + end, device),
-    )
+    in_queries, in_keys = row * mask.queries - past, row * keys
+    queries_of = Stretches.between(in_queries + start.clamp(min=past), in_queries + end, mask.device)
+    return FlashAlibi(slopes, keys, (queries_of, Stretches.between(in_keys + start, in_keys + end, mask.device)))
 
 
-def flash_attention_with_slopes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor,
-    sequences: FlashSequences | None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Causal attention with ALiBi by flash-attn 2.
-
-    Args:
-        query: [batch, heads, queries, head_dim], half precision.
-        key, value: [batch, key_value_heads, keys, head_dim]; the queries are the last of the keys.
-        slopes: [heads], fp32.
-        sequences: None when no row has padding or several sequences.
-
-    Returns:
-        [batch, queries, heads, head_dim]; 0 at padding.
-    """
+def alibi_flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """flash-attn 2 with its own ALiBi; the output is 0 at padding. Called as `alibi`'s other attention functions."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    slopes, keys, sequences = attention_mask
+    dtype = get_target_dtype(query, module) or query.dtype  # norms kept in fp32 make fp32 queries
+    query, key, value = (states.to(dtype).transpose(1, 2) for states in (query, key[:, :, :keys], value[:, :, :keys]))
     options = {
         "dropout_p": dropout,
         "softmax_scale": scaling,
@@ -79,10 +70,10 @@ def flash_attention_with_slopes(
         "deterministic": os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1",  # as transformers' own path
     }
     if sequences is None:
-        return flash_attn_func(query, key, value, **options)
-    if sequences.queries.longest == 0:
-        return torch.zeros_like(query)
+        return flash_attn_func(query, key, value, **options), None
     queries, keys = sequences
+    if queries.longest == 0:
+        return torch.zeros_like(query), None
     output = flash_attn_varlen_func(
         query.flatten(0, 1)[queries.tokens],
         key.flatten(0, 1)[keys.tokens],
@@ -93,4 +84,5 @@ def flash_attention_with_slopes(
         keys.longest,
         **options,
     )
-    return output.new_zeros(query.flatten(0, 1).shape).index_copy(0, queries.tokens, output).view(query.shape)
+    padded = output.new_zeros(query.flatten(0, 1).shape).index_copy(0, queries.tokens, output)
+    return padded.view(query.shape), None

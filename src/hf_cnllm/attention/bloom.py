@@ -18,10 +18,8 @@ def _padding_only_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> 
 
 
 class FoldedBloomAttention(BloomAttention):
-    """`BloomAttention` on SDPA: folded ALiBi for several queries, BLOOM's own bias [batch, heads, 1, keys] for one.
-
-    Same parameters, same numbers as eager attention; no attention weights are returned.
-    """
+    """`BloomAttention` on SDPA: folded ALiBi for several queries, BLOOM's own bias [batch, heads, 1, keys] for one. Same
+    parameters, same numbers as eager attention; no attention weights are returned."""
 
     num_key_value_groups = 1
     is_causal = True
@@ -59,26 +57,18 @@ class FoldedBloomAttention(BloomAttention):
     ) -> torch.Tensor | FoldedAlibi:
         """For one query BLOOM's bias with padding hidden; for several the folded form, with a dense mask of
         [batch, 1, queries, keys] only where a cache is continued."""
-        batch, heads, queries, _ = query.shape
-        keys = key.shape[2]
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask != 0, (0, keys - attention_mask.shape[1]))
+        (batch, heads, queries, _), keys = query.shape, key.shape[2]
+        tokens = None if attention_mask is None else F.pad(attention_mask != 0, (0, keys - attention_mask.shape[1]))
         if queries == 1:
             bias = alibi.view(batch, heads, 1, -1)
-            return bias if attention_mask is None else bias + as_additive(attention_mask[:, None, None], bias.dtype)
-        mask = AttentionMask(batch, queries, keys, keys - queries, key.device, attention_mask)
+            return bias if tokens is None else bias + as_additive(tokens[:, None, None], bias.dtype)
+        mask = AttentionMask(batch, queries, keys, keys - queries, key.device, tokens)
         # BLOOM counts tokens, not places.
-        positions = mask.key_positions[None] if attention_mask is None else attention_mask.cumsum(1) - 1
-        hidden = None if attention_mask is None or mask.past else ~attention_mask
-        columns = fold_alibi(
-            alibi_slopes(heads).to(key.device),
-            mask.query_positions,
-            positions,
-            hidden,
-            self.inv_norm_factor,
-            query.dtype,
-        )
-        return FoldedAlibi(*columns, mask.additive(query.dtype) if mask.past else None)
+        positions = mask.key_positions[None] if tokens is None else tokens.cumsum(1) - 1
+        hidden = None if tokens is None or mask.past else ~tokens
+        slopes = alibi_slopes(heads).to(key.device)
+        dense = mask.additive(query.dtype) if mask.past else None
+        return fold_alibi(slopes, mask.query_positions, positions, hidden, self.inv_norm_factor, query.dtype, dense)
 
 
 def use_folded_alibi(model: nn.Module) -> nn.Module:

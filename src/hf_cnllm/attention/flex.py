@@ -27,11 +27,7 @@ def fixed_size(lookup: torch.Tensor) -> torch.Tensor:
 def make_block_mask(
     mask_function: Callable, batch: int, query_positions: torch.Tensor, key_positions: torch.Tensor
 ) -> BlockMask:
-    """The block mask of `mask_function(batch, head, query position, key position)`.
-
-    Args:
-        query_positions, key_positions: [queries] and [keys].
-    """
+    """The block mask of `mask_function(batch, head, query position, key position)` at positions [queries] and [keys]."""
     queries, keys, device = len(query_positions), len(key_positions), query_positions.device
     query_positions, key_positions = fixed_size(query_positions), fixed_size(key_positions)
 

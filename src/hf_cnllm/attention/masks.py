@@ -29,6 +29,8 @@ from .._compat import (
     is_flash_attention_requested,
     is_tracing,
     or_masks,
+    padding_mask_function,
+    sliding_window_overlay,
 )
 from .flex import fixed_size, make_block_mask
 
@@ -40,14 +42,13 @@ HIDES = -1e4
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """An `attention_mask` that has been checked, beside the sizes of its forward pass. One of the last three is set, or none.
+    """An `attention_mask` that has been checked, beside the sizes of its forward pass; `sequences` or `complete`, or neither.
 
     Attributes:
         queries, keys: lengths of what the attention function gets, the free room of a static cache included.
         past: number of keys in front of the first query; a static cache counts in a tensor.
         sequences: [batch, past + queries] or [batch, keys], 0 for padding, equal numbers for the tokens of one sequence.
         packed: whether there may be several sequences in a row; None while tracing, where values cannot be read.
-        pairs: [batch or 1, queries, keys] bool, on top of causality.
         complete: [batch or 1, heads or 1, queries, keys], bool or additive; there is no causality besides.
     """
 
@@ -58,7 +59,6 @@ class AttentionMask:
     device: torch.device
     sequences: torch.Tensor | None = None
     packed: bool | None = False
-    pairs: torch.Tensor | None = None
     complete: torch.Tensor | None = None
 
     @property
@@ -69,40 +69,49 @@ class AttentionMask:
     def key_positions(self) -> torch.Tensor:
         return torch.arange(self.keys, device=self.device)
 
-    def function(self, table: Callable = torch.Tensor.contiguous) -> Callable:
-        """(batch, head, query position, key position) -> whether the query sees the key. Padding sees nothing.
-
-        Args:
-            table: makes of a tensor one that the function looks things up in.
-        """
-        if self.complete is not None:
-            if self.complete.shape[1] != 1:
-                raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
-            pairs = as_bool(self.complete)[:, 0].expand(self.batch, -1, -1)
-            return _look_up(table(pairs), self.query_positions[0])
-        if self.pairs is not None:
-            pairs = self.pairs.expand(self.batch, -1, -1)
-            return and_masks(causal_mask_function, _look_up(table(pairs), self.query_positions[0]))
-        if self.sequences is not None:
-            return and_masks(causal_mask_function, same_sequence(table(_up_to(self.sequences, self.keys))))
-        return causal_mask_function
-
-    def block_mask(self) -> BlockMask:
-        """For flex attention."""
-        return make_block_mask(self.function(fixed_size), self.batch, self.query_positions, self.key_positions)
-
     def additive(self, dtype: torch.dtype) -> torch.Tensor:
-        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look.
-
-        The minimum rather than −inf: a row that may look nowhere stays finite.
-        """
+        """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look: unlike −inf, it leaves a row
+        finite that may look nowhere, as all padding does here."""
         if self.complete is not None:
-            mask = self.complete
-        else:
-            rows = torch.arange(1 if self.sequences is None and self.pairs is None else self.batch, device=self.device)
-            positions = self.query_positions[:, None], self.key_positions[None, :]
-            mask = self.function()(rows[:, None, None], None, *positions).view(-1, 1, self.queries, self.keys)
-        return as_additive(mask, dtype)
+            return as_additive(self.complete, dtype)
+        queries, keys = self.query_positions[:, None], self.key_positions
+        mask = keys <= queries
+        if self.sequences is not None:
+            rows = torch.arange(self.batch, device=self.device)[:, None, None]
+            mask = mask & same_sequence(_up_to(self.sequences, self.keys))(rows, None, queries, keys)
+        return as_additive(mask.view(-1, 1, self.queries, self.keys), dtype)
+
+    def block_mask(
+        self, cache: Cache | None = None, or_mask_function: Callable | None = None, window: int | None = None
+    ) -> BlockMask:
+        """For flex attention; arguments as in [`make_mask`]."""
+        if self.complete is not None:
+            return make_block_mask(self._look_up(), self.batch, self.query_positions, self.key_positions)
+        keys, first_key = self.keys, 0
+        if window is not None and cache is not None:  # layers with windows keep less
+            keys, first_key = cache.get_mask_sizes(self.queries, _layer_of(cache, sliding=True))
+        causal = causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
+        functions = [causal] if window is None else [causal, sliding_window_overlay(window)]
+        if self.sequences is not None:
+            sequences = _up_to(self.sequences, first_key + keys)
+            if self.packed is False:
+                functions.append(padding_mask_function(fixed_size(sequences != 0)))
+            else:
+                functions.append(same_sequence(fixed_size(sequences), padding_sees=self.packed is None))
+        key_positions = torch.arange(keys, device=self.device) + first_key
+        return make_block_mask(and_masks(*functions), self.batch, self.query_positions, key_positions)
+
+    def _look_up(self) -> Callable:
+        """The mask function that looks `complete` up."""
+        if self.complete.shape[1] != 1:
+            raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
+        pairs = fixed_size(as_bool(self.complete)[:, 0].expand(self.batch, -1, -1))
+        first_query = self.query_positions[0]
+
+        def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+            return pairs[batch_idx, q_idx - first_query, kv_idx]
+
+        return mask_function
 
 
 def read_mask(
@@ -116,8 +125,7 @@ def read_mask(
 
     Args:
         inputs_embeds: [batch, queries, ...]; only shape and device are read.
-        attention_mask: see the module's docstring.
-        cache: the cache before this forward pass.
+        cache: before this forward pass.
         learned_keys: how many of the cache's first keys are learned (P-tuning). All see them, and the mask does not
             count them.
         forms: the numbers of dimensions that the mask may have.
@@ -126,29 +134,31 @@ def read_mask(
         ValueError: the mask does not fit, or is True where the original ChatGLM-6B hid a key.
     """
     batch, queries = inputs_embeds.shape[:2]
-    past, keys, device = 0, queries, inputs_embeds.device
+    past, keys = 0, queries
     if cache is not None:
-        layer = _layer_with(cache, window=None)
+        layer = _layer_of(cache, sliding=False)
         past, keys = cache.get_query_offset(layer), cache.get_mask_sizes(queries, layer)[0]
-    mask = AttentionMask(batch, queries, keys, past, device)
+    mask = AttentionMask(batch, queries, keys, past, inputs_embeds.device)
     if attention_mask is None:
         return mask
     check_mask(attention_mask, batch, past - learned_keys, queries, keys, forms)
-    attention_mask = attention_mask.to(device)
+    attention_mask = attention_mask.to(mask.device)
     if attention_mask.ndim == 2:
         packed = is_packed(attention_mask)
         everyones = True if attention_mask.dtype == torch.bool else EVERYONES
-        sequences = F.pad(attention_mask, (learned_keys, 0), value=everyones)
-        return replace(mask, sequences=sequences, packed=packed)
-    if not attention_mask.is_floating_point() or attention_mask.ndim == 3:
+        return replace(mask, sequences=F.pad(attention_mask, (learned_keys, 0), value=everyones), packed=packed)
+    is_causal = attention_mask.ndim == 3
+    if is_causal or not attention_mask.is_floating_point():
         attention_mask = attention_mask != 0
-    unseen = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    is_bool = attention_mask.dtype == torch.bool
     if attention_mask.shape[-1] < keys:
-        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=True if unseen is False else 0.0)
+        unseen = False if is_bool else torch.finfo(attention_mask.dtype).min
+        attention_mask = F.pad(attention_mask, (learned_keys, 0), value=True if is_bool else 0.0)
         attention_mask = F.pad(attention_mask, (0, keys - attention_mask.shape[-1]), value=unseen)
-    if attention_mask.ndim == 3:
-        return replace(mask, pairs=attention_mask)
-    _refuse_inverted(attention_mask, mask)
+    if is_causal:
+        attention_mask = attention_mask[:, None] & (mask.key_positions <= mask.query_positions[:, None])
+    else:
+        _refuse_inverted(attention_mask, mask)
     return replace(mask, complete=attention_mask)
 
 
@@ -174,12 +184,11 @@ def check_mask(
     shape = list(attention_mask.shape)
     tokens = past + queries if isinstance(past, int) else shape[-1] if shape else queries
     wanted = {2: [batch, tokens], 3: [batch, queries, tokens], 4: [batch, 1, queries, tokens]}
-    if attention_mask.ndim not in forms:
-        fits = False
-    elif attention_mask.ndim == 2:
-        fits = shape == wanted[2]
-    else:
-        fits = shape[0] in (1, batch) and shape[-2] == queries and tokens <= shape[-1] <= (keys or shape[-1])
+    fits = attention_mask.ndim in forms and (
+        shape == wanted[2]
+        if attention_mask.ndim == 2
+        else shape[0] in (1, batch) and shape[-2] == queries and tokens <= shape[-1] <= (keys or shape[-1])
+    )
     if not fits:
         raise ValueError(
             f"`attention_mask` has shape {shape}, but the inputs are {batch} sequences of {tokens} tokens, those in "
@@ -212,7 +221,7 @@ def is_packed(attention_mask: object) -> bool | None:
 
 def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cache: Cache | None) -> AttentionMask:
     """Packs by restarts in `position_ids` [batch or 1, queries], where neither a mask nor a cache says more."""
-    if position_ids is None or cache is not None or (mask.sequences, mask.pairs, mask.complete) != (None, None, None):
+    if position_ids is None or cache is not None or (mask.sequences, mask.complete) != (None, None):
         return mask
     sequences = find_packed_sequence_indices(position_ids.expand(mask.batch, -1))
     return mask if sequences is None else replace(mask, sequences=sequences + 1, packed=True)
@@ -237,11 +246,7 @@ def create_causal_mask(
     position_ids: torch.Tensor | None = None,
     learned_keys: int = 0,
 ) -> torch.Tensor | BlockMask | None:
-    """transformers' function of this name, for all forms of mask on all backends.
-
-    Args:
-        config: read for `_attn_implementation`.
-        learned_keys: see [`read_mask`].
+    """transformers' function of this name, for all forms of mask on all backends; `learned_keys` as in [`read_mask`].
 
     Raises:
         ValueError: the mask does not fit, or the backend cannot follow it.
@@ -274,14 +279,13 @@ def make_mask(
             "0 and 1 (with `position_ids` that restart where packed sequences begin), or use 'sdpa', 'flex_attention' "
             "or 'eager'."
         )
-    if mask.complete is not None:
-        if backend == "flex_attention":
-            return mask.block_mask()
-        return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
-    sequences = mask.sequences
     if backend == "flex_attention":
-        mask = follow_restarts(mask, position_ids, cache)
-        return _causal_block_mask(mask, cache, or_mask_function, window)
+        return follow_restarts(mask, position_ids, cache).block_mask(cache, or_mask_function, window)
+    if mask.complete is not None:
+        return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
+    sequences, same = mask.sequences, None
+    if mask.packed is not False and sequences is not None and not flash:
+        same = same_sequence(_up_to(sequences, mask.keys), padding_sees=mask.packed is None)
     if flash and sequences is None and cache is not None and mask.keys != mask.past + mask.queries:
         # Flash attention would see the free room of a static cache.
         sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
@@ -296,26 +300,8 @@ def make_mask(
         cache,
         position_ids,
         or_mask_function=or_mask_function,
-        and_mask_function=same_sequence(_up_to(mask.sequences, mask.keys)) if mask.packed else None,
+        and_mask_function=same,
     )
-
-
-def _causal_block_mask(
-    mask: AttentionMask, cache: Cache | None, or_mask_function: Callable | None, window: int | None
-) -> BlockMask:
-    keys, first_key = mask.keys, 0
-    if window is not None and cache is not None:  # layers with windows keep less
-        keys, first_key = cache.get_mask_sizes(mask.queries, _layer_with(cache, window))
-    functions = [
-        causal_mask_function if or_mask_function is None else or_masks(causal_mask_function, or_mask_function)
-    ]
-    if window is not None:
-        functions.append(in_window(window))
-    if mask.sequences is not None:
-        sequences = fixed_size(_up_to(mask.sequences, first_key + keys))
-        functions.append(same_sequence(sequences) if mask.packed else no_padding(sequences))
-    key_positions = torch.arange(keys, device=mask.device) + first_key
-    return make_block_mask(and_masks(*functions), mask.batch, mask.query_positions, key_positions)
 
 
 # --- windows, a size of its own for each layer ------------------------------------------------------------------------
@@ -343,11 +329,7 @@ def create_window_masks(
     cache: Cache | None,
     position_ids: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor | BlockMask | None]:
-    """One mask per kind of layer, under its [`mask_name`], in the form that the configured attention backend takes.
-
-    Args:
-        config: a configuration with `window_sizes`; the rest as for [`create_causal_mask`], whose errors it has.
-    """
+    """One mask per kind of layer of `config.window_sizes`, under its [`mask_name`], each as [`create_causal_mask`] makes it."""
     windows = {mask_name(config, layer): window for layer, window in enumerate(config.window_sizes or (None,))}
     if isinstance(cache, PAGED_CACHES):
         return dict.fromkeys(windows, create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids))
@@ -401,39 +383,16 @@ class Stretches(NamedTuple):
 # --- forms of a mask -------------------------------------------------------------------------------------------------
 
 
-def same_sequence(sequences: torch.Tensor) -> Callable:
-    """Mask function: key and query have the same number in `sequences` [batch, keys], or the key has EVERYONES."""
+def same_sequence(sequences: torch.Tensor, padding_sees: bool = False) -> Callable:
+    """Mask function: key and query have the same number in `sequences` [batch, keys], or the key has EVERYONES.
+
+    With `padding_sees`, queries of padding see all tokens, so that of 0 and 1 it makes what `padding_mask_function` does.
+    """
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        sequence = sequences[batch_idx, kv_idx]
-        return (sequence != 0) & ((sequence == sequences[batch_idx, q_idx]) | (sequence == EVERYONES))
-
-    return mask_function
-
-
-def no_padding(sequences: torch.Tensor) -> Callable:
-    """Mask function: the key is no padding, which is 0 in `sequences` [batch, keys]."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return sequences[batch_idx, kv_idx] != 0
-
-    return mask_function
-
-
-def in_window(window: int) -> Callable:
-    """Mask function: the key is not more than `window` − 1 tokens before the query."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return kv_idx > q_idx - window
-
-    return mask_function
-
-
-def _look_up(pairs: torch.Tensor, first_query: torch.Tensor) -> Callable:
-    """Mask function that looks up [batch, queries, keys], whose first row is position `first_query`, 0-d."""
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return pairs[batch_idx, q_idx - first_query, kv_idx]
+        key, query = sequences[batch_idx, kv_idx], sequences[batch_idx, q_idx]
+        seen = (key == query) | (key == EVERYONES)
+        return (key != 0) & (seen | (query == 0) if padding_sees else seen)
 
     return mask_function
 
@@ -467,7 +426,6 @@ def _up_to(sequences: torch.Tensor, keys: int) -> torch.Tensor:
     return F.pad(sequences, (0, max(0, keys - sequences.shape[1])))
 
 
-def _layer_with(cache: Cache, window: int | None) -> int:
-    """A layer of the cache that has a window, or, for None, that has not."""
-    wanted = window is not None
-    return cache.is_sliding.index(wanted) if wanted in cache.is_sliding else 0
+def _layer_of(cache: Cache, sliding: bool) -> int:
+    """A layer of the cache that has a window, or one that has none; the first if there is no such layer."""
+    return cache.is_sliding.index(sliding) if sliding in cache.is_sliding else 0

@@ -10,7 +10,7 @@ def attention_reference(
     bias: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """softmax(q·kᵀ·scaling + bias)·v with everything materialised.
+    """softmax(q·kᵀ·scaling + bias)·v with everything materialized.
 
     Args:
         query: [batch, heads, queries, head_dim].

@@ -5,11 +5,8 @@ For the logits ``z`` of one position, its target ``y`` and the largest logit ``m
     loss = mean over counted labels of (logsumexp_v z_v - z_y)  +  weight * mean over all positions of m^2
 
 The second term is the *max-z loss* of the Baichuan 2 report (arXiv 2309.10305, section 2.6), which holds the logits
-down: it stabilises training and makes sampling less sensitive to the repetition penalty. It counts every shifted
+down: it stabilizes training and makes sampling less sensitive to the repetition penalty. It counts every shifted
 position, also those whose label is ignored.
-
-`causal_lm_loss` takes the logits. `chunked_causal_lm_loss` takes the hidden states and the head's weight and never
-holds more than one chunk of logits; `reference_causal_lm_loss` is the naive form of the same function.
 """
 
 from collections.abc import Iterator
@@ -206,7 +203,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, targets, chunks):
         ctx.chunks = chunks
         ctx.save_for_backward(hidden_states, weight, bias, targets)
-        loss, ctx.gradients = chunks.loss_and_gradients(hidden_states, weight, bias, targets)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            loss, ctx.gradients = chunks.loss_and_gradients(hidden_states, weight, bias, targets)
         return loss
 
     @staticmethod
@@ -218,11 +216,11 @@ class _ChunkedLoss(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, gradients = ctx.chunks.loss_and_gradients(*ctx.saved_tensors)
-        dtypes = (tensor if tensor is None else tensor.dtype for tensor in ctx.saved_tensors[:3])
+            with torch.autocast(grad_loss.device.type, enabled=False):
+                _, gradients = ctx.chunks.loss_and_gradients(*ctx.saved_tensors)
         gradients = (
-            gradient if gradient is None else gradient.mul_(grad_loss).to(dtype)
-            for gradient, dtype in zip(gradients, dtypes, strict=True)
+            gradient if gradient is None else gradient.mul_(grad_loss).to(tensor.dtype)
+            for gradient, tensor in zip(gradients, ctx.saved_tensors[:3], strict=True)
         )
         return *gradients, None, None
 
@@ -251,14 +249,9 @@ class _Chunks:
         """Chunks of about equal size: one of a few tokens would take as long to add to the weight's gradient."""
         return rows.tensor_split(-(-len(rows) // self.size)) if len(rows) else ()
 
-    @torch.no_grad()
     def loss_and_gradients(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._loss_and_gradients(hidden_states, weight, bias, targets)
-
-    def _loss_and_gradients(self, hidden_states, weight, bias, targets):
         needs_hidden, needs_weight, needs_bias = self.needed
         exact = torch.promote_types(hidden_states.dtype, torch.float32)
         inputs, matrix = hidden_states.to(self.dtype), weight.to(self.dtype)
@@ -357,7 +350,7 @@ def _blocks(rows: int) -> Iterator[slice]:
 
 
 def _through_row_norms_(gradient: Tensor, weight: Tensor, row_scale: Tensor) -> None:
-    """Turns the gradient of the normalised rows u = r w into that of the raw rows w, in place."""
+    """Turns the gradient of the normalized rows u = r w into that of the raw rows w, in place."""
     for rows in _blocks(len(gradient)):
         raw, scale = weight[rows].to(gradient.dtype), row_scale[rows, None]
         along = (raw * gradient[rows]).sum(dim=-1, keepdim=True)

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from .._compat import ForCausalLMLoss, ForMaskedLMLoss, slice_logits_to_keep
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
-from .lazy_logits import deferred_logits
+from .lazy_logits import lazy_logits
 from .norm_head import NormHead
 
 _SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: False}
@@ -25,10 +25,10 @@ def loss_and_logits(
 
     In training, where the loss is this package's or transformers' own for causal or masked (unshifted)
     language models and the head a plain `nn.Linear` or `NormHead`, the loss is computed in chunks of
-    `config.loss_chunk_size` tokens without the logits, and the returned logits are deferred: who reads
+    `config.loss_chunk_size` tokens without the logits, and the returned logits are lazy: who reads
     `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who does not never pays
     for them. Everything else computes the logits and the loss from them: evaluation, `loss_chunk_size=None`,
-    `logits_to_keep`, a `loss_function` of the user's own, a head that is quantised, sharded, adapted by LoRA, offloaded
+    `logits_to_keep`, a `loss_function` of the user's own, a head that is quantized, sharded, adapted by LoRA, offloaded
     or hooked, `torch.compile`, and `nn.DataParallel`.
 
     Args:
@@ -38,11 +38,15 @@ def loss_and_logits(
         loss_kwargs: passed on to the loss (`num_items_in_batch`, `shift_labels`, `z_loss_weight`, ...).
     """
     chunk_size = getattr(model.config, "loss_chunk_size", DEFAULT_CHUNK_SIZE)
+    in_data_parallel = getattr(model, "_is_replica", False)  # its gather cannot read lazy logits
     if (
-        chunk_size is not None
+        model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not in_data_parallel
+        and chunk_size is not None
         and isinstance(logits_to_keep, int)
         and logits_to_keep == 0
-        and _is_training_step(model)
         and model.loss_function in _SHIFTS_LABELS
         and _is_plain(head, hidden_states)
     ):
@@ -57,15 +61,10 @@ def loss_and_logits(
             chunk_size=chunk_size,
             **loss_kwargs,
         )
-        return loss, deferred_logits(head, hidden_states)
+        return loss, lazy_logits(head, hidden_states)
 
     logits = head(slice_logits_to_keep(hidden_states, logits_to_keep))
     return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs), logits
-
-
-def _is_training_step(model: nn.Module) -> bool:
-    in_data_parallel = getattr(model, "_is_replica", False)  # its gather cannot read deferred logits
-    return model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_data_parallel
 
 
 def _is_plain(head: nn.Module, hidden_states: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Logits that are computed when somebody reads them.
 
 A training step needs the loss alone, and [tokens, vocab_size] logits are most of its memory, yet `outputs.logits` is
-part of every causal language model's interface: metrics, distillation losses and hooks read it. A deferred tensor has
+part of every causal language model's interface: metrics, distillation losses and hooks read it. A lazy tensor has
 the logits' shape, dtype, device and place in the autograd graph at once, and their values from the first operation on.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 
-def deferred_logits(head: nn.Module, hidden_states: Tensor) -> Tensor:
-    """`head(hidden_states)`, computed when it is first read.
+def lazy_logits(head: nn.Module, hidden_states: Tensor) -> Tensor:
+    """`head(hidden_states)` in the autocast state of this call, computed when it is first read.
 
     Args:
         head: maps (..., hidden_size) to (..., head.out_features), with parameters but no other state.
@@ -22,32 +22,25 @@ def deferred_logits(head: nn.Module, hidden_states: Tensor) -> Tensor:
     Reading the values raises RuntimeError after a parameter of the head or the hidden states have been changed in
     place (an optimizer step): they would not be the logits of this forward pass.
     """
-    return _DeferredHead.apply(_Projection(head, hidden_states), hidden_states, *head.parameters())
+    device = hidden_states.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+
+    def project(hidden_states: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=dtype if autocast else None, enabled=autocast):
+            return head(hidden_states)
+
+    shape = (*hidden_states.shape[:-1], head.out_features)
+    return _LazyHead.apply(project, shape, dtype, hidden_states, *head.parameters())
 
 
-class _Projection:
-    """The head in the autocast state of the forward pass."""
-
-    def __init__(self, head: nn.Module, hidden_states: Tensor):
-        self.head = head
-        self.device = hidden_states.device.type
-        self.autocast = torch.is_autocast_enabled(self.device)
-        self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else hidden_states.dtype
-        self.shape = (*hidden_states.shape[:-1], head.out_features)
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        with torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast):
-            return self.head(hidden_states)
-
-
-class _DeferredHead(torch.autograd.Function):
+class _LazyHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, project, hidden_states, *parameters):
+    def forward(ctx, project, shape, dtype, *inputs):
         ctx.project = project
-        ctx.save_for_backward(hidden_states, *parameters)
-        inputs = (hidden_states, *parameters)
+        ctx.save_for_backward(*inputs)
         versions = [tensor._version for tensor in inputs]
-        hidden_states = hidden_states.detach()
+        hidden_states = inputs[0].detach()
 
         def compute() -> Tensor:
             if versions != [tensor._version for tensor in inputs]:
@@ -58,22 +51,23 @@ class _DeferredHead(torch.autograd.Function):
             with torch.no_grad():
                 return project(hidden_states)
 
-        return DeferredTensor(compute, project.shape, project.dtype, hidden_states.device)
+        return LazyTensor(compute, shape, dtype, hidden_states.device)
 
     @staticmethod
     def backward(ctx, grad_logits):
-        inputs = [tensor for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+        needed = ctx.needs_input_grad[3:]
+        inputs = [tensor for tensor, is_needed in zip(ctx.saved_tensors, needed, strict=True) if is_needed]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             logits = ctx.project(ctx.saved_tensors[0])
         gradients = iter(torch.autograd.grad(logits, inputs, grad_logits, create_graph=create_graph))
-        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+        return None, None, None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 
-class DeferredTensor(Tensor):
+class LazyTensor(Tensor):
     """A tensor whose values `compute` returns when the first operation needs them.
 
     Copies and casts wait too: accelerate casts every output of a mixed-precision model to fp32, and
@@ -83,19 +77,20 @@ class DeferredTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    _compute: Callable[[], Tensor]
+    _computed: Tensor | None
+
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-
-    def __init__(self, compute: Callable[[], Tensor], shape, dtype, device):
-        self._compute = compute
-        self._computed: Tensor | None = None
+        lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        lazy._compute, lazy._computed = compute, None
+        return lazy
 
     def result(self) -> Tensor:
         """The values as an ordinary tensor outside the autograd graph, computed once."""
         if self._computed is None:
             self._computed = self._compute()
-            self._compute = None
+            del self._compute
         return self._computed
 
     @classmethod
@@ -106,7 +101,7 @@ class DeferredTensor(Tensor):
         args, kwargs = tree_map_only(cls, cls.result, (args, kwargs))
         return operation(*args, **kwargs)
 
-    def _copy_later(self, operation: Callable[..., Tensor], **kwargs) -> "DeferredTensor":
+    def _copy_later(self, operation: Callable[..., Tensor], **kwargs) -> "LazyTensor":
         version = self._version
 
         def compute() -> Tensor:
@@ -116,10 +111,9 @@ class DeferredTensor(Tensor):
                 )
             return operation(self.result(), **kwargs)
 
-        return DeferredTensor(compute, self.shape, kwargs.get("dtype", self.dtype), self.device)
+        return LazyTensor(compute, self.shape, kwargs.get("dtype", self.dtype), self.device)
 
     # What torch does not send through the dispatcher.
-
     def data_ptr(self) -> int:
         return self.result().data_ptr()
 

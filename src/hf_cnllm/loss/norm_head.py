@@ -1,12 +1,12 @@
-"""NormHead: an output head whose rows are normalised (Baichuan 2, arXiv 2309.10305, section 2.4).
+"""NormHead: an output head whose rows are normalized (Baichuan 2, arXiv 2309.10305, section 2.4).
 
     logits = h · (W / ‖W‖)ᵀ,   with ‖·‖ the L2 norm of each row of W [vocab_size, hidden_size]
 
-The published code normalised inside `forward` and, on the first call in evaluation mode, overwrote the weight. Here
+The published code normalized inside `forward` and, on the first call in evaluation mode, overwrote the weight. Here
 nothing is ever overwritten:
 
 - the *parameter* (state dict, optimizer, `named_parameters`, safetensors) is the raw W, under the name `weight`;
-- the *attribute* `head.weight` reads as the effective, normalised matrix, with gradient to the raw one. Code that
+- the *attribute* `head.weight` reads as the effective, normalized matrix, with gradient to the raw one. Code that
   multiplies hidden states by `model.get_output_embeddings().weight` on its own, as TRL's fused heads do, gets right
   logits without knowing of NormHead.
 """
@@ -33,7 +33,7 @@ def inverse_row_norms(weight: torch.Tensor) -> torch.Tensor:
 def rows_around_mean(weight: torch.Tensor, count: int) -> torch.Tensor:
     """`count` random new rows [count, hidden_size] for a NormHead's raw `weight`, fp32, as long as its rows on average.
 
-    Normalised, their mean is that of the old rows, as `resize_token_embeddings` wants it: each is that mean plus a
+    Normalized, their mean is that of the old rows, as `resize_token_embeddings` wants it: each is that mean plus a
     direction at right angles to it, and the directions cancel out, in pairs ±d, of an odd number three in a plane. (Rows
     drawn close to the mean itself would all be stretched to length 1 and outbid the old ones.) One row alone has nothing
     to cancel with.
@@ -54,7 +54,7 @@ def rows_around_mean(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class EffectiveWeight(torch.Tensor):
-    """The row-normalised matrix as `NormHead.weight` gives it: computed afresh, so writing to it would be lost.
+    """The row-normalized matrix as `NormHead.weight` gives it: computed afresh, so writing to it would be lost.
 
     Operations on it give plain tensors; what would change it in place raises.
     """
@@ -65,7 +65,7 @@ class EffectiveWeight(torch.Tensor):
         in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
         if in_place and isinstance(args[0], cls):
             raise RuntimeError(
-                "NormHead.weight is the row-normalised form of NormHead.raw_weight and cannot be written to. "
+                "NormHead.weight is the row-normalized form of NormHead.raw_weight and cannot be written to. "
                 "Change `raw_weight` instead; a LoRA adapter on this head cannot be merged, so leave `lm_head` out of "
                 "its target modules (`modules_to_save=['lm_head']` trains the head itself)."
             )
@@ -74,12 +74,7 @@ class EffectiveWeight(torch.Tensor):
 
 
 class NormHead(nn.Linear):
-    """Output projection with row-normalised weight, without bias.
-
-    Args:
-        hidden_size: width of the input.
-        vocab_size: number of rows.
-    """
+    """Output projection with row-normalized weight, without bias."""
 
     def __init__(self, hidden_size: int, vocab_size: int, device=None, dtype=None):
         super().__init__(hidden_size, vocab_size, bias=False, device=device, dtype=dtype)
@@ -93,13 +88,11 @@ class NormHead(nn.Linear):
         """The stored parameter [vocab_size, hidden_size]."""
         if "weight" in self._parameters:
             return self._parameters["weight"]
-        if "weight" in self.__dict__:  # by the setter below
-            if (
-                torch.is_grad_enabled()
-            ):  # in forward; FSDP1 has made the view a parameter by then, if it does so at all
-                raise RuntimeError("NormHead works under FSDP2, and under FSDP1 only with use_orig_params=True")
-            return self.__dict__["weight"]
-        raise AttributeError("NormHead has no parameter `weight`")
+        if "weight" not in self.__dict__:  # the setter below puts it there
+            raise AttributeError("NormHead has no parameter `weight`")
+        if torch.is_grad_enabled():  # in forward; by then FSDP1 has made the view a parameter, if it does so at all
+            raise RuntimeError("NormHead works under FSDP2, and under FSDP1 only with use_orig_params=True")
+        return self.__dict__["weight"]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -142,7 +135,7 @@ class NormHead(nn.Linear):
         needs_grad = torch.is_grad_enabled() and weight.requires_grad
         if torch.compiler.is_compiling() or self.training or needs_grad or weight.is_meta or weight.is_inference():
             return inverse_row_norms(weight)
-        # Memoised for one version of the weight: an in-place change, a move or a replacement makes a new key. Writes
+        # Memoized for one version of the weight: an in-place change, a move or a replacement makes a new key. Writes
         # through `raw_weight.data` have no version; `train()` and `eval()` forget the memo for their sake.
         key = (weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape)
         if self._memo is None or self._memo[0] != key:

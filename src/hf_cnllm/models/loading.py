@@ -32,8 +32,8 @@ class CheckpointLoadingMixin:
             raise OSError(
                 f"{_damaged_file(pretrained_model_name_or_path)} is damaged or truncated ({error}). Download it again."
             ) from error
-        backbone = {name for name, _ in model.named_parameters() if name.startswith(f"{cls.base_model_prefix}.")}
-        backbone = backbone or {name for name, _ in model.named_parameters()}
+        names = {name for name, _ in model.named_parameters()}
+        backbone = {name for name in names if name.startswith(f"{cls.base_model_prefix}.")} or names
         holds_others = any(name.endswith((".weight", ".bias")) for name in info["unexpected_keys"])
         if holds_others and backbone <= set(info["missing_keys"]):
             raise ValueError(

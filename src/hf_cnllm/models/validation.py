@@ -17,15 +17,10 @@ from .._compat import (
     update_as_others,
 )
 
-CACHES = (Cache, *PAGED_CACHES)
-
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuses token ids outside the vocabulary. On accelerators nothing is looked at, as that would wait for them.
-
-    Raises:
-        ValueError: naming the id and where it stands.
-    """
+    """Refuses token ids outside the vocabulary with a ValueError. On accelerators nothing is looked at, as that would wait
+    for them."""
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
         return
     smallest, largest = input_ids.aminmax()
@@ -44,29 +39,27 @@ def validate_inputs(
     cache: Cache | None,
     kwargs: dict[str, Any],
 ) -> Cache | None:
-    """Refuses what a forward pass cannot begin with, before any work, and returns its cache.
+    """Refuses what a forward pass cannot begin with, before any work, and returns its cache, see [`take_cache`].
 
     Args:
-        input_ids: [batch, length], or None.
-        inputs_embeds: [batch, length, hidden_size], or None; one of the two is given.
-        cache: the keys and values so far, or None.
+        input_ids, inputs_embeds: [batch, length] or [batch, length, hidden_size]; one of the two is given.
         kwargs: the forward pass's other arguments, among them perhaps the cache by its old name.
 
     Raises:
         ValueError: naming the argument and what to pass instead.
-        TypeError: a cache under another keyword, see [`take_cache`].
     """
     cache = take_cache(cache, kwargs)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:
         check_token_ids(input_ids, config.vocab_size)
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
-    check_length(inputs)
+    batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    if length == 0:
+        raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    check_cache(cache, inputs.shape[0], config.num_hidden_layers, heads, head_dim)
+    check_cache(cache, batch_size, config.num_hidden_layers, heads, head_dim)
     return cache
 
 
@@ -80,23 +73,13 @@ def take_cache(cache: object, kwargs: dict[str, Any]) -> Any:
     if OLD_CACHE_NAME in kwargs:
         cache = pop_cache(kwargs, cache)
     for name, value in kwargs.items():
-        if isinstance(value, CACHES):
+        if isinstance(value, (Cache, *PAGED_CACHES)):
             raise TypeError(
                 f"the model got a {type(value).__name__} as `{name}`, which it does not know: pass it as `cache`. If "
                 f"this call is transformers' own, its release {INSTALLED} has renamed the argument; hf_cnllm works with "
                 f"{TESTED}: {PIP_INSTALL}"
             )
     return update_as_others(cache) if isinstance(cache, PagedAttentionCache) else cache
-
-
-def check_length(inputs_embeds: Tensor) -> None:
-    """Refuses sequences of no tokens.
-
-    Raises:
-        ValueError: inputs_embeds [batch, length, ...] has length 0.
-    """
-    if inputs_embeds.shape[1] == 0:
-        raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
 
 
 def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int | Tensor:
@@ -108,19 +91,16 @@ def cached_length(cache: Cache | None, learned_keys: int | None = None) -> int |
 
 
 def check_cache(cache: Cache | None, batch_size: int, num_layers: int, num_heads: int, head_dim: int) -> None:
-    """Refuses a cache that another model filled, or that holds other sequences, and the tuples of older versions.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if isinstance(cache, PAGED_CACHES):
+    """Refuses, with a ValueError, a cache that another model filled or that holds other sequences, and the tuples of older
+    versions."""
+    if cache is None or isinstance(cache, PAGED_CACHES):
         return
-    if cache is not None and not isinstance(cache, Cache):
+    if not isinstance(cache, Cache):
         raise ValueError(
             f"`cache` is of type {type(cache).__name__}, but must be a transformers `Cache`, such as "
             "`DynamicCache()`, which a forward pass with `use_cache=True` returns."
         )
-    if cache is None or not cache.layers:
+    if not cache.layers:
         return
     grows = getattr(cache, "layer_class_to_replicate", None) is not None
     if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):

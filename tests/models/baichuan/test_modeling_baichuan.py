@@ -18,7 +18,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
-from hf_cnllm.attention.alibi import alibi_bias, alibi_slopes
+from hf_cnllm.attention.alibi import alibi_slopes
+from hf_cnllm.attention.reference import alibi_bias_reference
 
 CHECKPOINTS = ("baichuan_7b", "baichuan_13b", "baichuan2_7b", "baichuan2_13b")
 SPECIAL_CASES = ("alibi", "normhead_eval", "normhead_eval_train_eval")
@@ -56,7 +57,7 @@ def test_golden_alibi_slopes(name):
     positions = torch.arange(8)
     visible = positions[None, :] <= positions[:, None]
     original = outputs["future_mask_8"].reshape(5, 8, 8)
-    relative = alibi_bias(alibi_slopes(5), positions, positions)
+    relative = alibi_bias_reference(alibi_slopes(5), 8, 8)
     difference = (original - relative).masked_fill(~visible, torch.nan)
     constant_along_rows = difference.nan_to_num().sum(-1) / visible.sum(-1)
     assert_close(
@@ -114,7 +115,7 @@ def test_fully_masked_rows_stay_finite():
             assert logits.isfinite().all(), (name, backend)
 
 
-def mask_with_blind_rows(kind: str, length: int) -> torch.Tensor:
+def mask_with_fully_masked_rows(kind: str, length: int) -> torch.Tensor:
     """The first third of row 1 is padding, with documents the end of row 0 too."""
     if kind == "3-D":
         mask = torch.ones(2, length, length, dtype=torch.long)
@@ -136,7 +137,7 @@ def mask_with_blind_rows(kind: str, length: int) -> torch.Tensor:
 def test_rows_that_look_nowhere_are_the_same_on_every_backend(name, kind):
     """They count in the loss: in max-z, and where the first token has a label. A kernel's own gradient there is noise."""
     ids = torch.randint(10, 90, (2, 40), generator=torch.Generator().manual_seed(0))
-    mask = mask_with_blind_rows(kind, ids.shape[1])
+    mask = mask_with_fully_masked_rows(kind, ids.shape[1])
     losses, gradients = {}, {}
     for backend in BACKENDS:
         model = load(name, backend, z_loss_weight=0.01)

@@ -31,7 +31,7 @@ from ..._compat import (
     slice_logits_to_keep,
     takes_cache,
 )
-from ...attention.alibi import ALIBI_MASKS, AlibiMask, alibi_attention, create_alibi_mask, prepare_alibi_mask
+from ...attention.alibi import ALIBI_ATTENTION, ALIBI_MASKS, AlibiMask, create_alibi_mask, prepare_alibi_mask
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.masks import create_causal_mask, is_packed
 from ...loss.causal_lm import causal_lm_loss
@@ -92,7 +92,7 @@ class BaichuanAttention(nn.Module):
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         if isinstance(attention_mask, ALIBI_MASKS):
-            attention_interface = alibi_attention(backend)
+            attention_interface = ALIBI_ATTENTION[backend]
         attn_output, attn_weights = attention_interface(
             self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
