@@ -272,14 +272,9 @@ class QWenTokenizer(ChatTokenizer):
 
     # ---- files ----
 
-    def _has_vocab_file(self) -> bool:
-        return True  # it is written anew
-
-    def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `qwen.tiktoken`, extra tokens included (as the original does)."""
-        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "qwen.tiktoken")
+    def write_vocabulary(self, path: str) -> None:
+        """Writes `qwen.tiktoken` anew, extra tokens included (as the original does)."""
         write_tiktoken(self.mergeable_ranks, path)
-        return (path,)
 
 
 __all__ = ["QWenTokenizer"]
