@@ -244,5 +244,10 @@ def taking_spaces(token: str) -> AddedToken:
     return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
 
 
+def id_of(token: str) -> property:
+    """A tokenizer's property: the id of `token`."""
+    return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
+
+
 def as_list(token_ids: int | Iterable[int]) -> list[int]:
     return [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]

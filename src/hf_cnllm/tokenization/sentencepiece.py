@@ -35,24 +35,9 @@ SPACE = "▁"  # SentencePiece's visible space, U+2581
 _MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
 
 
-class PieceType(IntEnum):
-    """The `type` field of a piece in `sentencepiece_model.proto`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-class ModelType(IntEnum):
-    """The `model_type` field of the trainer in `sentencepiece_model.proto`."""
-
-    UNIGRAM = 1
-    BPE = 2
-    WORD = 3
-    CHAR = 4
+# The fields `type` of a piece and `model_type` of the trainer in `sentencepiece_model.proto`.
+PieceType = IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
+ModelType = IntEnum("ModelType", "UNIGRAM BPE WORD CHAR")
 
 
 @dataclass(frozen=True)

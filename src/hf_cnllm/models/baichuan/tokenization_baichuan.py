@@ -72,7 +72,8 @@ class BaichuanTokenizer(ChatTokenizer):
         for is_special, run in groupby(tokens, key=set(self.all_special_tokens).__contains__):
             if is_special and parts:
                 parts.insert(-1, " ")  # in front of the text, not of the special token: the original's way
-            parts.append("".join(run) if is_special else self._tokenizer.decoder.decode(mend_bytes(run)))
+            pieces = list(run)
+            parts.append("".join(pieces) if is_special else self._tokenizer.decoder.decode(mend_bytes(pieces)))
         return "".join(parts)
 
     def chat_control_pieces(self) -> list[str]:

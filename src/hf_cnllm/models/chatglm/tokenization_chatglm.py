@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer, processors
+import numpy as np
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import BatchEncoding
 
-from ...tokenization.base import as_list, taking_spaces
+from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
@@ -23,7 +25,7 @@ from .vocabulary_chatglm import (
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
-    recognize_generation,
+    recognize_version,
     symbols_as_text,
 )
 
@@ -90,7 +92,7 @@ class ChatGLMTokenizer(ChatTokenizer):
             if vocab_file is None:
                 raise ValueError(f"ChatGLMTokenizer: neither {ICE_TEXT} nor {TOKENIZER_MODEL} was found.")
             self._sentencepiece = SentencePieceModel.from_file(vocab_file)
-            generation = recognize_generation(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
+            generation = recognize_version(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
         if generation not in VERSIONS:
             raise ValueError(
                 f"generation is {generation!r}, but must be one of {', '.join(VERSIONS)}: {tokenizer_file} does "
@@ -102,35 +104,31 @@ class ChatGLMTokenizer(ChatTokenizer):
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         self.vocab_files_names = {"vocab_file": self._version.vocab_file, "tokenizer_file": "tokenizer.json"}
         # Names of tokens that are no special tokens: making them so would change what may stand in text.
-        others = kwargs.pop("model_specific_special_tokens", None) or {}
-        kwargs |= {name: token for name, token in others.items() if name not in kwargs}
+        kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
         for name in ("gmask_token", "end_token", "eop_token"):
             kwargs.pop(name, None)
         self._named = {name: kwargs.pop(name, token) for name, token in self._version.special_tokens.items()}
+        settings = {
+            **{"num_image_tokens": num_image_tokens, "encode_special_tokens": encode_special_tokens},
+            **{"do_lower_case": do_lower_case, "remove_space": remove_space},
+        }
+        defaults = {
+            "clean_up_tokenization_spaces": self._version.cleans_up,
+            "model_input_names": list(self._version.input_names),
+            **{name: settings[name] for name in self._version.settings},
+        }
         super().__init__(
-            vocab_file=vocab_file,
-            tokenizer_file=tokenizer_file,
-            tokenizer_object=tokenizer_object,
+            vocab_file,
+            tokenizer_file,
+            tokenizer_object,
             generation=generation,
             **self._named,
-            **self._settings(encode_special_tokens),
-            **{
-                "clean_up_tokenization_spaces": self._version.cleans_up,
-                "model_input_names": list(self._version.input_names),
-                **kwargs,
-            },
+            **{**defaults, **kwargs},
         )
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:
             self.chat_template = read_template(self._version.template)
-
-    def _settings(self, encode_special_tokens: bool) -> dict[str, Any]:
-        """The arguments that this generation knows, for saving."""
-        if self._version.vocab_file == ICE_TEXT:
-            names = ("num_image_tokens", "do_lower_case", "remove_space")
-            return {name: getattr(self, name) for name in names}
-        return {"encode_special_tokens": encode_special_tokens} if self.generation == "chatglm3" else {}
 
     @property
     def _version(self) -> ChatGLMVersion:
@@ -171,13 +169,7 @@ class ChatGLMTokenizer(ChatTokenizer):
             state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in ROLES]
             self._tokenizer = Tokenizer.from_str(json.dumps(state))
 
-    @property
-    def gmask_token_id(self) -> int:
-        return self.get_command(self.gmask_token)
-
-    @property
-    def end_token_id(self) -> int:
-        return self.get_command(self.end_token)
+    gmask_token_id, end_token_id = id_of(gmask_token), id_of(end_token)
 
     def get_command(self, token: str) -> int:
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.
@@ -203,28 +195,35 @@ class ChatGLMTokenizer(ChatTokenizer):
             )
 
     def update_post_processor(self) -> None:
-        """Where the special tokens go is a matter of the generation alone."""
+        """Where the special tokens go is a matter of the version alone."""
         self._add_bos_token = self._add_eos_token = False
-        self._place_special_tokens(self._version.single, self._version.pair)
+        self._end_texts_with(self._version.ending)
 
-    def _place_special_tokens(self, single: str, pair: str) -> None:
-        names = {name for name in f"{single} {pair}".split() if not name.startswith("$")}
-        self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(name, self._tokenizer.token_to_id(name)) for name in names]
+    def _end_texts_with(self, ending: str) -> None:
+        layouts = (
+            layout.replace(self._version.ending, ending) for layout in (self._version.single, self._version.pair)
         )
+        surround_texts(self._tokenizer, *(layout.split() for layout in layouts))
+
+    @contextmanager
+    def _early_ending(self, ids: list[int]) -> Iterator[int]:
+        """Puts behind texts what the early revision has behind `ids`: [gMASK] only where there is no [MASK] to fill.
+        Yields how many tokens that are."""
+        mask = self.get_command("[MASK]")
+        ending = self._version.ending if mask not in ids else "<sop>" if ids[-1] == mask else "</s> <sop>"
+        self._end_texts_with(ending)
+        try:
+            yield len(ending.split())
+        finally:
+            self.update_post_processor()
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """The ids of one text or two with the special tokens that `tokenizer(…)` puts around them."""
-        texts = {"$A": token_ids_0, "$B": token_ids_1 or []}
-        layout = self._version.single if token_ids_1 is None else self._version.pair
-        if self.generation == "chatglm_early":
-            layout = layout.replace(self._version.ending, self._early_ending(texts["$A"] + texts["$B"]))
-        ids: list[int] = []
-        for name in layout.split():
-            ids += texts[name] if name in texts else [self._tokenizer.token_to_id(name)]
-        return ids
+        if self.generation != "chatglm_early":
+            return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        with self._early_ending([*token_ids_0, *(token_ids_1 or [])]):
+            return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any):
         raise NotImplementedError(
@@ -243,26 +242,19 @@ class ChatGLMTokenizer(ChatTokenizer):
         batch = super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
         if self.generation != "chatglm_early" or not add_special_tokens:
             return batch
-        endings = [
-            self._early_ending([i for i, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added])
+        contents = [
+            [index for index, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added]
             for row in batch.encodings
         ]
-        if all(ending == self._version.ending for ending in endings):
+        if not any(self.get_command("[MASK]") in ids for ids in contents):
             return batch
-        return self._encode_with_endings(text, text_pair, endings, **kwargs)
-
-    def _early_ending(self, ids: list[int]) -> str:
-        """What the early revision puts behind text: [gMASK] only where there is no [MASK] to fill."""
-        mask = self.get_command("[MASK]")
-        if mask not in ids:
-            return self._version.ending
-        return "<sop>" if ids[-1] == mask else "</s> <sop>"
+        return self._encode_with_endings(text, text_pair, contents, **kwargs)
 
     def _encode_with_endings(
         self,
         text,
         text_pair,
-        endings: list[str],
+        contents: list[list[int]],
         padding_strategy: str = "do_not_pad",
         truncation_strategy: Any = "do_not_truncate",
         max_length: int | None = None,
@@ -278,21 +270,17 @@ class ChatGLMTokenizer(ChatTokenizer):
         is_batched = isinstance(text[0] if is_split_into_words else text, (list, tuple))
         texts, pairs = (text, text_pair or repeat(None)) if is_batched else ([text], [text_pair])
         encodings: list[Encoding] = []
-        try:
-            for one, other, ending in zip(texts, pairs, endings, strict=False):
-                layouts = (self._version.single, self._version.pair)
-                self._place_special_tokens(*(layout.replace(self._version.ending, ending) for layout in layouts))
+        for one, other, ids in zip(texts, pairs, contents, strict=False):
+            with self._early_ending(ids) as added:
                 alone = super()._encode_plus(
                     [one],
                     None if other is None else [other],
                     truncation_strategy=truncation_strategy,
-                    max_length=None if max_length is None else max_length - 2 + len(ending.split()),
+                    max_length=None if max_length is None else max_length - 2 + added,
                     is_split_into_words=is_split_into_words,
                     split_special_tokens=split_special_tokens,
                 )
-                encodings += alone.encodings
-        finally:
-            self.update_post_processor()
+            encodings += alone.encodings
         self.pad_encodings(encodings, padding_strategy, max_length, pad_to_multiple_of, padding_side)
         return self.batch_of(encodings, is_batched, return_tensors, **flags)
 
@@ -310,15 +298,10 @@ class ChatGLMTokenizer(ChatTokenizer):
             )
         padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         if "position_ids" in padded:
-            pads = [0] * (len(padded["input_ids"]) - len(ids))
-            is_left = (padding_side or self.padding_side) == "left"
-
-            def fill(row: list) -> list:
-                if row and isinstance(row[0], list):
-                    return [fill(part) for part in row]
-                return pads + row if is_left else row + pads
-
-            padded["position_ids"] = fill(padded["position_ids"])
+            missing = len(padded["input_ids"]) - len(ids)
+            sides = (missing, 0) if (padding_side or self.padding_side) == "left" else (0, missing)
+            positions = np.array(padded["position_ids"])
+            padded["position_ids"] = np.pad(positions, [(0, 0)] * (positions.ndim - 1) + [sides]).tolist()
         return padded
 
     def _positions(self, ids: list[int], attention_mask: list[int]) -> list:

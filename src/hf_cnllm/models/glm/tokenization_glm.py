@@ -11,10 +11,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from ...tokenization.base import OriginalVocabularyTokenizer, surround_texts, taking_spaces
+from ...tokenization.base import OriginalVocabularyTokenizer, id_of, surround_texts, taking_spaces
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
@@ -34,10 +34,6 @@ class GLMBatchEncoding(BatchEncoding):
         return self
 
 
-def _id_of(token: str) -> property:
-    return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
-
-
 class GLMTokenizerMixin:
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
@@ -51,8 +47,8 @@ class GLMTokenizerMixin:
         return {"AutoTokenizer": [f"THUDM/glm-10b--tokenization_glm.{type(self).__name__}", None]}
 
     sop_token, eop_token = "<|startofpiece|>", "<|endofpiece|>"
-    sop_token_id, eop_token_id = _id_of(sop_token), _id_of(eop_token)
-    gmask_token_id, smask_token_id = _id_of("[gMASK]"), _id_of("[sMASK]")
+    sop_token_id, eop_token_id = id_of(sop_token), id_of(eop_token)
+    gmask_token_id, smask_token_id = id_of("[gMASK]"), id_of("[sMASK]")
 
     @property
     def mask_token_ids(self) -> list[int]:
@@ -285,7 +281,8 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         added = self.added_tokens_encoder.keys() - {self.unk_token}
         parts: list[str] = []
         for is_added, run in groupby(tokens, key=added.__contains__):
-            parts += run if is_added else [self._tokenizer.decoder.decode(list(run))]
+            pieces = list(run)
+            parts += pieces if is_added else [self._tokenizer.decoder.decode(pieces)]
         return " ".join(parts)
 
 
