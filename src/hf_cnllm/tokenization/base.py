@@ -69,8 +69,6 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         """The files as they are: `__init__` reads them."""
         return kwargs
 
-    # ---- saving ----
-
     def save_pretrained(self, save_directory, legacy_format: bool | None = None, *args, **kwargs) -> tuple[str, ...]:
         """As [`~PreTrainedTokenizerBase.save_pretrained`]; nothing is written if `legacy_format=True` cannot be."""
         if legacy_format and not self.can_save_slow_tokenizer:
@@ -130,8 +128,6 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
             if not isinstance(getattr(type(self), name, None), cached_property)
         }
 
-    # ---- text to ids, and back ----
-
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
         new_tokens = [token for token in new_tokens if not self.is_settled(str(token))]
         if self.finds_added_tokens_in_raw_text:
@@ -173,8 +169,6 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
-    # ---- batches of what was encoded piece by piece ----
 
     def pad_encodings(
         self,

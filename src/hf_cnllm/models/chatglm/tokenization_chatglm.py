@@ -33,19 +33,16 @@ from .vocabulary_chatglm import (
 class ChatGLMTokenizer(ChatTokenizer):
     r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
 
-    `generation` says which one this is; `vocabulary_chatglm` has the table and tells how it is recognized.
-
-    | generation                 | special tokens      | chat                                               |
+    | version                    | special tokens      | chat                                               |
     |----------------------------|---------------------|----------------------------------------------------|
     | `chatglm_early`, `chatglm` | text, [gMASK] <sop> | `[Round 0]\n问：…\n答：…`; a lone question as it is |
     | `chatglm2`                 | [gMASK] sop, text   | `[Round 1]\n\n问：…\n\n答：…`                      |
     | `chatglm3`                 | [gMASK] sop, text   | role, a line of metadata, content; tools           |
 
     In ChatGLM-6B special tokens may stand in text (`[MASK]`, `<eop>`, …), in ChatGLM2 and 3 they may not, as in the
-    originals. In chats, messages never yield one.
-
-    ChatGLM3's chats: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages may
-    have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system message, `tools`.
+    originals. In chats, messages never yield one. ChatGLM3's take `tools` (functions, JSON schemas or its own `{"name",
+    "description", "parameters"}`), and messages may have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role
+    `observation` and, in a system message, `tools`.
 
     Args:
         vocab_file: `ice_text.model` or `tokenizer.model`.
@@ -102,33 +99,24 @@ class ChatGLMTokenizer(ChatTokenizer):
             num_image_tokens = IMAGE_TOKENS if generation == "chatglm_early" else 0
         self.generation, self.num_image_tokens = generation, num_image_tokens
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
-        self.vocab_files_names = {"vocab_file": self._version.vocab_file, "tokenizer_file": "tokenizer.json"}
+        version = self._version
+        self.vocab_files_names = {"vocab_file": version.vocab_file, "tokenizer_file": "tokenizer.json"}
         # Names of tokens that are no special tokens: making them so would change what may stand in text.
         kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
         for name in ("gmask_token", "end_token", "eop_token"):
             kwargs.pop(name, None)
-        self._named = {name: kwargs.pop(name, token) for name, token in self._version.special_tokens.items()}
-        settings = {
-            **{"num_image_tokens": num_image_tokens, "encode_special_tokens": encode_special_tokens},
-            **{"do_lower_case": do_lower_case, "remove_space": remove_space},
-        }
-        defaults = {
-            "clean_up_tokenization_spaces": self._version.cleans_up,
-            "model_input_names": list(self._version.input_names),
-            **{name: settings[name] for name in self._version.settings},
-        }
-        super().__init__(
-            vocab_file,
-            tokenizer_file,
-            tokenizer_object,
-            generation=generation,
-            **self._named,
-            **{**defaults, **kwargs},
-        )
+        self._named = {name: kwargs.pop(name, token) for name, token in version.special_tokens.items()}
+        names = ("num_image_tokens", "do_lower_case", "remove_space") if version.vocab_file == ICE_TEXT else ()
+        kwargs |= {name: getattr(self, name) for name in names}
+        if generation == "chatglm3":
+            kwargs["encode_special_tokens"] = encode_special_tokens
+        kwargs.setdefault("clean_up_tokenization_spaces", version.cleans_up)
+        kwargs.setdefault("model_input_names", list(version.input_names))
+        super().__init__(vocab_file, tokenizer_file, tokenizer_object, generation=generation, **self._named, **kwargs)
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:
-            self.chat_template = read_template(self._version.template)
+            self.chat_template = read_template(version.template)
 
     @property
     def _version(self) -> ChatGLMVersion:
@@ -142,16 +130,13 @@ class ChatGLMTokenizer(ChatTokenizer):
         backend.add_special_tokens([taking_spaces(str(token)) for token in self._named.values() if token is not None])
         return backend
 
-    # ---- special tokens ----
-
     def is_settled(self, token: str) -> bool:
         return self._tokenizer.model.token_to_id(token) is not None  # also which of them text may contain
 
     def get_added_vocab(self) -> dict[str, int]:
         """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""
-        return {
-            token: self._tokenizer.token_to_id(token) for token in self._version.control
-        } | super().get_added_vocab()
+        control = {token: self._tokenizer.token_to_id(token) for token in self._version.control}
+        return control | super().get_added_vocab()
 
     @property
     def encode_special_tokens(self) -> bool:
@@ -200,10 +185,8 @@ class ChatGLMTokenizer(ChatTokenizer):
         self._end_texts_with(self._version.ending)
 
     def _end_texts_with(self, ending: str) -> None:
-        layouts = (
-            layout.replace(self._version.ending, ending) for layout in (self._version.single, self._version.pair)
-        )
-        surround_texts(self._tokenizer, *(layout.split() for layout in layouts))
+        usual, single, pair = self._version.ending, self._version.single, self._version.pair
+        surround_texts(self._tokenizer, *(layout.replace(usual, ending).split() for layout in (single, pair)))
 
     @contextmanager
     def _early_ending(self, ids: list[int]) -> Iterator[int]:
@@ -230,8 +213,6 @@ class ChatGLMTokenizer(ChatTokenizer):
             "The rules of this tokenizer come from a SentencePiece model, its control tokens too. Train a new one "
             f"with sentencepiece.SentencePieceTrainer, and load it as {self._version.vocab_file}."
         )
-
-    # ---- text to ids ----
 
     def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
         if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text
@@ -312,20 +293,16 @@ class ChatGLMTokenizer(ChatTokenizer):
         """
         start = attention_mask.index(1) if 1 in attention_mask else len(ids)
         real = ids[start : start + sum(attention_mask)]
-        before, after = [0] * start, [0] * (len(ids) - start - len(real))
-        if self._version.vocab_file == TOKENIZER_MODEL:
-            return before + list(range(len(real))) + after
-        bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
-        context = real.index(bos) if bos in real else len(real)
-        rest = len(real) - context
-        wanted = mask if mask in real else gmask
-        spot = [real.index(wanted)] * rest if wanted in real else list(range(context, len(real)))
-        return [
-            before + list(range(context)) + spot + after,
-            before + [0] * context + list(range(1, rest + 1)) + after,
-        ]
-
-    # ---- ids to text ----
+        rows = [[*range(len(real))]]
+        if self._version.vocab_file == ICE_TEXT:
+            bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
+            context = real.index(bos) if bos in real else len(real)
+            blank = mask if mask in real else gmask
+            if blank in real:
+                rows[0][context:] = [real.index(blank)] * (len(real) - context)
+            rows.append([*[0] * context, *range(1, len(real) - context + 1)])
+        rows = [[*[0] * start, *row, *[0] * (len(ids) - start - len(real))] for row in rows]
+        return rows if len(rows) > 1 else rows[0]
 
     def _decode(
         self,
@@ -348,8 +325,6 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._tokenizer.decoder.decode(mend_bytes(tokens))
-
-    # ---- chats ----
 
     def chat_control_pieces(self) -> Iterable[str]:
         return [*self._version.control, "</s>"]

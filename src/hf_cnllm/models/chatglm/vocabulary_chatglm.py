@@ -41,7 +41,6 @@ class ChatGLMVersion(NamedTuple):
         special_tokens: the named special tokens.
         template: name of the chat template.
         single, pair: where the special tokens go, as templates of `tokenizers.processors.TemplateProcessing`.
-        settings: the tokenizer's arguments that it knows.
         input_names: what the model takes.
         shows_control: whether decoding shows the control tokens; else they have no text.
         ignores_unknown_ids: whether decoding passes over ids without a token; else they are an error.
@@ -55,7 +54,6 @@ class ChatGLMVersion(NamedTuple):
     template: str
     single: str
     pair: str
-    settings: tuple[str, ...] = ()
     input_names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
     shows_control: bool = False
     ignores_unknown_ids: bool = False
@@ -78,7 +76,6 @@ _CHATGLM = ChatGLMVersion(
     template="chatglm",
     single="$A [gMASK] <sop>",
     pair="$A [gMASK] <sop> $B <eop>",
-    settings=("num_image_tokens", "do_lower_case", "remove_space"),
     cleans_up=True,
 )
 _CHATGLM2 = ChatGLMVersion(
@@ -100,11 +97,7 @@ VERSIONS = {
     "chatglm": _CHATGLM,
     "chatglm2": _CHATGLM2,
     "chatglm3": _CHATGLM2._replace(
-        control=_CHATGLM2.control + ROLES,
-        template="chatglm3",
-        settings=("encode_special_tokens",),
-        shows_control=True,
-        ignores_unknown_ids=True,
+        control=_CHATGLM2.control + ROLES, template="chatglm3", shows_control=True, ignores_unknown_ids=True
     ),
 }
 

@@ -118,8 +118,6 @@ class QWenTokenizer(ChatTokenizer):
             ranks |= extra
         return build_backend(ranks, self._special_names)
 
-    # ---- vocabulary ----
-
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Special token -> id."""
@@ -152,8 +150,6 @@ class QWenTokenizer(ChatTokenizer):
         if isinstance(tokens, str):
             return self._tokenizer.token_to_id(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
-
-    # ---- text to ids ----
 
     def _encode_plus(
         self,
@@ -223,8 +219,6 @@ class QWenTokenizer(ChatTokenizer):
         other._tokenizer = backend
         return other
 
-    # ---- ids to text ----
-
     def _decode(
         self,
         token_ids: int | list[int],
@@ -252,8 +246,6 @@ class QWenTokenizer(ChatTokenizer):
         added = self.added_tokens_encoder
         pieces = (t if isinstance(t, bytes) else t.encode() if t in added else to_bytes(t) for t in tokens)
         return b"".join(pieces).decode(errors=errors or self.errors)
-
-    # ---- files ----
 
     def write_vocabulary(self, path: str) -> None:
         """Writes `qwen.tiktoken` anew, extra tokens included (as the original does)."""
