@@ -265,26 +265,16 @@ def _unigram(model: SentencePieceModel) -> tuple[models.Unigram, list[str]]:
     best, worst = max(model.normal.values()), min(model.normal.values())
     # unigram_model.cc: a user-defined symbol scores above anything that could be put in its place.
     scores = model.normal | {symbol: len(symbol.encode()) * best - 0.1 for symbol in model.symbols}
-    # Control, byte and unknown pieces must not match text: score them below the pieces their text really splits into.
-    # A character that no piece has costs more than any score can be low, but it is a boundary anyway: cut there.
+    # Control, byte and unknown pieces must not match text: no way to split it scores as low as they do. Only a character
+    # that no piece has costs more, but it is a boundary anyway: cut there.
+    never = [text for text in model.texts if text not in scores]
+    lowest = (worst - 10) * max(map(len, never))
     known = set().union(*scores)
-    foreign = {text: next((i for i, char in enumerate(text) if char not in known), None) for text in model.texts}
-    never = {text: _best_path(text, scores, worst - 10.0) - 1e-3 for text in model.texts if text not in scores}
     cuts = [
         f"(?<={re.escape(text[:at])}){re.escape(text[at])}(?={re.escape(text[at + 1 :])})"
         for text in never
-        if (at := foreign[text]) is not None
+        if (at := next((at for at, char in enumerate(text) if char not in known), None)) is not None
     ]
-    vocab = list((scores | never | {text: worst for text in never if foreign[text] is not None}).items())
-    vocab.sort(key=lambda item: model.ids[item[0]])
+    vocab = [(text, scores.get(text, lowest)) for text in model.texts]
     engine = models.Unigram(vocab, unk_id=model.ids[model.unknown], byte_fallback=model.byte_fallback)
     return engine, ["|".join(cuts)] if cuts else []
-
-
-def _best_path(text: str, scores: dict[str, float], unknown: float) -> float:
-    """Score of the best segmentation of `text`: a piece scored below it is never chosen, in any context."""
-    best = [0.0]
-    for end in range(1, len(text) + 1):
-        paths = (best[start] + scores[text[start:end]] for start in range(end) if text[start:end] in scores)
-        best.append(max(paths, default=best[end - 1] + unknown))
-    return best[-1]

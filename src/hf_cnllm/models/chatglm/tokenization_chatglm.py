@@ -359,6 +359,3 @@ class ChatGLMTokenizer(ChatTokenizer):
         self._require("build_chat_input", "chatglm3")
         messages = [*(history or []), {"role": role, "content": query}]
         return self.apply_chat_template([messages], add_generation_prompt=True, return_tensors="pt")
-
-
-__all__ = ["ChatGLMTokenizer"]

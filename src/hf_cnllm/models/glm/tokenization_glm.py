@@ -37,6 +37,7 @@ class GLMBatchEncoding(BatchEncoding):
 class GLMTokenizerMixin:
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
+    model_input_names = ["input_ids", "attention_mask"]
     truncation_side = "left"
     tokenize = OriginalVocabularyTokenizer.tokenize
 
@@ -151,10 +152,9 @@ class GLMTokenizerMixin:
             row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, missing))
             row["position_ids"] = torch.cat([row["position_ids"], last], dim=1)
             row["attention_mask"] = torch.nn.functional.pad(row["attention_mask"], (0, missing, 0, missing))
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        for name in ("input_ids", "position_ids", "attention_mask"):
-            columns[name] = torch.stack(columns[name])
-        return GLMBatchEncoding(columns)
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        tensors = ("input_ids", "position_ids", "attention_mask")
+        return GLMBatchEncoding(columns | {name: torch.stack(columns[name]) for name in tensors})
 
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer: Any = self
@@ -296,8 +296,6 @@ class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
     that GLM adds take the white space around them with them, and GPT-2's own do not.
     """
 
-    model_input_names = ["input_ids", "attention_mask"]
-
     def __init__(self, *args: Any, cls_token="[CLS]", mask_token="[MASK]", **kwargs: Any):
         super().__init__(*args, cls_token=cls_token, mask_token=mask_token, **kwargs)
 
@@ -325,21 +323,11 @@ class _OneKindOfBlank:
 class GLMBertTokenizer(_OneKindOfBlank, GLMTokenizerMixin, BertTokenizer):
     """BERT's vocabulary (glm-large, glm-515m): `[CLS]` text `[SEP]`."""
 
-    model_input_names = ["input_ids", "attention_mask"]
-
 
 class GLMRobertaTokenizer(_OneKindOfBlank, GLMTokenizerMixin, RobertaTokenizer):
     """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`. `<mask>` takes the space in front of it with it."""
-
-    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, *args: Any, mask_token: str | AddedToken = "<mask>", **kwargs: Any):
         if isinstance(mask_token, str):  # as the checkpoint's configuration gives it
             mask_token = AddedToken(mask_token, lstrip=True, normalized=False, special=True)
         super().__init__(*args, mask_token=mask_token, **kwargs)  # type: ignore[arg-type]
-
-
-__all__ = [
-    *("GLMBatchEncoding", "GLMBertTokenizer", "GLMChineseTokenizer", "GLMGPT2Tokenizer", "GLMRobertaTokenizer"),
-    "GLMTokenizerMixin",
-]

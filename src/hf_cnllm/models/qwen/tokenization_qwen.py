@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, with_changes
@@ -62,31 +62,25 @@ class QWenTokenizer(ChatTokenizer):
         extra_vocab_file: str | os.PathLike | None = None,
         first_revision: bool | None = None,
         tokenizer_file: str | os.PathLike | None = None,
-        eos_token: str | AddedToken | None = ENDOFTEXT,
-        pad_token: str | AddedToken | None = ENDOFTEXT,
         **kwargs,
     ):
         self.errors = errors
         self._extra_vocab_file = extra_vocab_file
         self.first_revision = "remove_space" in kwargs if first_revision is None else first_revision
-        if self.first_revision:
-            kwargs.setdefault("bos_token", ENDOFTEXT)
-            kwargs.setdefault("unk_token", ENDOFTEXT)
+        named = ("eos_token", "pad_token", *(("bos_token", "unk_token") if self.first_revision else ()))
+        kwargs = dict.fromkeys(named, ENDOFTEXT) | kwargs
         kwargs["clean_up_tokenization_spaces"] = False  # the original never did, whatever old configurations say
         super().__init__(
-            vocab_file=vocab_file,
-            tokenizer_file=None if extra_vocab_file else tokenizer_file,
+            vocab_file,
+            None if extra_vocab_file else tokenizer_file,
             errors=errors,
             extra_vocab_file=None,  # its tokens are saved with the others
             first_revision=self.first_revision,
-            eos_token=eos_token,
-            pad_token=pad_token,
             **kwargs,
         )
         missing = [name for name in self._special_names if name not in self.special_tokens]
-        if (
-            missing and kwargs.get("tokenizer_object") is None
-        ):  # trained anew, it may have been given other special tokens
+        # One that was trained anew may have been given other special tokens.
+        if missing and kwargs.get("tokenizer_object") is None:
             raise ValueError(
                 f"The vocabulary has no special token {missing[0]}. It is not Qwen v1's, or not of the revision that "
                 f"`first_revision={self.first_revision}` says."
@@ -250,6 +244,3 @@ class QWenTokenizer(ChatTokenizer):
     def write_vocabulary(self, path: str) -> None:
         """Writes `qwen.tiktoken` anew, extra tokens included (as the original does)."""
         write_tiktoken(self.mergeable_ranks, path)
-
-
-__all__ = ["QWenTokenizer"]
