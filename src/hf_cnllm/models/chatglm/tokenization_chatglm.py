@@ -29,6 +29,9 @@ from .vocabulary_chatglm import (
     symbols_as_text,
 )
 
+# Arguments of `tokenizer(…)` that are about one text, not about a batch.
+ENCODING_OPTIONS = ("truncation_strategy", "stride", "is_split_into_words", "split_special_tokens")
+
 
 class ChatGLMTokenizer(ChatTokenizer):
     r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
@@ -160,7 +163,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.
 
         Raises:
-            ValueError: it is none of this generation's.
+            ValueError: it is none of this version's.
         """
         usual = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": self.pad_token, "<unk>": "<unk>"}
         token = usual.get(token, token)
@@ -235,35 +238,25 @@ class ChatGLMTokenizer(ChatTokenizer):
         self,
         text,
         text_pair,
-        contents: list[list[int]],
-        padding_strategy: str = "do_not_pad",
-        truncation_strategy: Any = "do_not_truncate",
-        max_length: int | None = None,
-        stride: int = 0,
-        is_split_into_words: bool = False,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        split_special_tokens: bool | None = None,
-        **flags: Any,
+        contents,
+        padding_strategy="do_not_pad",
+        max_length=None,
+        return_tensors=None,
+        **kwargs: Any,
     ) -> BatchEncoding:
-        """Each text with special tokens of its own behind it; truncation makes room for the usual two."""
-        is_batched = isinstance(text[0] if is_split_into_words else text, (list, tuple))
+        """Each text, which has the ids `contents`, with an ending of its own; truncation makes room for the usual two."""
+        options = {name: kwargs.pop(name) for name in ENCODING_OPTIONS if name in kwargs}
+        padding = {name: kwargs.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
+        is_batched = isinstance(text[0] if options.get("is_split_into_words") else text, (list, tuple))
         texts, pairs = (text, text_pair or repeat(None)) if is_batched else ([text], [text_pair])
         encodings: list[Encoding] = []
         for one, other, ids in zip(texts, pairs, contents, strict=False):
             with self._early_ending(ids) as added:
-                alone = super()._encode_plus(
-                    [one],
-                    None if other is None else [other],
-                    truncation_strategy=truncation_strategy,
-                    max_length=None if max_length is None else max_length - 2 + added,
-                    is_split_into_words=is_split_into_words,
-                    split_special_tokens=split_special_tokens,
-                )
-            encodings += alone.encodings
-        self.pad_encodings(encodings, padding_strategy, max_length, pad_to_multiple_of, padding_side)
-        return self.batch_of(encodings, is_batched, return_tensors, **flags)
+                room = None if max_length is None else max_length - 2 + added
+                pair = None if other is None else [other]
+                encodings += super()._encode_plus([one], pair, max_length=room, **options).encodings
+        self.pad_encodings(encodings, padding_strategy, max_length, **padding)
+        return self.batch_of(encodings, is_batched, return_tensors, **kwargs)
 
     def _convert_encoding(self, encoding: Encoding, *args: Any, **kwargs: Any):
         data, encodings = super()._convert_encoding(encoding, *args, **kwargs)
@@ -274,9 +267,8 @@ class ChatGLMTokenizer(ChatTokenizer):
     def _pad(self, encoded_inputs, *args: Any, padding_side: str | None = None, **kwargs: Any) -> dict:
         ids = encoded_inputs["input_ids"]
         if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
-            encoded_inputs["position_ids"] = self._positions(
-                ids, encoded_inputs.get("attention_mask") or [1] * len(ids)
-            )
+            attention_mask = encoded_inputs.get("attention_mask") or [1] * len(ids)
+            encoded_inputs["position_ids"] = self._positions(ids, attention_mask)
         padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         if "position_ids" in padded:
             missing = len(padded["input_ids"]) - len(ids)

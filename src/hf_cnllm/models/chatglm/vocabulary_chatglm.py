@@ -110,11 +110,10 @@ def recognize_version(
 ) -> str:
     """The version that a vocabulary file is of.
 
-    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides,
-    in this order: ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or in the configuration files;
-    the same in the original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; a
-    name with `chatglm2` or `chatglm3` in it: `name_or_path` in `tokenizer_config.json`, `_name_or_path` in
-    `config.json`, the name that it is loaded by.
+    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides:
+    ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or the configuration files; the same in the
+    original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; `chatglm2` or `chatglm3`
+    in a name, that of the tokenizer's configuration, the model's, or the one that it is loaded by.
 
     Args:
         generation: the version that the caller or a saved configuration gives; must agree with the file.
