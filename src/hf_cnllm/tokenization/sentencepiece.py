@@ -66,21 +66,22 @@ class SentencePieceModel:
             raise ValueError(f"{path} is a git-lfs pointer, not the vocabulary itself. Run `git lfs pull` there.")
         try:
             proto = ModelProto.FromString(data)
-            model = cls.from_proto(proto)
+            is_other_model = proto.trainer_spec.model_type not in (ModelType.BPE, ModelType.UNIGRAM)
+            features = {
+                "model_type other than BPE and Unigram": is_other_model,
+                "treat_whitespace_as_suffix": proto.trainer_spec.treat_whitespace_as_suffix,
+                "escape_whitespaces = false": not proto.normalizer_spec.escape_whitespaces,
+                "a denormalizer": proto.denormalizer_spec.precompiled_charsmap,
+                "unused pieces": any(piece.type == PieceType.UNUSED for piece in proto.pieces),
+            }
+            if not any(features.values()):
+                return cls.from_proto(proto)
         except (DecodeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a SentencePiece model, or is damaged ({error}). Download the file again."
             ) from error
-        for is_unsupported, feature in (
-            (model.model_type not in (ModelType.BPE, ModelType.UNIGRAM), "model_type other than BPE and Unigram"),
-            (proto.trainer_spec.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
-            (not proto.normalizer_spec.escape_whitespaces, "escape_whitespaces = false"),
-            (proto.denormalizer_spec.precompiled_charsmap, "a denormalizer"),
-            (model.of_type(PieceType.UNUSED), "unused pieces"),
-        ):
-            if is_unsupported:
-                raise ValueError(f"{path}: SentencePiece models with {feature} are not supported.")
-        return model
+        unsupported = next(feature for feature, is_used in features.items() if is_used)
+        raise ValueError(f"{path}: SentencePiece models with {unsupported} are not supported.")
 
     @classmethod
     def from_proto(cls, proto: Any) -> "SentencePieceModel":
