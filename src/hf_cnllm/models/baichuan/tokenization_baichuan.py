@@ -32,7 +32,7 @@ class BaichuanTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     finds_added_tokens_in_raw_text = True
-    SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
+    NAMED_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class BaichuanTokenizer(ChatTokenizer):
         **kwargs,
     ):
         self.sp_model_kwargs = sp_model_kwargs or {}
-        kwargs = {**self.SPECIAL_TOKENS, "clean_up_tokenization_spaces": False, **kwargs}
+        kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": False, **kwargs}
         for name, token in kwargs.items():
             if name.endswith("_token") and isinstance(token, AddedToken):
                 # The checkpoints set `single_word` and `normalized`, which the original ignored.
