@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer, processors
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 from .._contract import check_transformers
@@ -48,15 +48,12 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         check_transformers()
         # The code files that a checkpoint's auto_map points to are never used, and are not there after saving.
         kwargs.pop("auto_map", None)
+        vocab_file = None if vocab_file is None else os.fspath(vocab_file)
         if tokenizer_object is None:
             self._tokenizer = self._load_backend(vocab_file, tokenizer_file)
-        super().__init__(
-            vocab_file=None if vocab_file is None else os.fspath(vocab_file),
-            tokenizer_object=tokenizer_object,
-            **kwargs,
-        )
+        super().__init__(vocab_file=vocab_file, tokenizer_object=tokenizer_object, **kwargs)
 
-    def _load_backend(self, vocab_file, tokenizer_file) -> Tokenizer:
+    def _load_backend(self, vocab_file: str | None, tokenizer_file: str | os.PathLike | None) -> Tokenizer:
         if tokenizer_file is not None and os.path.isfile(tokenizer_file):
             try:
                 return Tokenizer.from_file(os.fspath(tokenizer_file))
@@ -65,27 +62,21 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if vocab_file is None:
             names = " nor ".join(self.vocab_files_names.values())
             raise ValueError(f"{self.__class__.__name__}: neither {names} was found in the checkpoint.")
-        return self.build_backend(os.fspath(vocab_file))
+        return self.build_backend(vocab_file)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The files as they are: `__init__` reads them."""
         return kwargs
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # saving
-
     def save_pretrained(self, save_directory, legacy_format: bool | None = None, *args, **kwargs) -> tuple[str, ...]:
         """As [`~PreTrainedTokenizerBase.save_pretrained`]; nothing is written if `legacy_format=True` cannot be."""
-        if legacy_format and not self._has_vocab_file():
+        if legacy_format and not self.can_save_slow_tokenizer:
             raise ValueError(
                 "legacy_format=True needs the original vocabulary file "
                 f"{self.vocab_files_names['vocab_file']}, which this tokenizer was not loaded with."
             )
         return super().save_pretrained(save_directory, legacy_format, *args, **kwargs)
-
-    def _has_vocab_file(self) -> bool:
-        return bool(getattr(self, "vocab_file", None)) and os.path.isfile(self.vocab_file)
 
     def _save_pretrained(
         self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
@@ -96,7 +87,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
                 self, save_directory, file_names, legacy_format, filename_prefix
             )
         file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        if legacy_format is None and self._has_vocab_file():
+        if legacy_format is None and self.can_save_slow_tokenizer:
             file_names += self.save_vocabulary(save_directory, filename_prefix)
         return file_names
 
@@ -114,16 +105,20 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
             file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Copies the original vocabulary file into the folder `save_directory`."""
+        """Writes the original vocabulary file into the folder `save_directory`."""
         if not os.path.isdir(save_directory):
             raise ValueError(f"{save_directory} is not a folder.")
-        if not self._has_vocab_file():
+        if not self.can_save_slow_tokenizer:
             raise ValueError(f"{self.__class__.__name__} was loaded without its original vocabulary file.")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         target = os.path.join(save_directory, prefix + self.vocab_files_names["vocab_file"])
-        if os.path.abspath(target) != os.path.abspath(self.vocab_file):
-            shutil.copyfile(self.vocab_file, target)
+        self.write_vocabulary(target)
         return (target,)
+
+    def write_vocabulary(self, path: str) -> None:
+        """Writes the original vocabulary file: a copy of the one it was loaded from."""
+        if os.path.abspath(path) != os.path.abspath(self.vocab_file):
+            shutil.copyfile(self.vocab_file, path)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was worked out on the way stays out of pickles: datasets fingerprints a tokenizer by its pickle.
@@ -133,17 +128,24 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
             if not isinstance(getattr(type(self), name, None), cached_property)
         }
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # text to ids, and back
-
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
         new_tokens = [token for token in new_tokens if not self.is_settled(str(token))]
         if self.finds_added_tokens_in_raw_text:
-            tokens = [token if isinstance(token, AddedToken) else AddedToken(str(token)) for token in new_tokens]
-            new_tokens = [
-                with_changes(token, normalized=False, special=special_tokens or token.special) for token in tokens
-            ]
+            new_tokens = [with_changes(token, normalized=False) for token in new_tokens]
         return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The ids of one text or two with the special tokens that `tokenizer(…)` puts around them."""
+        template = json.loads(self._tokenizer.post_processor.__getstate__())
+        ids: list[int] = []
+        for piece in template["single" if token_ids_1 is None else "pair"]:
+            if "Sequence" in piece:
+                ids += token_ids_0 if piece["Sequence"]["id"] == "A" else token_ids_1 or []
+            else:
+                ids += template["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+        return ids
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         # The backend's own names for special tokens include the white space around them.
@@ -167,9 +169,6 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # batches of what was encoded piece by piece
 
     def pad_encodings(
         self,
@@ -221,13 +220,27 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         return BatchEncoding(data, encodings, tensor_type=return_tensors)
 
 
-def with_changes(token: AddedToken, **changes: Any) -> AddedToken:
+def surround_texts(backend: Tokenizer, single: Sequence[str], pair: Sequence[str]) -> None:
+    """Makes `backend` put special tokens around texts: `["[CLS]", "$A", "[SEP]"]`, and around pairs `$A` and `$B`."""
+    names = sorted({name for name in (*single, *pair) if not name.startswith("$")})
+    backend.post_processor = processors.TemplateProcessing(
+        single=list(single), pair=list(pair), special_tokens=[(name, backend.token_to_id(name)) for name in names]
+    )
+
+
+def with_changes(token: str | AddedToken, **changes: Any) -> AddedToken:
+    token = AddedToken(token) if isinstance(token, str) else token
     return AddedToken(**token.__getstate__() | changes)
 
 
 def taking_spaces(token: str) -> AddedToken:
     """A special token that takes the white space around it with it."""
     return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
+
+
+def id_of(token: str) -> property:
+    """A tokenizer's property: the id of `token`."""
+    return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
 
 
 def as_list(token_ids: int | Iterable[int]) -> list[int]:

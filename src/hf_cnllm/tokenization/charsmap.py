@@ -79,9 +79,6 @@ class CharsMap:
             normalizers.Replace(BORDER, ""),
         ]
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # the rules
-
     def _rules(self) -> tuple[dict[str, str], dict[str, str]]:
         """The rules for single characters, and those for spellings of composed ones that do not begin with a jamo."""
         characters: dict[str, str] = {}
@@ -129,9 +126,6 @@ class CharsMap:
             else:
                 units[node] &= ~np.uint32(self.ENDS_RULE)
         return struct.pack("<I", units.nbytes) + units.tobytes() + self.replacements
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # where NFC must not compose
 
     def _borders(self, symbols: list[str]) -> str:
         """Pattern of the (empty) places for borders. `\\K` keeps what is before it out of the match, so a spelling that

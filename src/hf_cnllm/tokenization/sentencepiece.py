@@ -18,11 +18,13 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -33,24 +35,9 @@ SPACE = "▁"  # SentencePiece's visible space, U+2581
 _MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
 
 
-class PieceType(IntEnum):
-    """The `type` field of a piece in `sentencepiece_model.proto`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-class ModelType(IntEnum):
-    """The `model_type` field of the trainer in `sentencepiece_model.proto`."""
-
-    UNIGRAM = 1
-    BPE = 2
-    WORD = 3
-    CHAR = 4
+# The fields `type` of a piece and `model_type` of the trainer in `sentencepiece_model.proto`.
+PieceType = IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
+ModelType = IntEnum("ModelType", "UNIGRAM BPE WORD CHAR")
 
 
 @dataclass(frozen=True)
@@ -70,55 +57,56 @@ class SentencePieceModel:
     def from_file(cls, path: str | os.PathLike) -> "SentencePieceModel":
         """Reads `path`. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
         from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-        path = os.fspath(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: there is no such SentencePiece vocabulary file.")
-        with open(path, "rb") as file:
-            data = file.read()
+        data = Path(path).read_bytes()
         if data.startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a git-lfs pointer, not the vocabulary itself. Run `git lfs pull` there.")
-        proto = sentencepiece_model_pb2.ModelProto()
-        broken = f"{path} is not a SentencePiece model, or is damaged ({{}}). Download the file again."
         try:
-            proto.ParseFromString(data)
-        except DecodeError as error:
-            raise ValueError(broken.format(error)) from error
+            proto = ModelProto.FromString(data)
+            is_other_model = proto.trainer_spec.model_type not in (ModelType.BPE, ModelType.UNIGRAM)
+            features = {
+                "model_type other than BPE and Unigram": is_other_model,
+                "treat_whitespace_as_suffix": proto.trainer_spec.treat_whitespace_as_suffix,
+                "escape_whitespaces = false": not proto.normalizer_spec.escape_whitespaces,
+                "a denormalizer": proto.denormalizer_spec.precompiled_charsmap,
+                "unused pieces": any(piece.type == PieceType.UNUSED for piece in proto.pieces),
+            }
+            if not any(features.values()):
+                return cls.from_proto(proto)
+        except (DecodeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a SentencePiece model, or is damaged ({error}). Download the file again."
+            ) from error
+        unsupported = next(feature for feature, is_used in features.items() if is_used)
+        raise ValueError(f"{path}: SentencePiece models with {unsupported} are not supported.")
+
+    @classmethod
+    def from_proto(cls, proto: Any) -> "SentencePieceModel":
+        """Reads a `ModelProto`. Raises ValueError naming what is missing or damaged."""
         # A file cut between two fields still parses, so look for the fields that every writer puts at its end.
         for field in ("trainer_spec", "normalizer_spec"):
             if not proto.HasField(field):
-                raise ValueError(broken.format(f"{len(data)} bytes without `{field}`"))
-        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-        for unsupported, fault in (
-            (trainer.model_type not in (ModelType.BPE, ModelType.UNIGRAM), "model_type other than BPE and Unigram"),
-            (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
-            (not normalizer.escape_whitespaces, "escape_whitespaces = false"),
-            (bool(proto.denormalizer_spec.precompiled_charsmap), "a denormalizer"),
-            (any(piece.type == PieceType.UNUSED for piece in proto.pieces), "unused pieces"),
-        ):
-            if unsupported:
-                raise ValueError(f"{path}: SentencePiece models with {fault} are not supported.")
-        try:
-            charsmap = CharsMap(normalizer.precompiled_charsmap) if normalizer.precompiled_charsmap else None
-        except ValueError as error:
-            raise ValueError(broken.format(error)) from error
+                raise ValueError(f"{proto.ByteSize()} bytes without `{field}`")
+        rules = proto.normalizer_spec.precompiled_charsmap
         model = cls(
             texts=[piece.piece for piece in proto.pieces],
             scores=[piece.score for piece in proto.pieces],
             types=[piece.type for piece in proto.pieces],
-            model_type=ModelType(trainer.model_type),
-            byte_fallback=trainer.byte_fallback,
-            charsmap=charsmap,
-            add_dummy_prefix=normalizer.add_dummy_prefix,
-            remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+            model_type=ModelType(proto.trainer_spec.model_type),
+            byte_fallback=proto.trainer_spec.byte_fallback,
+            charsmap=CharsMap(rules) if rules else None,
+            add_dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
+            remove_extra_whitespaces=proto.normalizer_spec.remove_extra_whitespaces,
         )
         if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
-            raise ValueError(broken.format("no unknown piece or no normal pieces"))
+            raise ValueError("no unknown piece or no normal pieces")
         if len(model.ids) != len(model.texts):
-            raise ValueError(broken.format("a piece occurs twice"))
+            raise ValueError("a piece occurs twice")
         if model.byte_fallback and len(model.of_type(PieceType.BYTE)) != 256:
-            raise ValueError(broken.format("byte fallback without 256 byte pieces"))
+            raise ValueError("byte fallback without 256 byte pieces")
         return model
 
     @cached_property
@@ -128,11 +116,8 @@ class SentencePieceModel:
 
     def of_type(self, wanted: PieceType) -> dict[str, float]:
         """Text -> score of the pieces of one type, in the order of their ids."""
-        return {
-            text: score
-            for text, score, kind in zip(self.texts, self.scores, self.types, strict=True)
-            if kind == wanted
-        }
+        pieces = zip(self.texts, self.scores, self.types, strict=True)
+        return {text: score for text, score, kind in pieces if kind == wanted}
 
     @cached_property
     def normal(self) -> dict[str, float]:
@@ -161,30 +146,21 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# normalizer and decoder
+# ---- normalizer and decoder ----
 
 
 def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     """Compiled rules (user-defined symbols are exempt), white space, the `▁` in front, and spaces shown as `▁`."""
-    steps: list[normalizers.Normalizer] = []
     rules = model.charsmap.normalizers(model.symbols) if model.charsmap else []
+    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
     if model.remove_extra_whitespaces:
         # The original trims what ends up as `▁` at the end, so a literal ▁ there goes as well.
-        steps += [
-            *rules,
-            normalizers.Replace(Regex(" {2,}"), " "),
-            normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""),
-        ]
-        if model.add_dummy_prefix:
-            steps.append(normalizers.Prepend(SPACE))
+        ends = Regex(rf"\A +|[ {SPACE}]+\z")
+        steps = [*rules, normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(ends, ""), *prefix]
     else:
         # The prefix comes first: a text whose characters are all deleted by the rules still leaves its ▁.
-        if model.add_dummy_prefix:
-            steps.append(normalizers.Prepend(SPACE))
-        steps += rules
-    steps.append(normalizers.Replace(" ", SPACE))
-    return normalizers.Sequence(steps)
+        steps = [*prefix, *rules]
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
 def build_decoder(
@@ -196,30 +172,24 @@ def build_decoder(
         silent: pattern of the pieces that have no text.
         texts: pieces that have another text than their own. White space there is text: it stays in front.
     """
-    texts = dict(texts or {})
-    if model.byte_fallback:
-        texts["<0x20>"] = " "
-    steps: list[decoders.Decoder] = []
-    if silent:
-        steps.append(decoders.Replace(Regex(rf"\A(?:{silent})\z"), ""))
-    if texts:
-        steps.append(decoders.Replace(Regex(rf"\A(?={any_of(texts)}\z)"), _MARK))
-    steps.append(decoders.Replace(SPACE, " "))
-    if model.byte_fallback:
-        steps.append(decoders.ByteFallback())
-    steps.append(decoders.Fuse())
-    if model.remove_extra_whitespaces:
-        steps.append(decoders.Strip(" ", len(max(model.ids, key=len)), 0))
-    elif model.add_dummy_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    steps += [decoders.Replace(_MARK + piece, text) for piece, text in texts.items()]
-    return decoders.Sequence(steps)
+    own_texts = {**(texts or {}), **({"<0x20>": " "} if model.byte_fallback else {})}
+    longest = len(max(model.ids, key=len)) if model.remove_extra_whitespaces else int(model.add_dummy_prefix)
+    steps = [
+        decoders.Replace(Regex(rf"\A(?:{silent})\z"), "") if silent else None,
+        decoders.Replace(Regex(rf"\A(?={any_of(own_texts)}\z)"), _MARK) if own_texts else None,
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback() if model.byte_fallback else None,
+        decoders.Fuse(),
+        decoders.Strip(" ", longest, 0) if longest else None,
+        *(decoders.Replace(_MARK + piece, text) for piece, text in own_texts.items()),
+    ]
+    return decoders.Sequence([step for step in steps if step is not None])
 
 
 BYTE_PIECE = re.compile(r"<0x(?!20)[0-9A-F]{2}>")  # a space stands by itself: the decoder keeps it in front
 
 
-def mend_bytes(tokens: list[str]) -> list[str]:
+def mend_bytes(tokens: Iterable[str]) -> list[str]:
     """The tokens, with every run of byte pieces that is not UTF-8 replaced by the text SentencePiece makes of it.
 
     It loses only the bytes at fault, each to one U+FFFD, where the Rust decoder gives up the whole run.
@@ -230,25 +200,17 @@ def mend_bytes(tokens: list[str]) -> list[str]:
         if is_byte:
             data = bytes(int(piece[3:5], 16) for piece in pieces)
             text = decode_bytes(data)
-            mended += pieces if text.encode() == data else [text]
-        else:
-            mended += pieces
+            pieces = pieces if text.encode() == data else [text]
+        mended += pieces
     return mended
 
 
 def decode_bytes(data: bytes) -> str:
     """UTF-8 with one U+FFFD for every byte that has no place in a character."""
-    text = ""
-    while True:
-        try:
-            return text + data.decode()
-        except UnicodeDecodeError as error:
-            text += data[: error.start].decode() + "\ufffd"
-            data = data[error.start + 1 :]
+    return re.sub("[\udc80-\udcff]", "\ufffd", data.decode(errors="surrogateescape"))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# BPE
+# ---- BPE ----
 
 
 def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
@@ -283,22 +245,20 @@ def _never_from_text(model: SentencePieceModel, bpe: models.BPE) -> list[tuple[s
     texts = [text for text in model.texts if len(text) > 1 and not symbol.search(text)]
     pairs = []
     for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
-        cuts = sorted({start for start, _ in encoding.offsets if start})
-        halves = [(text[:cut], text[cut:]) for cut in cuts]
+        starts = sorted({start for start, _ in encoding.offsets} - {0})
         # Neither half may be looked up as a whole either, unless it is one token anyway.
         good = [
-            (left, right)
-            for left, right in halves
-            if (left not in model.ids or left == halves[0][0]) and (right not in model.ids or right == halves[-1][1])
+            (text[:cut], text[cut:])
+            for cut in starts
+            if (cut == starts[0] or text[:cut] not in model.ids) and (cut == starts[-1] or text[cut:] not in model.ids)
         ]
-        if halves and not good:
+        if starts and not good:
             raise ValueError(f"the SentencePiece model's piece {text!r} cannot be kept out of texts.")
         pairs += good[:1]
     return pairs
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Unigram
+# ---- Unigram ----
 
 
 def _unigram(model: SentencePieceModel) -> tuple[models.Unigram, list[str]]:
@@ -306,26 +266,16 @@ def _unigram(model: SentencePieceModel) -> tuple[models.Unigram, list[str]]:
     best, worst = max(model.normal.values()), min(model.normal.values())
     # unigram_model.cc: a user-defined symbol scores above anything that could be put in its place.
     scores = model.normal | {symbol: len(symbol.encode()) * best - 0.1 for symbol in model.symbols}
-    # Control, byte and unknown pieces must not match text: score them below the pieces their text really splits into.
-    # A character that no piece has costs more than any score can be low, but it is a boundary anyway: cut there.
+    # Control, byte and unknown pieces must not match text: no way to split it scores as low as they do. Only a character
+    # that no piece has costs more, but it is a boundary anyway: cut there.
+    never = [text for text in model.texts if text not in scores]
+    lowest = (worst - 10) * max(map(len, never))
     known = set().union(*scores)
-    foreign = {text: next((i for i, char in enumerate(text) if char not in known), None) for text in model.texts}
-    never = {text: _best_path(text, scores, worst - 10.0) - 1e-3 for text in model.texts if text not in scores}
     cuts = [
         f"(?<={re.escape(text[:at])}){re.escape(text[at])}(?={re.escape(text[at + 1 :])})"
         for text in never
-        if (at := foreign[text]) is not None
+        if (at := next((at for at, char in enumerate(text) if char not in known), None)) is not None
     ]
-    vocab = list((scores | never | {text: worst for text in never if foreign[text] is not None}).items())
-    vocab.sort(key=lambda item: model.ids[item[0]])
+    vocab = [(text, scores.get(text, lowest)) for text in model.texts]
     engine = models.Unigram(vocab, unk_id=model.ids[model.unknown], byte_fallback=model.byte_fallback)
     return engine, ["|".join(cuts)] if cuts else []
-
-
-def _best_path(text: str, scores: dict[str, float], unknown: float) -> float:
-    """Score of the best segmentation of `text`: a piece scored below it is never chosen, in any context."""
-    best = [0.0]
-    for end in range(1, len(text) + 1):
-        paths = (best[start] + scores[text[start:end]] for start in range(end) if text[start:end] in scores)
-        best.append(max(paths, default=best[end - 1] + unknown))
-    return best[-1]

@@ -1,4 +1,4 @@
-"""Which generation a vocabulary file belongs to, and files that are none."""
+"""Which version a vocabulary file belongs to, and files that are none."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ ROLE_TOKEN = {"64795": {"content": "<|user|>", "special": True}}
         ("tokenization_chatglm.py", 'special_tokens = ["[MASK]"]; raise SystemExit("must not run")', "chatglm2"),
     ],
 )
-def test_generation_is_recognized(bare, file, content, expected):
+def test_version_is_recognized(bare, file, content, expected):
     (bare / file).write_text(content if isinstance(content, str) else json.dumps(content))
     tokenizer = ChatGLMTokenizer.from_pretrained(bare)
     assert tokenizer.generation == expected
@@ -54,12 +54,12 @@ def test_generation_is_recognized(bare, file, content, expected):
     assert tokenizer("<|user|> 你好")["input_ids"] == plain("<|user|> 你好")["input_ids"]
 
 
-def test_generation_by_the_name_it_is_loaded_by(bare):
+def test_version_by_the_name_it_is_loaded_by(bare):
     folder = bare.rename(bare.with_name("my-chatglm3-sft"))
     assert ChatGLMTokenizer.from_pretrained(folder).generation == "chatglm3"
 
 
-def test_generation_that_cannot_be_told(bare, tmp_path):
+def test_version_that_cannot_be_told(bare, tmp_path):
     with pytest.raises(ValueError, match="Pass generation='chatglm2' or generation='chatglm3'"):
         ChatGLMTokenizer.from_pretrained(bare)
     tokenizer = ChatGLMTokenizer.from_pretrained(bare, generation="chatglm2")
@@ -106,13 +106,13 @@ def test_a_tokenizer_json_of_somebody_else_is_not_trusted(bare, chatglm3, tmp_pa
         ("glm_chinese_small/cog-pretrain.model", "tokenizer.model", {}, "is not a vocabulary of ChatGLM"),
     ],
 )
-def test_vocabulary_of_another_generation_or_family(tmp_path, vocabulary, name, options, problem):
+def test_vocabulary_of_another_version_or_family(tmp_path, vocabulary, name, options, problem):
     shutil.copy(VOCAB / vocabulary, tmp_path / name)
     with pytest.raises(ValueError, match=problem):
         ChatGLMTokenizer.from_pretrained(tmp_path, **options)
 
 
-def test_configuration_of_another_generation(tmp_path):
+def test_configuration_of_another_version(tmp_path):
     shutil.copy(VOCAB / "chatglm2_small" / "tokenizer.model", tmp_path)
     shutil.copy(VOCAB / "chatglm1_small" / "tokenizer_config.json", tmp_path)
     with pytest.raises(ValueError, match="that of ChatGLM-6B"):

@@ -252,6 +252,7 @@ def test_attributes(small):
     assert small.convert_tokens_to_string([b"\xe4\xbd", b"\xa0", "<|im_end|>", "Ġ"]) == "你<|im_end|> "
     assert small.convert_ids_to_tokens([2402, 220]) == ["<|im_end|>", "Ġ"]
     assert max(small.get_vocab().values()) == len(small) - 1
+    assert small.build_inputs_with_special_tokens([5], [6, 7]) == [5, 6, 7]  # nothing is added
 
 
 def test_setting_the_pad_token_by_id_as_finetuning_scripts_do(small):
@@ -340,7 +341,9 @@ def test_a_single_file_and_keyword_arguments(small):
         assert tokenizer.encode("你好<|im_end|>") == small.encode("你好<|im_end|>")
 
 
-def test_missing_and_foreign_files(tmp_path):
+def test_missing_and_foreign_files(small, tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        small.save_vocabulary(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=re.escape("neither qwen.tiktoken nor tokenizer.json")):
         QWenTokenizer()
     QWenTokenizer.from_pretrained(SMALL).save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -31,29 +32,29 @@ class BaichuanTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     finds_added_tokens_in_raw_text = True
+    NAMED_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
 
     def __init__(
         self,
         vocab_file=None,
         *,
+        tokenizer_file=None,
+        tokenizer_object=None,
         sp_model_kwargs: dict[str, Any] | None = None,
         add_bos_token: bool | None = None,
         add_eos_token: bool | None = None,
         **kwargs,
     ):
-        is_converted = kwargs.get("tokenizer_object") is None and not os.path.isfile(
-            kwargs.get("tokenizer_file") or ""
-        )
         self.sp_model_kwargs = sp_model_kwargs or {}
-        settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None} | kwargs
-        for name, token in settings.items():
+        kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": False, **kwargs}
+        for name, token in kwargs.items():
             if name.endswith("_token") and isinstance(token, AddedToken):
                 # The checkpoints set `single_word` and `normalized`, which the original ignored.
-                settings[name] = with_changes(token, single_word=False, normalized=False, special=True)
-        settings.setdefault("clean_up_tokenization_spaces", False)
-        super().__init__(vocab_file=vocab_file, sp_model_kwargs=self.sp_model_kwargs, **settings)
+                kwargs[name] = with_changes(token, single_word=False, normalized=False, special=True)
+        super().__init__(vocab_file, tokenizer_file, tokenizer_object, sp_model_kwargs=self.sp_model_kwargs, **kwargs)
         # tokenizer.json says what it adds to a text; for tokenizer.model these are the original's defaults.
-        ends = [self.bos_token_id] if is_converted else self._tokenizer.encode("").ids
+        is_saved = tokenizer_object is not None or os.path.isfile(tokenizer_file or "")
+        ends = self._tokenizer.encode("").ids if is_saved else [self.bos_token_id]
         self._add_bos_token = self.bos_token_id in ends[:1] if add_bos_token is None else add_bos_token
         self._add_eos_token = self.eos_token_id in ends[-1:] if add_eos_token is None else add_eos_token
         self.update_post_processor()
@@ -63,34 +64,17 @@ class BaichuanTokenizer(ChatTokenizer):
             header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
             self.chat_template = header + read_template("baichuan")
 
-    @classmethod
-    def build_backend(cls, vocab_file: str) -> Tokenizer:
+    def build_backend(self, vocab_file: str) -> Tokenizer:
         return build_tokenizer(SentencePieceModel.from_file(vocab_file))
 
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """One sequence, or two in a row, each with the `<s>` and `</s>` that the settings ask for."""
-        front = [self.bos_token_id] if self.add_bos_token else []
-        back = [self.eos_token_id] if self.add_eos_token else []
-        sequences = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
-        return [index for ids in sequences for index in [*front, *ids, *back]]
-
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        special = set(self.all_special_tokens)
-        text, run = "", []
-        for index, token in enumerate(tokens):
-            if token not in special:
-                run.append(token)
-                continue
-            if index and tokens[index - 1] not in special:
-                text += " "
-            text += self._join(run) + token
-            run = []
-        return text + self._join(run)
-
-    def _join(self, tokens: list[str]) -> str:
-        return self._tokenizer.decoder.decode(mend_bytes(tokens))
+        parts: list[str] = []
+        for is_special, run in groupby(tokens, key=set(self.all_special_tokens).__contains__):
+            if is_special and parts:
+                parts.insert(-1, " ")  # in front of the text, not of the special token: the original's way
+            pieces = list(run)
+            parts.append("".join(pieces) if is_special else self._tokenizer.decoder.decode(mend_bytes(pieces)))
+        return "".join(parts)
 
     def chat_control_pieces(self) -> list[str]:
         """The pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
@@ -102,7 +86,7 @@ class BaichuanTokenizer(ChatTokenizer):
         """The original vocabulary as a `sentencepiece.SentencePieceProcessor`, for scripts that look into it."""
         from sentencepiece import SentencePieceProcessor
 
-        if not self._has_vocab_file():
+        if not self.can_save_slow_tokenizer:
             raise ValueError("sp_model needs tokenizer.model, which this tokenizer was loaded without.")
         processor = SentencePieceProcessor(**self.sp_model_kwargs)
         processor.Load(self.vocab_file)

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer, processors
+import numpy as np
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import BatchEncoding
 
-from ...tokenization.base import as_list, taking_spaces
+from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
@@ -23,27 +25,27 @@ from .vocabulary_chatglm import (
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
-    recognize_generation,
+    recognize_version,
     symbols_as_text,
 )
+
+# Arguments of `tokenizer(…)` that are about one text, not about a batch.
+ENCODING_OPTIONS = ("truncation_strategy", "stride", "is_split_into_words", "split_special_tokens")
 
 
 class ChatGLMTokenizer(ChatTokenizer):
     r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
 
-    `generation` says which one this is; `vocabulary_chatglm` has the table and tells how it is recognized.
-
-    | generation                 | special tokens      | chat                                               |
+    | version                    | special tokens      | chat                                               |
     |----------------------------|---------------------|----------------------------------------------------|
     | `chatglm_early`, `chatglm` | text, [gMASK] <sop> | `[Round 0]\n问：…\n答：…`; a lone question as it is |
     | `chatglm2`                 | [gMASK] sop, text   | `[Round 1]\n\n问：…\n\n答：…`                      |
     | `chatglm3`                 | [gMASK] sop, text   | role, a line of metadata, content; tools           |
 
     In ChatGLM-6B special tokens may stand in text (`[MASK]`, `<eop>`, …), in ChatGLM2 and 3 they may not, as in the
-    originals. In chats, messages never yield one.
-
-    ChatGLM3's chats: `tools` may be functions, JSON schemas or its own `{"name", "description", "parameters"}`; messages may
-    have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role `observation` and, in a system message, `tools`.
+    originals. In chats, messages never yield one. ChatGLM3's take `tools` (functions, JSON schemas or its own `{"name",
+    "description", "parameters"}`), and messages may have `tool_calls`, the role `tool`, and ChatGLM3's own `metadata`, role
+    `observation` and, in a system message, `tools`.
 
     Args:
         vocab_file: `ice_text.model` or `tokenizer.model`.
@@ -90,7 +92,7 @@ class ChatGLMTokenizer(ChatTokenizer):
             if vocab_file is None:
                 raise ValueError(f"ChatGLMTokenizer: neither {ICE_TEXT} nor {TOKENIZER_MODEL} was found.")
             self._sentencepiece = SentencePieceModel.from_file(vocab_file)
-            generation = recognize_generation(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
+            generation = recognize_version(self._sentencepiece, os.fspath(vocab_file), generation, kwargs)
         if generation not in VERSIONS:
             raise ValueError(
                 f"generation is {generation!r}, but must be one of {', '.join(VERSIONS)}: {tokenizer_file} does "
@@ -100,37 +102,24 @@ class ChatGLMTokenizer(ChatTokenizer):
             num_image_tokens = IMAGE_TOKENS if generation == "chatglm_early" else 0
         self.generation, self.num_image_tokens = generation, num_image_tokens
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
-        self.vocab_files_names = {"vocab_file": self._version.vocab_file, "tokenizer_file": "tokenizer.json"}
+        version = self._version
+        self.vocab_files_names = {"vocab_file": version.vocab_file, "tokenizer_file": "tokenizer.json"}
         # Names of tokens that are no special tokens: making them so would change what may stand in text.
-        others = kwargs.pop("model_specific_special_tokens", None) or {}
-        kwargs |= {name: token for name, token in others.items() if name not in kwargs}
+        kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
         for name in ("gmask_token", "end_token", "eop_token"):
             kwargs.pop(name, None)
-        self._named = {name: kwargs.pop(name, token) for name, token in self._version.special_tokens.items()}
-        super().__init__(
-            vocab_file=vocab_file,
-            tokenizer_file=tokenizer_file,
-            tokenizer_object=tokenizer_object,
-            generation=generation,
-            **self._named,
-            **self._settings(encode_special_tokens),
-            **{
-                "clean_up_tokenization_spaces": self._version.cleans_up,
-                "model_input_names": list(self._version.input_names),
-                **kwargs,
-            },
-        )
+        self._named = {name: kwargs.pop(name, token) for name, token in version.special_tokens.items()}
+        names = ("num_image_tokens", "do_lower_case", "remove_space") if version.vocab_file == ICE_TEXT else ()
+        kwargs |= {name: getattr(self, name) for name in names}
+        if generation == "chatglm3":
+            kwargs["encode_special_tokens"] = encode_special_tokens
+        kwargs.setdefault("clean_up_tokenization_spaces", version.cleans_up)
+        kwargs.setdefault("model_input_names", list(version.input_names))
+        super().__init__(vocab_file, tokenizer_file, tokenizer_object, generation=generation, **self._named, **kwargs)
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:
-            self.chat_template = read_template(self._version.template)
-
-    def _settings(self, encode_special_tokens: bool) -> dict[str, Any]:
-        """The arguments that this generation knows, for saving."""
-        if self._version.vocab_file == ICE_TEXT:
-            names = ("num_image_tokens", "do_lower_case", "remove_space")
-            return {name: getattr(self, name) for name in names}
-        return {"encode_special_tokens": encode_special_tokens} if self.generation == "chatglm3" else {}
+            self.chat_template = read_template(version.template)
 
     @property
     def _version(self) -> ChatGLMVersion:
@@ -144,16 +133,13 @@ class ChatGLMTokenizer(ChatTokenizer):
         backend.add_special_tokens([taking_spaces(str(token)) for token in self._named.values() if token is not None])
         return backend
 
-    # ---- special tokens ----
-
     def is_settled(self, token: str) -> bool:
         return self._tokenizer.model.token_to_id(token) is not None  # also which of them text may contain
 
     def get_added_vocab(self) -> dict[str, int]:
         """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""
-        return {
-            token: self._tokenizer.token_to_id(token) for token in self._version.control
-        } | super().get_added_vocab()
+        control = {token: self._tokenizer.token_to_id(token) for token in self._version.control}
+        return control | super().get_added_vocab()
 
     @property
     def encode_special_tokens(self) -> bool:
@@ -171,19 +157,13 @@ class ChatGLMTokenizer(ChatTokenizer):
             state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in ROLES]
             self._tokenizer = Tokenizer.from_str(json.dumps(state))
 
-    @property
-    def gmask_token_id(self) -> int:
-        return self.get_command(self.gmask_token)
-
-    @property
-    def end_token_id(self) -> int:
-        return self.get_command(self.end_token)
+    gmask_token_id, end_token_id = id_of(gmask_token), id_of(end_token)
 
     def get_command(self, token: str) -> int:
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.
 
         Raises:
-            ValueError: it is none of this generation's.
+            ValueError: it is none of this version's.
         """
         usual = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": self.pad_token, "<unk>": "<unk>"}
         token = usual.get(token, token)
@@ -203,36 +183,39 @@ class ChatGLMTokenizer(ChatTokenizer):
             )
 
     def update_post_processor(self) -> None:
-        """Where the special tokens go is a matter of the generation alone."""
+        """Where the special tokens go is a matter of the version alone."""
         self._add_bos_token = self._add_eos_token = False
-        self._place_special_tokens(self._version.single, self._version.pair)
+        self._end_texts_with(self._version.ending)
 
-    def _place_special_tokens(self, single: str, pair: str) -> None:
-        names = {name for name in f"{single} {pair}".split() if not name.startswith("$")}
-        self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(name, self._tokenizer.token_to_id(name)) for name in names]
-        )
+    def _end_texts_with(self, ending: str) -> None:
+        usual, single, pair = self._version.ending, self._version.single, self._version.pair
+        surround_texts(self._tokenizer, *(layout.replace(usual, ending).split() for layout in (single, pair)))
+
+    @contextmanager
+    def _early_ending(self, ids: list[int]) -> Iterator[int]:
+        """Puts behind texts what the early revision has behind `ids`: [gMASK] only where there is no [MASK] to fill.
+        Yields how many tokens that are."""
+        mask = self.get_command("[MASK]")
+        ending = self._version.ending if mask not in ids else "<sop>" if ids[-1] == mask else "</s> <sop>"
+        self._end_texts_with(ending)
+        try:
+            yield len(ending.split())
+        finally:
+            self.update_post_processor()
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """The ids of one text or two with the special tokens that `tokenizer(…)` puts around them."""
-        texts = {"$A": token_ids_0, "$B": token_ids_1 or []}
-        layout = self._version.single if token_ids_1 is None else self._version.pair
-        if self.generation == "chatglm_early":
-            layout = layout.replace(self._version.ending, self._early_ending(texts["$A"] + texts["$B"]))
-        ids: list[int] = []
-        for name in layout.split():
-            ids += texts[name] if name in texts else [self._tokenizer.token_to_id(name)]
-        return ids
+        if self.generation != "chatglm_early":
+            return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        with self._early_ending([*token_ids_0, *(token_ids_1 or [])]):
+            return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any):
         raise NotImplementedError(
             "The rules of this tokenizer come from a SentencePiece model, its control tokens too. Train a new one "
             f"with sentencepiece.SentencePieceTrainer, and load it as {self._version.vocab_file}."
         )
-
-    # ---- text to ids ----
 
     def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
         if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text
@@ -243,58 +226,37 @@ class ChatGLMTokenizer(ChatTokenizer):
         batch = super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
         if self.generation != "chatglm_early" or not add_special_tokens:
             return batch
-        endings = [
-            self._early_ending([i for i, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added])
+        contents = [
+            [index for index, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added]
             for row in batch.encodings
         ]
-        if all(ending == self._version.ending for ending in endings):
+        if not any(self.get_command("[MASK]") in ids for ids in contents):
             return batch
-        return self._encode_with_endings(text, text_pair, endings, **kwargs)
-
-    def _early_ending(self, ids: list[int]) -> str:
-        """What the early revision puts behind text: [gMASK] only where there is no [MASK] to fill."""
-        mask = self.get_command("[MASK]")
-        if mask not in ids:
-            return self._version.ending
-        return "<sop>" if ids[-1] == mask else "</s> <sop>"
+        return self._encode_with_endings(text, text_pair, contents, **kwargs)
 
     def _encode_with_endings(
         self,
         text,
         text_pair,
-        endings: list[str],
-        padding_strategy: str = "do_not_pad",
-        truncation_strategy: Any = "do_not_truncate",
-        max_length: int | None = None,
-        stride: int = 0,
-        is_split_into_words: bool = False,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        split_special_tokens: bool | None = None,
-        **flags: Any,
+        contents,
+        padding_strategy="do_not_pad",
+        max_length=None,
+        return_tensors=None,
+        **kwargs: Any,
     ) -> BatchEncoding:
-        """Each text with special tokens of its own behind it; truncation makes room for the usual two."""
-        is_batched = isinstance(text[0] if is_split_into_words else text, (list, tuple))
+        """Each text, which has the ids `contents`, with an ending of its own; truncation makes room for the usual two."""
+        options = {name: kwargs.pop(name) for name in ENCODING_OPTIONS if name in kwargs}
+        padding = {name: kwargs.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
+        is_batched = isinstance(text[0] if options.get("is_split_into_words") else text, (list, tuple))
         texts, pairs = (text, text_pair or repeat(None)) if is_batched else ([text], [text_pair])
         encodings: list[Encoding] = []
-        try:
-            for one, other, ending in zip(texts, pairs, endings, strict=False):
-                layouts = (self._version.single, self._version.pair)
-                self._place_special_tokens(*(layout.replace(self._version.ending, ending) for layout in layouts))
-                alone = super()._encode_plus(
-                    [one],
-                    None if other is None else [other],
-                    truncation_strategy=truncation_strategy,
-                    max_length=None if max_length is None else max_length - 2 + len(ending.split()),
-                    is_split_into_words=is_split_into_words,
-                    split_special_tokens=split_special_tokens,
-                )
-                encodings += alone.encodings
-        finally:
-            self.update_post_processor()
-        self.pad_encodings(encodings, padding_strategy, max_length, pad_to_multiple_of, padding_side)
-        return self.batch_of(encodings, is_batched, return_tensors, **flags)
+        for one, other, ids in zip(texts, pairs, contents, strict=False):
+            with self._early_ending(ids) as added:
+                room = None if max_length is None else max_length - 2 + added
+                pair = None if other is None else [other]
+                encodings += super()._encode_plus([one], pair, max_length=room, **options).encodings
+        self.pad_encodings(encodings, padding_strategy, max_length, **padding)
+        return self.batch_of(encodings, is_batched, return_tensors, **kwargs)
 
     def _convert_encoding(self, encoding: Encoding, *args: Any, **kwargs: Any):
         data, encodings = super()._convert_encoding(encoding, *args, **kwargs)
@@ -305,20 +267,14 @@ class ChatGLMTokenizer(ChatTokenizer):
     def _pad(self, encoded_inputs, *args: Any, padding_side: str | None = None, **kwargs: Any) -> dict:
         ids = encoded_inputs["input_ids"]
         if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
-            encoded_inputs["position_ids"] = self._positions(
-                ids, encoded_inputs.get("attention_mask") or [1] * len(ids)
-            )
+            attention_mask = encoded_inputs.get("attention_mask") or [1] * len(ids)
+            encoded_inputs["position_ids"] = self._positions(ids, attention_mask)
         padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         if "position_ids" in padded:
-            pads = [0] * (len(padded["input_ids"]) - len(ids))
-            is_left = (padding_side or self.padding_side) == "left"
-
-            def fill(row: list) -> list:
-                if row and isinstance(row[0], list):
-                    return [fill(part) for part in row]
-                return pads + row if is_left else row + pads
-
-            padded["position_ids"] = fill(padded["position_ids"])
+            missing = len(padded["input_ids"]) - len(ids)
+            sides = (missing, 0) if (padding_side or self.padding_side) == "left" else (0, missing)
+            positions = np.array(padded["position_ids"])
+            padded["position_ids"] = np.pad(positions, [(0, 0)] * (positions.ndim - 1) + [sides]).tolist()
         return padded
 
     def _positions(self, ids: list[int], attention_mask: list[int]) -> list:
@@ -329,20 +285,16 @@ class ChatGLMTokenizer(ChatTokenizer):
         """
         start = attention_mask.index(1) if 1 in attention_mask else len(ids)
         real = ids[start : start + sum(attention_mask)]
-        before, after = [0] * start, [0] * (len(ids) - start - len(real))
-        if self._version.vocab_file == TOKENIZER_MODEL:
-            return before + list(range(len(real))) + after
-        bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
-        context = real.index(bos) if bos in real else len(real)
-        rest = len(real) - context
-        wanted = mask if mask in real else gmask
-        spot = [real.index(wanted)] * rest if wanted in real else list(range(context, len(real)))
-        return [
-            before + list(range(context)) + spot + after,
-            before + [0] * context + list(range(1, rest + 1)) + after,
-        ]
-
-    # ---- ids to text ----
+        rows = [[*range(len(real))]]
+        if self._version.vocab_file == ICE_TEXT:
+            bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
+            context = real.index(bos) if bos in real else len(real)
+            blank = mask if mask in real else gmask
+            if blank in real:
+                rows[0][context:] = [real.index(blank)] * (len(real) - context)
+            rows.append([*[0] * context, *range(1, len(real) - context + 1)])
+        rows = [[*[0] * start, *row, *[0] * (len(ids) - start - len(real))] for row in rows]
+        return rows if len(rows) > 1 else rows[0]
 
     def _decode(
         self,
@@ -365,8 +317,6 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._tokenizer.decoder.decode(mend_bytes(tokens))
-
-    # ---- chats ----
 
     def chat_control_pieces(self) -> Iterable[str]:
         return [*self._version.control, "</s>"]
@@ -401,6 +351,3 @@ class ChatGLMTokenizer(ChatTokenizer):
         self._require("build_chat_input", "chatglm3")
         messages = [*(history or []), {"role": role, "content": query}]
         return self.apply_chat_template([messages], add_generation_prompt=True, return_tensors="pt")
-
-
-__all__ = ["ChatGLMTokenizer"]

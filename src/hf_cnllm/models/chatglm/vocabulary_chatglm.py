@@ -1,6 +1,6 @@
-"""The vocabulary files of ChatGLM: which generation one belongs to, and the Rust tokenizer made of it.
+"""The vocabulary files of ChatGLM: which version one belongs to, and the Rust tokenizer made of it.
 
-| generation      | file              | model                     | ids                                             |
+| version         | file              | model                     | ids                                             |
 |-----------------|-------------------|---------------------------|-------------------------------------------------|
 | `chatglm_early` | `ice_text.model`  | Unigram, white space kept | 20,000 images, 130,000 pieces, controls, bytes  |
 | `chatglm`       | `ice_text.model`  | the same                  | 130,344 pieces, controls and bytes among them   |
@@ -8,7 +8,7 @@
 | `chatglm3`      | `tokenizer.model` | the same                  | those of ChatGLM2, four roles                   |
 
 `chatglm_early` is ChatGLM-6B as of March 2023, whose model has 150,528 ids. The files of ChatGLM2 and ChatGLM3 are the
-same, byte for byte: what tells them apart stands beside the file (`recognize_generation`).
+same, byte for byte: what tells them apart stands beside the file (`recognize_version`).
 """
 
 import json
@@ -33,7 +33,7 @@ WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n 
 
 
 class ChatGLMVersion(NamedTuple):
-    """What a generation's vocabulary and tokenizer are like.
+    """What a version's vocabulary and tokenizer are like.
 
     Attributes:
         vocab_file: name of the vocabulary file in a checkpoint.
@@ -54,7 +54,7 @@ class ChatGLMVersion(NamedTuple):
     template: str
     single: str
     pair: str
-    input_names: tuple[str, ...]
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
     shows_control: bool = False
     ignores_unknown_ids: bool = False
     keeps_unknown: bool = False
@@ -70,16 +70,12 @@ _CHATGLM = ChatGLMVersion(
     vocab_file=ICE_TEXT,
     control=("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
     special_tokens={
-        "bos_token": "<sop>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "mask_token": "[MASK]",
-        "eos_token": "<eop>",
+        **{"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"},
+        **{"unk_token": "<unk>", "pad_token": "<pad>"},
     },
     template="chatglm",
     single="$A [gMASK] <sop>",
     pair="$A [gMASK] <sop> $B <eop>",
-    input_names=("input_ids", "attention_mask", "position_ids"),
     cleans_up=True,
 )
 _CHATGLM2 = ChatGLMVersion(
@@ -89,7 +85,6 @@ _CHATGLM2 = ChatGLMVersion(
     template="chatglm2",
     single="[gMASK] sop $A",
     pair="[gMASK] sop $A $B </s>",
-    input_names=("input_ids", "attention_mask", "position_ids"),
 )
 VERSIONS = {
     "chatglm_early": _CHATGLM._replace(
@@ -107,44 +102,42 @@ VERSIONS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# which generation
+# ---- which version ----
 
 
-def recognize_generation(
+def recognize_version(
     model: SentencePieceModel, vocab_file: str, generation: str | None, settings: Mapping[str, Any]
 ) -> str:
-    """The generation of a vocabulary file.
+    """The version that a vocabulary file is of.
 
-    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides,
-    in this order: ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or in the configuration files;
-    the same in the original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; a
-    name with `chatglm2` or `chatglm3` in it: `name_or_path` in `tokenizer_config.json`, `_name_or_path` in
-    `config.json`, the name that it is loaded by.
+    Unigram is ChatGLM-6B; the early revision's file lacks `[gMASK]`. For the BPE file what stands beside it decides:
+    ChatGLM3's role tokens (or its `encode_special_tokens`) in `settings` or the configuration files; the same in the
+    original's code file, if it is there (it is read, not run), which without them is ChatGLM2's; `chatglm2` or `chatglm3`
+    in a name, that of the tokenizer's configuration, the model's, or the one that it is loaded by.
 
     Args:
-        generation: what the caller or a saved configuration says; must agree with the file.
+        generation: the version that the caller or a saved configuration gives; must agree with the file.
         settings: the tokenizer's other arguments.
 
     Raises:
-        ValueError: the file is of another family or generation, or nothing tells ChatGLM2 from ChatGLM3.
+        ValueError: the file is of another family or version, or nothing tells ChatGLM2 from ChatGLM3.
     """
     if generation is not None and generation not in VERSIONS:
         raise ValueError(f"generation is {generation!r}, but must be one of {', '.join(VERSIONS)}.")
-    found = _of_the_file(model)
+    found = _versions_of(model)
     if not found:
         raise ValueError(f"{vocab_file} is not a vocabulary of ChatGLM: it has other pieces or rules.")
-    here = Path(vocab_file)
-    recorded = _recorded(here.parent)
+    here, owners, right_name = Path(vocab_file), " and ".join(found), VERSIONS[found[0]].vocab_file
+    names = ("tokenizer_config.json", "config.json", "special_tokens_map.json")
+    tokenizer_config, config, _ = recorded = [_read_config(here.parent / name) for name in names]
     if generation is not None and generation not in found:
-        raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {' and '.join(found)}.")
-    right_name = VERSIONS[found[0]].vocab_file
+        raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {owners}.")
     if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
-        raise ValueError(f"{vocab_file} holds the vocabulary of {' and '.join(found)}, whose name is {right_name}.")
-    if right_name == TOKENIZER_MODEL and "num_image_tokens" in recorded.get("tokenizer_config.json", {}):
+        raise ValueError(f"{vocab_file} holds the vocabulary of {owners}, whose name is {right_name}.")
+    if right_name == TOKENIZER_MODEL and "num_image_tokens" in tokenizer_config:
         raise ValueError(
-            f"{vocab_file} is the vocabulary of {' and '.join(found)}, but tokenizer_config.json beside it is that "
-            f"of ChatGLM-6B (num_image_tokens), whose vocabulary is {ICE_TEXT}."
+            f"{vocab_file} is the vocabulary of {owners}, but tokenizer_config.json beside it is that of ChatGLM-6B "
+            f"(num_image_tokens), whose vocabulary is {ICE_TEXT}."
         )
     if generation is not None or len(found) == 1:
         return generation or found[0]
@@ -154,12 +147,7 @@ def recognize_generation(
     code = here.parent / "tokenization_chatglm.py"
     if code.is_file():
         return "chatglm3" if ROLES[1] in code.read_text(encoding="utf-8", errors="replace") else "chatglm2"
-    names = (
-        recorded.get("tokenizer_config.json", {}).get("name_or_path"),
-        recorded.get("config.json", {}).get("_name_or_path"),
-        settings.get("name_or_path"),
-    )
-    for name in names:
+    for name in (tokenizer_config.get("name_or_path"), config.get("_name_or_path"), settings.get("name_or_path")):
         if match := re.search(r"(chatglm|codegeex)-?([23])", str(name).lower()):
             return "chatglm" + match[2]
     raise ValueError(
@@ -168,7 +156,7 @@ def recognize_generation(
     )
 
 
-def _of_the_file(model: SentencePieceModel) -> tuple[str, ...]:
+def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
     if model.model_type is ModelType.UNIGRAM:
         if "<n>" not in model.symbols:
             return ()
@@ -177,21 +165,18 @@ def _of_the_file(model: SentencePieceModel) -> tuple[str, ...]:
     return ("chatglm2", "chatglm3") if is_plain else ()
 
 
-def _recorded(folder: Path) -> dict[str, dict]:
-    """The configuration files that a checkpoint keeps beside its vocabulary."""
-    found = {}
-    for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            try:
-                content = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / name} is damaged ({error}). Download it again.") from error
-            found[name] = content if isinstance(content, dict) else {}
-    return found
+def _read_config(file: Path) -> dict[str, Any]:
+    """A configuration file that a checkpoint keeps beside its vocabulary; empty if it has none."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Download it again.") from error
+    return content if isinstance(content, dict) else {}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# ChatGLM2 and ChatGLM3
+# ---- ChatGLM2 and ChatGLM3 ----
 
 
 def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tokenizer:
@@ -215,8 +200,7 @@ def _with_pieces(
     return replace(model, texts=texts, scores=scores, types=types)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# ChatGLM-6B
+# ---- ChatGLM-6B ----
 
 # Stand-ins inside the backend: code points that are not assigned, and that no grapheme cluster spans. The symbols for
 # white space wear the brackets while the text is normalized, so that nothing in the text can be taken for one.
@@ -235,15 +219,11 @@ def build_ice_backend(
         model = replace(model, byte_fallback=True)
     images = [f"<image_{i}>" for i in range(num_image_tokens)]
     backend = build_tokenizer(_with_pieces(model, images, PieceType.CONTROL, at=0))
-    steps: list[normalizers.Normalizer] = []
-    if remove_space:
-        steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    if do_lower_case:
-        steps.append(normalizers.Lowercase())
-    steps += [normalizers.Replace(space, f"{_OPEN}{symbol[1:-1]}{_CLOSE}") for space, symbol in WHITE_SPACE.items()]
-    steps.append(backend.normalizer)
-    steps += [normalizers.Replace(_OPEN, "<"), normalizers.Replace(_CLOSE, ">")]
-    backend.normalizer = normalizers.Sequence(steps)
+    squeezed = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()] if remove_space else []
+    lowered = [normalizers.Lowercase()] if do_lower_case else []
+    marks = [normalizers.Replace(space, f"{_OPEN}{name[1:-1]}{_CLOSE}") for space, name in WHITE_SPACE.items()]
+    brackets = [normalizers.Replace(_OPEN, "<"), normalizers.Replace(_CLOSE, ">")]
+    backend.normalizer = normalizers.Sequence([*squeezed, *lowered, *marks, backend.normalizer, *brackets])
     backend.decoder = build_decoder(
         model,
         silent=any_of(model.of_type(PieceType.CONTROL)) + r"|<image_\d+>",
@@ -259,8 +239,6 @@ def symbols_as_text(backend: Tokenizer) -> Tokenizer:
     names = any_of([symbol[1:] for symbol in WHITE_SPACE.values()])
     steps[-2:-2] = [normalizers.Replace(Regex(f"(?<=<)(?={names})"), _BREAK)]
     backend.normalizer = normalizers.Sequence(steps)
-    cuts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(_BREAK, "removed")]
-    if backend.pre_tokenizer is not None:
-        cuts.append(backend.pre_tokenizer)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    others = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(_BREAK, "removed"), *others])
     return backend

@@ -7,14 +7,14 @@ and the place inside the piece, counted from 1, in the text 0.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from ...tokenization.base import OriginalVocabularyTokenizer, taking_spaces
+from ...tokenization.base import OriginalVocabularyTokenizer, id_of, surround_texts, taking_spaces
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
@@ -34,13 +34,10 @@ class GLMBatchEncoding(BatchEncoding):
         return self
 
 
-def _id_of(token: str) -> property:
-    return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
-
-
 class GLMTokenizerMixin:
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
+    model_input_names = ["input_ids", "attention_mask"]
     truncation_side = "left"
     tokenize = OriginalVocabularyTokenizer.tokenize
 
@@ -51,8 +48,8 @@ class GLMTokenizerMixin:
         return {"AutoTokenizer": [f"THUDM/glm-10b--tokenization_glm.{type(self).__name__}", None]}
 
     sop_token, eop_token = "<|startofpiece|>", "<|endofpiece|>"
-    sop_token_id, eop_token_id = _id_of(sop_token), _id_of(eop_token)
-    gmask_token_id, smask_token_id = _id_of("[gMASK]"), _id_of("[sMASK]")
+    sop_token_id, eop_token_id = id_of(sop_token), id_of(eop_token)
+    gmask_token_id, smask_token_id = id_of("[gMASK]"), id_of("[sMASK]")
 
     @property
     def mask_token_ids(self) -> list[int]:
@@ -85,7 +82,7 @@ class GLMTokenizerMixin:
         """
         input_ids, attention_mask = _tensor(model_input, "input_ids"), _tensor(model_input, "attention_mask")
         batch, length = input_ids.shape
-        labels = None
+        pieces: list[list[int]] = []
         if targets is not None:
             texts = [targets] if isinstance(targets, str) else list(targets)
             if len(texts) != batch:
@@ -93,30 +90,21 @@ class GLMTokenizerMixin:
             pieces = [[*ids, self.eop_token_id][:max_gen_length] for ids in self._plain_ids(texts)]
             if not padding:
                 max_gen_length = max(map(len, pieces))
-            written = input_ids.new_full((batch, max_gen_length), self.pad_token_id)
-            labels = input_ids.new_full((batch, length + max_gen_length), IGNORED)
-            for row, piece in enumerate(pieces):
-                ids = input_ids.new_tensor([self.sop_token_id, *piece])
-                written[row, : min(len(ids), max_gen_length)] = ids[:max_gen_length]
-                labels[row, length : length + len(piece)] = ids[1:]
-        else:
-            written = input_ids.new_full((batch, 1), self.sop_token_id)
-
-        blank = self._first_blank(input_ids, self.mask_token_ids)
-        position_ids = input_ids.new_zeros(batch, 2, length + max_gen_length)
-        position_ids[:, 0, :length] = torch.arange(length, device=input_ids.device)
-        position_ids[:, 0, length:] = blank[:, None]
-        position_ids[:, 1, length:] = torch.arange(1, max_gen_length + 1, device=input_ids.device)
-
-        total = length + max_gen_length
-        mask = attention_mask.new_zeros(batch, total, total)
-        mask[:, :, :length] = attention_mask[:, None, :]
-        mask[:, length:, length:] = attention_mask.new_ones(max_gen_length, max_gen_length).tril()
-
-        inputs = {"input_ids": torch.cat([input_ids, written], dim=1), "position_ids": position_ids}
-        if labels is None:
-            return BatchEncoding({**inputs, "generation_attention_mask": mask[:, None]})
-        return BatchEncoding({**inputs, "attention_mask": mask[:, None], "labels": labels})
+        blanks = self._first_blank(input_ids, self.mask_token_ids)
+        position_ids, mask = _inputs_of_pieces(attention_mask, blanks, [max_gen_length])
+        if targets is None:
+            starts = input_ids.new_full((batch, 1), self.sop_token_id)
+            inputs = {"input_ids": torch.cat([input_ids, starts], dim=1), "position_ids": position_ids}
+            return BatchEncoding(inputs | {"generation_attention_mask": mask})
+        written = input_ids.new_full((batch, max_gen_length + 1), self.pad_token_id)
+        labels = input_ids.new_full((batch, length + max_gen_length), IGNORED)
+        for row, piece in enumerate(pieces):
+            written[row, : len(piece) + 1] = input_ids.new_tensor([self.sop_token_id, *piece])
+            labels[row, length : length + len(piece)] = written[row, 1 : len(piece) + 1]
+        input_ids = torch.cat([input_ids, written[:, :-1]], dim=1)
+        return BatchEncoding(
+            {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "labels": labels}
+        )
 
     def build_inputs_for_multiple_choice(
         self, model_input: Mapping[str, Any], choices: Sequence[Sequence[str]], max_length: int | None = None
@@ -138,51 +126,35 @@ class GLMTokenizerMixin:
         input_ids, attention_mask = _tensor(model_input, "input_ids"), _tensor(model_input, "attention_mask")
         if len(choices) != len(input_ids):
             raise ValueError(f"there are {len(choices)} lists of choices for {len(input_ids)} texts.")
-        blanks = self._first_blank(input_ids, [self.mask_token_id]).tolist()
-        rows = [
-            self._choices_of_one(ids, mask, blank, texts)
-            for ids, mask, blank, texts in zip(input_ids, attention_mask, blanks, choices, strict=True)
-        ]
+        blanks = self._first_blank(input_ids, [self.mask_token_id])
+        rows: list[dict[str, Any]] = []
+        for ids, mask, blank, texts in zip(input_ids, attention_mask, blanks, choices, strict=True):
+            pieces = self._plain_ids(texts)
+            if [] in pieces:
+                raise ValueError(f"the choice {texts[pieces.index([])]!r} has no tokens.")
+            lengths = [len(piece) for piece in pieces]
+            position_ids, seen = _inputs_of_pieces(mask[None], blank[None], lengths)
+            written = [index for piece in pieces for index in (self.sop_token_id, *piece[:-1])]
+            places = torch.arange(len(ids), len(ids) + len(written), device=ids.device)
+            rows.append(
+                {
+                    "input_ids": torch.cat([ids, ids.new_tensor(written)]),
+                    "position_ids": position_ids[0],
+                    "attention_mask": seen[0],
+                    "choice_ids": [ids.new_tensor(piece) for piece in pieces],
+                    "choice_indices": list(places.split(lengths)),
+                }
+            )
         total = max(len(row["input_ids"]) for row in rows)
-        collated: dict[str, list] = {name: [] for name in rows[0]}
         for row in rows:
             missing = total - len(row["input_ids"])
-            row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, missing))
             last = row["position_ids"][:, -1:].expand(-1, missing)
+            row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, missing))
             row["position_ids"] = torch.cat([row["position_ids"], last], dim=1)
-            row["attention_mask"] = torch.nn.functional.pad(row["attention_mask"], (0, missing, 0, missing))[None]
-            for name, value in row.items():
-                collated[name].append(value)
+            row["attention_mask"] = torch.nn.functional.pad(row["attention_mask"], (0, missing, 0, missing))
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         tensors = ("input_ids", "position_ids", "attention_mask")
-        return GLMBatchEncoding({k: torch.stack(v) if k in tensors else v for k, v in collated.items()})
-
-    def _choices_of_one(
-        self, ids: torch.Tensor, mask: torch.Tensor, blank: int, choices: Sequence[str]
-    ) -> dict[str, Any]:
-        length = len(ids)
-        choice_ids = [ids.new_tensor(choice) for choice in self._plain_ids(choices)]
-        empty = next((text for text, choice in zip(choices, choice_ids, strict=True) if not len(choice)), None)
-        if empty is not None:
-            raise ValueError(f"the choice {empty!r} has no tokens.")
-        sop = ids.new_tensor([self.sop_token_id])
-        written = [torch.cat([sop, choice[:-1]]) for choice in choice_ids]
-        inside = torch.cat([torch.arange(1, len(choice) + 1, device=ids.device) for choice in choice_ids])
-        position_ids = ids.new_zeros(2, length + len(inside))
-        position_ids[0, :length] = torch.arange(length, device=ids.device)
-        position_ids[0, length:] = blank
-        position_ids[1, length:] = inside
-        attention_mask = torch.block_diag(
-            mask.new_zeros(length, length), *(mask.new_ones(len(choice), len(choice)).tril() for choice in choice_ids)
-        )
-        attention_mask[:, :length] = mask
-        ends = torch.tensor([length, *map(len, choice_ids)]).cumsum(0).tolist()
-        return {
-            "input_ids": torch.cat([ids, *written]),
-            "position_ids": position_ids,
-            "attention_mask": attention_mask,
-            "choice_ids": choice_ids,
-            "choice_indices": [torch.arange(start, end, device=ids.device) for start, end in pairwise(ends)],
-        }
+        return GLMBatchEncoding(columns | {name: torch.stack(columns[name]) for name in tensors})
 
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer: Any = self
@@ -211,6 +183,23 @@ def _tensor(model_input: Mapping[str, Any], name: str) -> torch.Tensor:
     return value
 
 
+def _inputs_of_pieces(
+    attention_mask: torch.Tensor, blanks: torch.Tensor, lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions `[batch, 2, total]` and mask `[batch, 1, total, total]` of texts, `[batch, length]`, and the pieces of these
+    lengths behind each: all fill the blank at `blanks`, `[batch]`, and see the text and themselves, not each other."""
+    batch, length = attention_mask.shape
+    inside = torch.cat([torch.arange(1, size + 1, device=blanks.device) for size in lengths])
+    position_ids = blanks.new_zeros(batch, 2, length + len(inside))
+    position_ids[:, 0, :length] = torch.arange(length, device=blanks.device)
+    position_ids[:, 0, length:] = blanks[:, None]
+    position_ids[:, 1, length:] = inside
+    causal = [attention_mask.new_ones(size, size).tril() for size in lengths]
+    mask = torch.block_diag(attention_mask.new_zeros(length, length), *causal).repeat(batch, 1, 1, 1)
+    mask[..., :length] = attention_mask[:, None, None]
+    return position_ids, mask
+
+
 class SurroundedTextMixin:
     """`[CLS]` text `<|endoftext|>`, and no form for two texts."""
 
@@ -218,10 +207,8 @@ class SurroundedTextMixin:
 
     def update_post_processor(self) -> None:
         self._add_bos_token = self._add_eos_token = False
-        ends = [(str(token), self.convert_tokens_to_ids(token)) for token in (self.cls_token, self.eos_token)]
-        self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=[ends[0][0], "$A", ends[1][0]], pair=[ends[0][0], "$A", "$B", ends[1][0]], special_tokens=ends
-        )
+        before, after = str(self.cls_token), str(self.eos_token)
+        surround_texts(self._tokenizer, [before, "$A", after], [before, "$A", "$B", after])
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -260,12 +247,8 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
     )
 
     NAMED_TOKENS = {
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-        "unk_token": "[UNK]",
+        **{"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "unk_token": "[UNK]"},
+        **{"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     }
 
     def __init__(self, vocab_file=None, **kwargs: Any):
@@ -297,14 +280,13 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         """The texts of the tokens, and added tokens as they are, with spaces between."""
         added = self.added_tokens_encoder.keys() - {self.unk_token}
         parts: list[str] = []
-        for is_added, group in groupby(tokens, key=added.__contains__):
-            run = list(group)
-            parts += run if is_added else [self._tokenizer.decoder.decode(run)]
+        for is_added, run in groupby(tokens, key=added.__contains__):
+            pieces = list(run)
+            parts += pieces if is_added else [self._tokenizer.decoder.decode(pieces)]
         return " ".join(parts)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the English models
+# ---- the English models ----
 
 
 class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
@@ -313,8 +295,6 @@ class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
     The checkpoint gives the special tokens (`tokenizer_config.json`, `added_tokens.json`). As in the original, those
     that GLM adds take the white space around them with them, and GPT-2's own do not.
     """
-
-    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, *args: Any, cls_token="[CLS]", mask_token="[MASK]", **kwargs: Any):
         super().__init__(*args, cls_token=cls_token, mask_token=mask_token, **kwargs)
@@ -326,44 +306,28 @@ class GLMGPT2Tokenizer(SurroundedTextMixin, GLMTokenizerMixin, GPT2Tokenizer):
         return super()._add_tokens(new_tokens, special_tokens)
 
 
+def _unsupported(kind: str) -> property:
+    def refuse(tokenizer: Any) -> int:
+        raise NotImplementedError(f"{type(tokenizer).__name__}: the model doesn't support {kind}")
+
+    return property(refuse)
+
+
 class _OneKindOfBlank:
     """The smaller English models know `[MASK]` alone."""
 
-    @property
-    def gmask_token_id(self) -> int:
-        raise NotImplementedError(f"{type(self).__name__}: the model doesn't support gMASK")
-
-    @property
-    def smask_token_id(self) -> int:
-        raise NotImplementedError(f"{type(self).__name__}: the model doesn't support sMASK")
-
-    @property
-    def mask_token_ids(self) -> list[int]:
-        return [self.mask_token_id]
+    gmask_token_id, smask_token_id = _unsupported("gMASK"), _unsupported("sMASK")
+    mask_token_ids = property(lambda tokenizer: [tokenizer.mask_token_id])
 
 
 class GLMBertTokenizer(_OneKindOfBlank, GLMTokenizerMixin, BertTokenizer):
     """BERT's vocabulary (glm-large, glm-515m): `[CLS]` text `[SEP]`."""
 
-    model_input_names = ["input_ids", "attention_mask"]
-
 
 class GLMRobertaTokenizer(_OneKindOfBlank, GLMTokenizerMixin, RobertaTokenizer):
     """RoBERTa's vocabulary (glm-roberta-large): `<s>` text `</s>`. `<mask>` takes the space in front of it with it."""
-
-    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, *args: Any, mask_token: str | AddedToken = "<mask>", **kwargs: Any):
         if isinstance(mask_token, str):  # as the checkpoint's configuration gives it
             mask_token = AddedToken(mask_token, lstrip=True, normalized=False, special=True)
         super().__init__(*args, mask_token=mask_token, **kwargs)  # type: ignore[arg-type]
-
-
-__all__ = [
-    "GLMBatchEncoding",
-    "GLMBertTokenizer",
-    "GLMChineseTokenizer",
-    "GLMGPT2Tokenizer",
-    "GLMRobertaTokenizer",
-    "GLMTokenizerMixin",
-]

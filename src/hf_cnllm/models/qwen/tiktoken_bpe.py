@@ -13,7 +13,6 @@ finds it for every token; pairs sorted by the rank of what they form then give t
 
 import os
 import re
-from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Sequence
 from itertools import count
@@ -28,7 +27,7 @@ PRETOKENIZE_REGEX = (
 )
 MAX_ID = 2**20 - 1
 
-_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2})[ \t]+([0-9]+)[ \t]*")
+_LINE = re.compile(rb"(?i)((?:[a-z0-9+/]{4})*[a-z0-9+/]{2}(?:[a-z0-9+/]{2}|[a-z0-9+/]=|==))[ \t]+([0-9]+)[ \t]*")
 # GPT-2's table: a byte that is printable in Latin-1 stands for itself, the others take the characters from U+0100 on.
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = count(0x100)
@@ -58,11 +57,10 @@ def read_tiktoken(path: str | os.PathLike) -> dict[bytes, int]:
     """Read a `.tiktoken` file: token bytes -> rank.
 
     Raises:
-        ValueError: a line is not `<base64> <rank>`, or a token or a rank stands in two lines; the file and the line are
-            named.
+        ValueError: a line is not `<base64> <rank>`, or a token or a rank stands in two lines; it is named.
     """
-    line_of_token: dict[bytes, int] = {}
-    line_of_rank: dict[int, int] = {}
+    ranks: dict[bytes, int] = {}
+    line_of: dict[bytes | int, int] = {}
 
     def damaged(fault: str) -> ValueError:
         return ValueError(f"{path}: {fault}. Download the file again, or give every token one line and one rank.")
@@ -71,23 +69,20 @@ def read_tiktoken(path: str | os.PathLike) -> dict[bytes, int]:
         if not line.strip():
             continue
         parsed = _LINE.fullmatch(line)
-        try:
-            token = a2b_base64(parsed[1]) if parsed else None
-        except Base64Error:
-            token = None
-        if parsed is None or token is None:
+        if parsed is None:
             raise damaged(f"line {number} is damaged: expected '<token in base64> <rank>', found {line[:80]!r}")
-        rank = int(parsed[2])
+        token, rank = a2b_base64(parsed[1]), int(parsed[2])
         if rank > MAX_ID:
             raise damaged(f"line {number}: rank {rank} is out of range, the largest id is {MAX_ID}")
-        if token in line_of_token:
-            raise damaged(f"line {number}: the token {token!r} stands in line {line_of_token[token]} already")
-        if rank in line_of_rank:
-            raise damaged(f"line {number}: the rank {rank} stands in line {line_of_rank[rank]} already")
-        line_of_token[token] = line_of_rank[rank] = number
-    if not line_of_token:
+        for key in (token, rank):
+            if key in line_of:
+                kind = "token" if key is token else "rank"
+                raise damaged(f"line {number}: the {kind} {key!r} stands in line {line_of[key]} already")
+            line_of[key] = number
+        ranks[token] = rank
+    if not ranks:
         raise damaged("the file holds no tokens")
-    return dict(zip(line_of_token, line_of_rank, strict=True))
+    return ranks
 
 
 def write_tiktoken(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
@@ -157,12 +152,9 @@ def build_backend(ranks: dict[bytes, int], special_tokens: Sequence[str]) -> Tok
     # ignore_merges: a whole word that is a token is that token, formed by merges or not
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, characters])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in specials])
     return backend

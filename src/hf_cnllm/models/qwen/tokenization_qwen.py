@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, with_changes
@@ -54,7 +54,6 @@ class QWenTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     prompt_padding_side = "left"
-    _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -63,37 +62,29 @@ class QWenTokenizer(ChatTokenizer):
         extra_vocab_file: str | os.PathLike | None = None,
         first_revision: bool | None = None,
         tokenizer_file: str | os.PathLike | None = None,
-        eos_token: str | AddedToken | None = ENDOFTEXT,
-        pad_token: str | AddedToken | None = ENDOFTEXT,
         **kwargs,
     ):
         self.errors = errors
         self._extra_vocab_file = extra_vocab_file
         self.first_revision = "remove_space" in kwargs if first_revision is None else first_revision
-        self.special_tokens: dict[str, int] = {}
-        if self.first_revision:
-            kwargs.setdefault("bos_token", ENDOFTEXT)
-            kwargs.setdefault("unk_token", ENDOFTEXT)
+        named = ("eos_token", "pad_token", *(("bos_token", "unk_token") if self.first_revision else ()))
+        kwargs = dict.fromkeys(named, ENDOFTEXT) | kwargs
         kwargs["clean_up_tokenization_spaces"] = False  # the original never did, whatever old configurations say
         super().__init__(
-            vocab_file=vocab_file,
-            tokenizer_file=None if extra_vocab_file else tokenizer_file,
+            vocab_file,
+            None if extra_vocab_file else tokenizer_file,
             errors=errors,
             extra_vocab_file=None,  # its tokens are saved with the others
             first_revision=self.first_revision,
-            eos_token=eos_token,
-            pad_token=pad_token,
             **kwargs,
         )
-        for name in self._special_names:
-            index = self._tokenizer.token_to_id(name)
-            if index is not None:
-                self.special_tokens[name] = index
-            elif kwargs.get("tokenizer_object") is None:  # trained anew, it may have been given other special tokens
-                raise ValueError(
-                    f"The vocabulary has no special token {name}. It is not Qwen v1's, or not of the revision that "
-                    f"`first_revision={self.first_revision}` says."
-                )
+        missing = [name for name in self._special_names if name not in self.special_tokens]
+        # One that was trained anew may have been given other special tokens.
+        if missing and kwargs.get("tokenizer_object") is None:
+            raise ValueError(
+                f"The vocabulary has no special token {missing[0]}. It is not Qwen v1's, or not of the revision that "
+                f"`first_revision={self.first_revision}` says."
+            )
         self.eod_id, self.im_start_id, self.im_end_id = map(self.special_tokens.get, (ENDOFTEXT, IMSTART, IMEND))
         if self.chat_template is None:
             self.chat_template = read_template("qwen")
@@ -121,7 +112,11 @@ class QWenTokenizer(ChatTokenizer):
             ranks |= extra
         return build_backend(ranks, self._special_names)
 
-    # ---- vocabulary ----
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Special token -> id."""
+        ids = {name: self._tokenizer.token_to_id(name) for name in self._special_names}
+        return {name: index for name, index in ids.items() if index is not None}
 
     @property
     def vocab_size(self) -> int:
@@ -131,16 +126,9 @@ class QWenTokenizer(ChatTokenizer):
     @cached_property
     def mergeable_ranks(self) -> dict[bytes, int]:
         """The tokens that are not special, token bytes -> id, in the order of the ids."""
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
-        return dict(
-            by_rank(
-                {
-                    to_bytes(name): index
-                    for name, index in vocabulary.items()
-                    if name not in self.special_tokens and name != gap_name(index)
-                }
-            )
-        )
+        names = self._tokenizer.get_vocab(with_added_tokens=False).items()
+        tokens = {to_bytes(name): i for name, i in names if name not in self.special_tokens and name != gap_name(i)}
+        return dict(by_rank(tokens))
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -156,8 +144,6 @@ class QWenTokenizer(ChatTokenizer):
         if isinstance(tokens, str):
             return self._tokenizer.token_to_id(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
-
-    # ---- text to ids ----
 
     def _encode_plus(
         self,
@@ -187,25 +173,22 @@ class QWenTokenizer(ChatTokenizer):
         return super()._encode_plus(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
 
     def _in_normal_form(self, text: Any) -> Any:
-        """The text (or texts in containers), made NFC where the backend would do it otherwise than Python, and valid Unicode.
-
-        The backend's tables are of an older Unicode version: some combining marks are in another order. Half surrogates
-        become U+FFFD, as in tiktoken.
-        """
+        """The text (or texts in containers) with U+FFFD for half surrogates, as in tiktoken, and made NFC where the
+        backend would do it otherwise than Python: its tables are of an older Unicode version."""
         if isinstance(text, Mapping):
             return {key: self._in_normal_form(value) for key, value in text.items()}
         if isinstance(text, list | tuple):
             return type(text)(self._in_normal_form(t) for t in text)
         if not isinstance(text, str) or text.isascii():
             return text
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if unicodedata.is_normalized("NFC", text):
             return text
         normal = unicodedata.normalize("NFC", text)
         return text if self._tokenizer.normalizer.normalize_str(text) == normal else normal
+
+    def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
+        return self._in_normal_form(super().read_messages(conversation))
 
     def _refuse(self, disallowed: Collection[str], *texts: TextOrTexts) -> None:
         if not disallowed:
@@ -222,25 +205,13 @@ class QWenTokenizer(ChatTokenizer):
 
     def _matching_only(self, allowed: Collection[str]) -> "QWenTokenizer":
         """A copy on the same vocabulary that, with `split_special_tokens`, still matches the `allowed` special tokens."""
-        backend = Tokenizer(self._tokenizer.model)
+        other, backend = copy.copy(self), Tokenizer(self._tokenizer.model)
         for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
             setattr(backend, step, getattr(self._tokenizer, step))
-        backend.add_tokens(
-            [
-                with_changes(token, special=token.special and token.content not in allowed)
-                for token in self.added_tokens_decoder.values()
-            ]
-        )
-        other = copy.copy(self)
+        added = self.added_tokens_decoder.values()
+        backend.add_tokens([with_changes(t, special=t.special and t.content not in allowed) for t in added])
         other._tokenizer = backend
         return other
-
-    # ---- chats ----
-
-    def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
-        return self._in_normal_form(super().read_messages(conversation))
-
-    # ---- ids to text ----
 
     def _decode(
         self,
@@ -270,16 +241,6 @@ class QWenTokenizer(ChatTokenizer):
         pieces = (t if isinstance(t, bytes) else t.encode() if t in added else to_bytes(t) for t in tokens)
         return b"".join(pieces).decode(errors=errors or self.errors)
 
-    # ---- files ----
-
-    def _has_vocab_file(self) -> bool:
-        return True  # it is written anew
-
-    def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `qwen.tiktoken`, extra tokens included (as the original does)."""
-        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "qwen.tiktoken")
+    def write_vocabulary(self, path: str) -> None:
+        """Writes `qwen.tiktoken` anew, extra tokens included (as the original does)."""
         write_tiktoken(self.mergeable_ranks, path)
-        return (path,)
-
-
-__all__ = ["QWenTokenizer"]
