@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import flash_stand_in
 from hf_cnllm import BaichuanConfig
+from hf_cnllm.attention import alibi
 from hf_cnllm.attention.alibi import alibi_attention, alibi_slopes, create_alibi_mask, fold_alibi
 from hf_cnllm.attention.reference import alibi_bias_reference, attention_reference
 
@@ -25,6 +26,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, to
 def flash_attn():
     with flash_stand_in.installed():
         yield
+
+
+@pytest.fixture(autouse=True)
+def fold_short_prompts_too(monkeypatch):
+    monkeypatch.setattr(alibi, "DENSE_PAIRS", 1)
 
 
 def dtypes(*backends):

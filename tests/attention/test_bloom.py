@@ -8,6 +8,12 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 import hf_cnllm
 from hf_cnllm import use_folded_alibi
+from hf_cnllm.attention import alibi
+
+
+@pytest.fixture(autouse=True)
+def fold_short_prompts_too(monkeypatch):
+    monkeypatch.setattr(alibi, "DENSE_PAIRS", 1)
 
 
 @pytest.fixture

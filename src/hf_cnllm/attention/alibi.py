@@ -15,7 +15,8 @@ scaled before), since a backward kernel may scale k' first and round it. In half
 it; there each entry is split into pieces that are exact (`_pieces`). A padded key gets a large negative entry in one
 more column. v is padded to the same width, as flash kernels want it. Measured: scripts/alibi_precision.py.
 
-**Dense for a few queries** (decoding, one query): slope·(j − i) as a [batch, heads, 1, keys] mask, made once a step.
+**Dense for little** (decoding, short prompts): slope·(j − i) as a [batch, heads, queries, keys] mask, made once a step. Up to
+`DENSE_PAIRS` pairs of query and key that costs less than the columns do (scripts/benchmark_alibi.py).
 
 The forward pass makes one [`AlibiMask`] for all layers; attention functions of this file read it.
 """
@@ -84,6 +85,9 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
     power = 2 ** math.floor(math.log2(num_heads))
     return torch.tensor(geometric(power) + geometric(2 * power)[::2][: num_heads - power], dtype=torch.float32)
 
+
+# So many pairs of query and key may have a dense bias.
+DENSE_PAIRS = 128**2
 
 # --- the folded form -------------------------------------------------------------------------------------------------
 
@@ -188,7 +192,8 @@ def create_alibi_mask(
     # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
     autocast = mask.device.type != "meta" and torch.is_autocast_enabled(mask.device.type)
     dtype = torch.get_autocast_dtype(mask.device.type) if autocast else inputs_embeds.dtype
-    if backend == "eager" or mask.queries == 1:
+    is_little = not is_tracing(inputs_embeds) and mask.queries * mask.keys <= DENSE_PAIRS
+    if backend == "eager" or mask.queries == 1 or is_little:
         bias = slopes[:, None, None] * (keys - queries[:, None])
         return bias.to(dtype)[None] + mask.additive(dtype)
     scaling = (config.hidden_size // config.num_attention_heads) ** -0.5

@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
+from hf_cnllm.attention import alibi
 from hf_cnllm.attention.alibi import alibi_slopes
 from hf_cnllm.attention.reference import alibi_bias_reference
 
@@ -33,6 +34,12 @@ def load(name: str, backend: str = "sdpa", **overrides):
 @pytest.mark.parametrize("case", golden_cases(*CHECKPOINTS, skip=SPECIAL_CASES))
 def test_golden(case, backend):
     check_case(golden_model(AutoModelForCausalLM, case, backend), case)
+
+
+@pytest.mark.parametrize("case", golden_cases("baichuan_13b", "baichuan2_13b", skip=SPECIAL_CASES))
+def test_golden_with_short_prompts_folded_too(case, monkeypatch):
+    monkeypatch.setattr(alibi, "DENSE_PAIRS", 1)
+    check_case(golden_model(AutoModelForCausalLM, case, "sdpa"), case)
 
 
 @pytest.mark.compiled
