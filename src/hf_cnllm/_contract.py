@@ -181,14 +181,15 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         logits[..., 1] = 1
         return _compat.CausalLMOutputWithPast(logits=logits, cache=cache)
 
-    def prompt_position_ids(self, inputs, arguments):
+    @property
+    def counts_positions(self) -> bool:
         self.calls.append("_prepare_position_ids_for_generation")
-        return super().prompt_position_ids(inputs, arguments)
+        return True
 
     def add_generation_arguments(self, input_ids, arguments):
         self.calls.append("_expand_inputs_for_generation")
 
-    def check_prefill(self, input_ids, generation_config):
+    def before_prefill(self, input_ids, arguments, generation_config):
         self.calls.append("_prefill")
 
     def prepare_cache(self, arguments, is_assisted):

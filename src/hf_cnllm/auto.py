@@ -329,6 +329,10 @@ def register() -> None:
         AutoConfig.register(model_type, family.config, exist_ok=True)
         for auto_class, model_class in family.models.items():
             getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
+            for config_class in family.config.__subclasses__():  # ChatGLM's architectures have one each
+                if hasattr(model_class, "for_config"):
+                    of_architecture = model_class.for_config(config_class)
+                    getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         for targets in (

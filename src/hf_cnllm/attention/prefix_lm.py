@@ -16,8 +16,8 @@ afterwards is plain keys and values: everything after the prefix is plain causal
 | backend               | prefill, training                          | the same while tracing or compiling |
 |-----------------------|--------------------------------------------|-------------------------------------|
 | eager, flex_attention | mask                                       | mask                                |
-| sdpa                  | two calls for every sequence; up to 256    | dense mask                          |
-|                       | tokens in rows that differ, a dense mask   |                                     |
+| sdpa                  | up to 256 tokens a dense mask, then two    | dense mask                          |
+|                       | calls for every sequence                   |                                     |
 | flash_attention_2/3/4 | two calls, each over the batch's tokens    | refused                             |
 """
 
@@ -41,13 +41,13 @@ from .._compat import (
     repeat_kv,
 )
 from .flex import fixed_size
-from .masks import EVERYONES, Stretches, find_sequences, is_packed, make_mask, read_mask
+from .masks import EVERYONES, Stretches, find_sequences, make_mask, read_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 # The rows of one call in `_causal_at_the_end` on a CPU, where the triangle is a mask: its memory is BLOCK × keys.
 BLOCK = 512
-# Up to this length a ragged batch is cheaper with one dense mask than with two calls for every row.
+# Up to this length one dense mask is as cheap as two calls in every layer, and cheaper for rows that differ.
 DENSE_LENGTH = 256
 
 
@@ -108,18 +108,20 @@ def create_prefix_lm_mask(
         )
     mask, tracing = read_mask(inputs_embeds, attention_mask, cache, learned_keys), is_tracing(inputs_embeds)
     queries, past = mask.queries, mask.past
-    sequences = None if mask.sequences is None else mask.sequences[:, -queries:]
-    packed = is_packed(sequences) is not False
+    packed = mask.packed is not False
     has_prefix = prefix is not None and (tracing or bool(prefix.any()))
     if mask.complete is not None or queries == 1 or not (packed or has_prefix):
         return make_mask(config, inputs_embeds, replace(mask, packed=False), cache)
 
     if prefix is None:
         prefix = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-    front = None if mask.sequences is None else mask.sequences[:, :-queries] != 0
-    if (flash or backend == "sdpa") and not tracing and (front is None or front.all()):
-        layout = find_layout(prefix, sequences, int(past))
-        if layout is not None and (flash or queries > DENSE_LENGTH or len(layout.rows) == 1):
+    new, front = None, None
+    if mask.sequences is not None:
+        new, front = mask.sequences[:, -queries:], mask.sequences[:, :-queries] != 0
+    two_calls = flash or (backend == "sdpa" and queries > DENSE_LENGTH)
+    if two_calls and not tracing and (front is None or front.all()):
+        layout = find_layout(prefix, new, int(past))
+        if layout is not None:
             return layout
     if flash:
         raise ValueError(
@@ -127,21 +129,22 @@ def create_prefix_lm_mask(
             'torch.compile need attn_implementation="sdpa", "flex_attention" or "eager".'
         )
     if packed:
-        sequences = torch.cat([front * EVERYONES, sequences], dim=1)
-        mask = replace(mask, sequences=sequences, packed=True)
-    return make_mask(config, inputs_embeds, mask, cache, or_mask_function=in_prefix(prefix, past, mask.keys))
-
-
-def in_prefix(prefix: torch.Tensor, past: int | torch.Tensor, keys: int) -> Callable:
-    """Mask function: the key is in `prefix` [batch, queries], where the first query is the key at `past`."""
-    index = torch.arange(keys, device=prefix.device) - past
-    is_query = (index >= 0) & (index < prefix.shape[1])
-    prefix = fixed_size(prefix[:, index.clamp(0, prefix.shape[1] - 1)] & is_query)
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return prefix[batch_idx, kv_idx]
-
-    return mask_function
+        mask = replace(mask, sequences=torch.cat([front * EVERYONES, new], dim=1), packed=True)
+    key = torch.arange(mask.keys, device=prefix.device)
+    is_query = (key >= past) & (key < past + queries)
+    in_prefix = prefix[:, (key - past).clamp(0, queries - 1)] & is_query  # [batch, keys]
+    if backend == "flex_attention":
+        in_prefix = fixed_size(in_prefix)
+        return make_mask(
+            config, inputs_embeds, mask, cache, or_mask_function=lambda batch, head, query, key: in_prefix[batch, key]
+        )
+    seen = (key <= key[:queries, None] + past) | in_prefix[:, None]
+    if mask.sequences is not None:
+        sequences = F.pad(mask.sequences, (0, mask.keys - mask.sequences.shape[1]))[:, None]
+        seen = seen & (sequences != 0)
+        if packed:
+            seen = seen & ((sequences == new[..., None]) | (sequences == EVERYONES))
+    return make_mask(config, inputs_embeds, replace(mask, complete=seen[:, None]), cache)
 
 
 # --- where the sequences are -----------------------------------------------------------------------------------------

@@ -1,25 +1,17 @@
 """The ChatGLM classes by the names everybody knows: each gives the architecture that the configuration says.
 
 The original repositories of ChatGLM-6B and of ChatGLM2/3 both define `ChatGLMModel` and
-`ChatGLMForConditionalGeneration`, for two different models. So do the two modules in `ARCHITECTURES`. The classes here
-are what they have in common, and the doors to them: `ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)`
-return the `ChatGLMModel` of the module that `config.architecture` names. `isinstance` and AutoModel therefore need one
-class only, and a saved checkpoint keeps the original class name in `architectures`.
+`ChatGLMForConditionalGeneration`, for two different models. So do `modeling_chatglm.py` and `modeling_chatglm2.py`, whose
+classes the auto classes find by their configuration's class, and a saved checkpoint keeps the original class name in
+`architectures`. The classes here are what they have in common, and doors to them: `isinstance` knows every ChatGLM by
+one class, and `ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)` return the `ChatGLMModel` of the module that
+the configuration belongs to. Only `__new__` can do both for one name.
 
-To plug in an architecture, add its module to `ARCHITECTURES` and define in it, under the same names,
-
-    class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel)           with `architecture`, attention and layer flags
-    class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel)       the backbone, returns BaseModelOutputWithPast
-    class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration)
-    class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification)
-
-where `auto` is this module. The heads' `forward` is written here once. An architecture's generation class builds
-`self.transformer` and its output projection where its checkpoints keep it, says so in `get_output_embeddings` /
-`set_output_embeddings`, and ends its `__init__` in `self.post_init()`.
+An architecture's module defines, under the same names, a `ChatGLMPreTrainedModel` with the architecture's `config_class`
+and flags, and the other classes, each with that one and its door among its bases.
 """
 
 from importlib import import_module
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -28,27 +20,21 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from ..._compat import (
     SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
     GenerationHooks,
     SequenceClassifierOutputWithPast,
     TransformersKwargs,
     Unpack,
     can_return_tuple,
-    slice_logits_to_keep,
     takes_cache,
 )
-from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from .chat import ChatGLMChatMixin
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .prefix_encoder import PrefixEncoder
 from .quantization import QUANT_METHOD, quantize
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear
 
-ARCHITECTURES = {
-    "chatglm": "hf_cnllm.models.chatglm.modeling_chatglm",
-    "chatglm2": "hf_cnllm.models.chatglm.modeling_chatglm2",
-}
+MODULES = {ChatGLM1Config: ".modeling_chatglm", ChatGLM2Config: ".modeling_chatglm2"}
 
 
 class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
@@ -60,6 +46,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     """
 
     config: ChatGLMConfig
+    config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
@@ -69,23 +56,27 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    architecture: ClassVar[str | None] = None
+    @classmethod
+    def for_config(cls, config_class: type[ChatGLMConfig]) -> type["ChatGLMPreTrainedModel"]:
+        """The class of this name among those of the configuration's architecture."""
+        if cls.__module__ == __name__:
+            module = next(name for base, name in MODULES.items() if issubclass(config_class, base))
+            return getattr(import_module(module, __package__), cls.__name__)
+        if cls.config_class is ChatGLMConfig:
+            raise TypeError(
+                f"{cls.__name__} must derive from the classes of one architecture, those of "
+                f"{' or '.join(__package__ + module for module in MODULES.values())}"
+            )
+        if not issubclass(config_class, cls.config_class):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__name__} is of another architecture, but this configuration's `architecture` is "
+                f"{config_class().architecture!r}; hf_cnllm.{cls.__name__} takes both."
+            )
+        return cls
 
     def __new__(cls, config: ChatGLMConfig | None = None, *args, **kwargs):
-        if config is None:  # copying and unpickling: the class is already the right one
-            return super().__new__(cls)
-        if cls.architecture is None:
-            if cls.__module__ != __name__:
-                raise TypeError(
-                    f"{cls.__name__} must derive from the classes of one architecture ({', '.join(ARCHITECTURES.values())})"
-                )
-            cls = getattr(import_module(ARCHITECTURES[config.architecture]), cls.__name__)
-        elif cls.architecture != config.architecture:
-            raise ValueError(
-                f"{cls.__module__}.{cls.__name__} is the {cls.architecture!r} architecture, but this configuration's "
-                f"`architecture` is {config.architecture!r}; hf_cnllm.{cls.__name__} takes both."
-            )
-        return super().__new__(cls)
+        # Without a configuration it is copying or unpickling: the class is already the right one.
+        return super().__new__(cls if config is None else cls.for_config(type(config)))
 
     def post_init(self):
         super().post_init()
@@ -151,74 +142,9 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Door to the backbones."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """What every architecture's backbone takes and returns: hidden states (batch, length, hidden_size) after the
-        final norm."""
-        raise NotImplementedError
-
 
 class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLMPreTrainedModel, GenerationMixin):
-    """Door to the language models, and what they share: logits and the shifted cross entropy."""
-
-    transformer: ChatGLMModel
-
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            input_ids: (batch, length).
-            attention_mask: (batch, past + length), 1 where a token is to be attended to. The backbone says what else
-                it takes.
-            position_ids: as the backbone defines them.
-            labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here.
-            logits_to_keep: 0 for all positions, n for the last n, or a tensor of indices.
-        """
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states, lm_head = outputs.last_hidden_state, self.get_output_embeddings()
-        if labels is None:
-            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    @property
-    def learned_keys(self) -> int:
-        return self.config.pre_seq_len or 0
+    """Door to the language models."""
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):

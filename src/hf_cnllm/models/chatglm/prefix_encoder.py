@@ -54,23 +54,25 @@ class PrefixEncoder(nn.Module):
         states = states.view(batch_size, -1, self.num_layers, 2, self.num_heads, self.head_dim)
         return [(layer[0], layer[1]) for layer in states.permute(2, 3, 0, 4, 1, 5)]
 
-    def place(
-        self, cache: Cache | None, batch_size: int, dtype: torch.dtype
+    def put_in_front(
+        self, cache: Cache | None, inputs_embeds: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]] | None, Cache]:
         """Puts the prefix where this forward pass finds it: into the cache if that is empty, or else, without a cache,
         into the layers' hands.
+
+        Args:
+            inputs_embeds: (batch, length, ...), for batch and dtype.
 
         Returns:
             What the layers are to put in front of their keys and values (None if the cache holds it), and the past
             that masks and positions are to be made for, which has the prefix in front either way.
         """
-        if cache is None:
-            prefix = self(batch_size, dtype)
-            return prefix, write_prefix(DynamicCache(), prefix[:1])
-        if not is_empty(cache):
+        if cache is not None and not is_empty(cache):
             return None, cache
-        write_prefix(cache, self(batch_size, dtype))
-        return None, with_fixed_length(cache)
+        prefix = self(len(inputs_embeds), inputs_embeds.dtype)
+        if cache is None:
+            return prefix, write_prefix(DynamicCache(), prefix[:1])
+        return None, with_fixed_length(write_prefix(cache, prefix))
 
 
 def is_empty(cache: Cache) -> bool:

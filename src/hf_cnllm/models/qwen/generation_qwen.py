@@ -1,7 +1,5 @@
 """What Qwen needs of `generate`: positions as the original counts them, and an NTK factor that belongs to the prompt."""
 
-from typing import Any
-
 import torch
 
 from ..._compat import CACHE, GenerationHooks
@@ -13,8 +11,9 @@ from .dynamic_ntk import carry
 class QWenGenerationMixin(GenerationHooks):
     """Stands before `GenerationMixin` among the bases of a model whose backbone is `transformer`."""
 
-    def prompt_position_ids(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """None: without `position_ids` the model counts columns, as the original does, also in padded rows."""
+    counts_positions = (
+        False  # without `position_ids` the model counts columns, as the original does, also in padded rows
+    )
 
     def add_generation_arguments(self, input_ids, arguments):
         """How long each prompt is, from which dynamic NTK takes its factor."""
