@@ -72,9 +72,9 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # each architecture's backbone has its own plans
     # Fields of one architecture that are asked of both.
-    early_positions = None
-    quantization_embeddings = False
-    classifier_dropout = None
+    early_positions: ClassVar[bool | None] = None
+    quantization_embeddings: ClassVar[bool] = False
+    classifier_dropout: ClassVar[float | int | None] = None
 
     architecture: Literal["chatglm", "chatglm2"] | None = None
     vocab_size: int = 65024

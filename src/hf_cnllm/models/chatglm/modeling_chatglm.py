@@ -151,7 +151,6 @@ class GLMBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
-        prompt_key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # The residual is the norm's output, not its input.
@@ -161,7 +160,6 @@ class GLMBlock(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cache=cache,
-            prompt_key_values=prompt_key_values,
             **kwargs,
         )
         hidden_states = normed * RESIDUAL_SCALE + attn_output
@@ -184,6 +182,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
+    _input_embed_layer = "word_embeddings"
     # A head's q | k | v are neighbours, so shards of the projection are whole heads.
     _tp_plan = {
         "word_embeddings": "embedding_rowwise",
@@ -214,12 +213,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             self.prefix_encoder = PrefixEncoder(config, projection_size=config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
 
     @takes_cache
     @merge_with_config_defaults
@@ -300,12 +293,6 @@ class ChatGLMForConditionalGeneration(
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learned_keys = config.pre_seq_len or 0
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module):
-        self.lm_head = new_embeddings
 
     @takes_cache
     @can_return_tuple

@@ -171,7 +171,6 @@ class GLMBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
-        prompt_key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
@@ -180,7 +179,6 @@ class GLMBlock(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cache=cache,
-            prompt_key_values=prompt_key_values,
             **kwargs,
         )
         hidden_states = self._add(attn_output, hidden_states, normed)
@@ -221,7 +219,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    output_layer: nn.Module  # which a model with a head puts there
+    output_layer: nn.Linear  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
         "embedding.word_embeddings": "embedding_rowwise",
@@ -255,7 +253,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embedding.word_embeddings
+        return self.embedding[0]
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
@@ -359,7 +357,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
     def get_output_embeddings(self) -> nn.Module:
         return self.transformer.output_layer
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
 
     @takes_cache

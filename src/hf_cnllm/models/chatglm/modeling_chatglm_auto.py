@@ -32,7 +32,7 @@ from .chat import ChatGLMChatMixin
 from .configuration_chatglm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .prefix_encoder import PrefixEncoder
 from .quantization import QUANT_METHOD, quantize
-from .quantized_linear import QuantizedEmbedding, QuantizedLinear
+from .quantized_linear import QuantizedRows
 
 MODULES = {ChatGLM1Config: ".modeling_chatglm", ChatGLM2Config: ".modeling_chatglm2"}
 
@@ -131,7 +131,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             self._prefix_encoder.requires_grad_(True)
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(module, QuantizedRows):
             raise ValueError(f"quantised weights cannot be initialised, but some were not loaded: {module}")
         if self._prefix_encoder is not None and module in self._prefix_encoder.initialised_as_in_torch():
             module.reset_parameters()  # type: ignore[operator]

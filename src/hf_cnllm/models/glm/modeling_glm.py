@@ -172,6 +172,7 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class GLMModel(GLMPreTrainedModel):
     """The backbone. Unlike the original's it gives no logits; those are [`GLMForConditionalGeneration`]'s."""
 
+    _input_embed_layer = "word_embeddings"
     # The packed projection's rows q | k | v are not whole heads of each: its shards are gathered.
     _tp_plan = {
         "word_embeddings": "embedding_rowwise",
@@ -197,12 +198,6 @@ class GLMModel(GLMPreTrainedModel):
         self.transformer = GLMStack(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
 
     @takes_cache
     @merge_with_config_defaults
