@@ -293,6 +293,3 @@ def _recognise(values: dict[str, Any], default: str | None = None) -> type[ChatG
     if architecture not in ARCHITECTURES:
         raise ValueError(f"`architecture` is {architecture!r}. {HOW_TO_CHOOSE}")
     return ARCHITECTURES[architecture]
-
-
-__all__ = ["ChatGLM1Config", "ChatGLM2Config", "ChatGLMConfig"]

@@ -336,13 +336,4 @@ class ChatGLMForConditionalGeneration(
         )
 
 
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
-    pass
-
-
-__all__ = [
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMForSequenceClassification",
-    "ChatGLMModel",
-    "ChatGLMPreTrainedModel",
-]
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification): ...

@@ -39,9 +39,8 @@ ROPE_BASE = 10000.0
 class RotaryEmbedding(nn.Module):
     """Angles in fp32 for the first half of a head's channels; adjacent channels (2i, 2i + 1) turn together.
 
-    `rope_ratio` stretches them: `"base"` multiplies the base by it, `"linear"` divides the positions by it. Nothing is
-    stored, so neither `model.half()` nor loading on the meta device can spoil the frequencies (the original ChatGLM2
-    computed them in the model's dtype, which in fp16 is wrong by whole turns at large positions).
+    Nothing is stored, so neither `model.half()` nor loading on the meta device can spoil the frequencies (the original
+    ChatGLM2 computed them in the model's dtype, which in fp16 is wrong by whole turns at large positions).
     """
 
     def __init__(self, config: ChatGLM2Config):
@@ -200,10 +199,6 @@ class GLMTransformer(nn.Module):
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
 
-def is_packed(position_ids: torch.Tensor | None) -> bool:
-    return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
-
-
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
     config: ChatGLM2Config
     config_class = ChatGLM2Config
@@ -297,7 +292,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                 raise ValueError(
                     "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
                 )
-            if cache is None and attention_mask is None and is_packed(position_ids):
+            is_packed = position_ids is not None and find_packed_sequence_indices(position_ids) is not None
+            if cache is None and attention_mask is None and is_packed:
                 raise ValueError(
                     "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
                     "together; train without packing"
@@ -354,7 +350,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         self.learned_keys = config.pre_seq_len or 0
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.transformer.output_layer
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
@@ -388,13 +384,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states, lm_head = outputs.last_hidden_state, self.transformer.output_layer
         if labels is None:
-            loss, logits = None, self.transformer.output_layer(slice_logits_to_keep(hidden_states, logits_to_keep))
+            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         else:
-            loss, logits = loss_and_logits(
-                self, self.transformer.output_layer, hidden_states, labels, logits_to_keep, **kwargs
-            )
+            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -406,20 +400,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
         is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
-        if config._attn_implementation not in ("eager", "sdpa"):
-            return attention_mask
-        if self.learned_keys and is_empty(cache):
+        if config._attn_implementation not in ("eager", "sdpa") or (self.learned_keys and is_empty(cache)):
             return attention_mask
         return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, self.learned_keys)
 
 
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
-    pass
-
-
-__all__ = [
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMForSequenceClassification",
-    "ChatGLMModel",
-    "ChatGLMPreTrainedModel",
-]
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification): ...

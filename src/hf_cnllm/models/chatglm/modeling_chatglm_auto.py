@@ -45,7 +45,6 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         ValueError: an architecture's own class meets a configuration of the other one.
     """
 
-    config: ChatGLMConfig
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -208,11 +207,3 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-__all__ = [
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMForSequenceClassification",
-    "ChatGLMModel",
-    "ChatGLMPreTrainedModel",
-]
