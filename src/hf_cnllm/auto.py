@@ -67,6 +67,7 @@ class Family(NamedTuple):
         line_of: the name of a configuration's line.
         architectures: name -> architecture.
         decisions: what `info` tells about a configuration.
+        variants: configuration classes of single architectures, for which the models' `for_config` gives the class.
     """
 
     config: type[PreTrainedConfig]
@@ -77,6 +78,7 @@ class Family(NamedTuple):
     line_of: Callable[[Any], str]
     architectures: dict[str, Architecture]
     decisions: dict[str, Callable[[Any], Any]]
+    variants: tuple[type[PreTrainedConfig], ...] = ()
 
     @property
     def generates_with(self) -> str:
@@ -225,6 +227,7 @@ FAMILIES: tuple[Family, ...] = (
     # AutoModel gives the generation model, as the checkpoints' own `auto_map` does.
     Family(
         config=chatglm.ChatGLMConfig,
+        variants=(chatglm.ChatGLM1Config, chatglm.ChatGLM2Config),
         models={
             "AutoModel": chatglm.ChatGLMForConditionalGeneration,
             "AutoModelForCausalLM": chatglm.ChatGLMForConditionalGeneration,
@@ -329,10 +332,9 @@ def register() -> None:
         AutoConfig.register(model_type, family.config, exist_ok=True)
         for auto_class, model_class in family.models.items():
             getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
-            for config_class in family.config.__subclasses__():  # ChatGLM's architectures have one each
-                if hasattr(model_class, "for_config"):
-                    of_architecture = model_class.for_config(config_class)
-                    getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
+            for config_class in family.variants:
+                of_architecture = model_class.for_config(config_class)  # type: ignore[attr-defined]
+                getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         for targets in (

@@ -1,13 +1,8 @@
-"""ChatGLM configurations: one `model_type`, two architectures with a configuration each.
-
-`chatglm` on the Hub names two different models, and their repositories give the classes the same names:
+"""ChatGLM configurations: the Hub's `model_type` "chatglm" names two architectures, each with a configuration here.
 
 * `"chatglm"`: ChatGLM-6B (v1), a prefix language model with 2-D rotary positions, in `modeling_chatglm.py`;
 * `"chatglm2"`: ChatGLM2, ChatGLM3 and what shares their code, a causal model with multi-query attention and partial
   rotary positions, in `modeling_chatglm2.py`.
-
-`ChatGLMConfig` decides which one a checkpoint is, once, from the keys of its `config.json`, and is then that
-architecture's configuration. `save_pretrained` writes the answer in the field `architecture`.
 """
 
 from dataclasses import fields
@@ -41,14 +36,13 @@ SIZES = (
 @strict
 class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of every ChatGLM generation: what both architectures have. Made from keywords, from a dictionary or
-    from a checkpoint, it is a [`ChatGLM1Config`] or a [`ChatGLM2Config`]. Fields are the originals'; those marked (ours)
-    are not.
+    What both architectures have. Made from keywords, from a dictionary or from a checkpoint, it is a
+    [`ChatGLM1Config`] or a [`ChatGLM2Config`]. Fields are the originals'; those marked (ours) are not.
 
     Args:
         architecture (`"chatglm"` or `"chatglm2"`, *optional*): (ours)
-            Which of the two models this is. Left out, it is decided from the other keys (`DECISIVE_KEYS`); without any
-            of them a checkpoint is an error, and a configuration made from nothing is `"chatglm2"`.
+            Which of the two this is. Left out, it is decided from the other keys (`DECISIVE_KEYS`); without any of them
+            a checkpoint is an error, and a configuration made from nothing is `"chatglm2"`. It is saved.
         vocab_size (`int`):
             Rows of the embedding. ChatGLM2/3 call it `padded_vocab_size`; both names work and both are saved.
         pre_seq_len (`int`, *optional*), prefix_projection (`bool`):
@@ -147,12 +141,9 @@ class ChatGLM1Config(ChatGLMConfig):
         tie_word_embeddings (`bool`):
             Whether the output head is the embedding. The checkpoint's `config.json` does not say so, but its code ran
             where that was the default. A file with two different matrices loads untied.
-        inner_hidden_size, max_sequence_length (`int`):
-            Width of the MLP; trained length.
-        position_encoding_2d (`bool`):
-            2-D or plain positions.
-        quantization_embeddings (`bool`):
-            Whether the word embeddings are quantised too (and then serve as the output projection).
+        inner_hidden_size, max_sequence_length, position_encoding_2d, quantization_embeddings:
+            Width of the MLP; trained length; 2-D or plain positions; whether the word embeddings are quantised too (and
+            then serve as the output projection).
         mask_token_id, gmask_token_id, smask_token_id (`int`, *optional*):
             Ids of `[MASK]`, `[gMASK]` and (ours) `[sMASK]`. Left out, they are known for the two published vocabulary
             sizes, as bos and eos are.
@@ -214,12 +205,11 @@ class ChatGLM2Config(ChatGLMConfig):
         add_qkv_bias, rmsnorm, post_layer_norm, apply_residual_connection_post_layernorm, hidden_dropout,
         attention_dropout, classifier_dropout:
             Width of the MLP; trained length; channels of a head; number of key/value heads; biases; norms; dropouts.
-        rope_ratio (`int` or `float`):
-            How far the rotary positions are stretched in the long-context checkpoints.
-        rope_ratio_type (`"base"` or `"linear"`, *optional*): (ours)
-            What `rope_ratio` acts on: `"base"` multiplies the rotary base (ChatGLM3 and later), `"linear"` divides the
-            positions (chatglm2-6b-32k). `config.json` tells them apart by its `_name_or_path` only; left out, it is
-            `"linear"` if that (or else the path it is loaded from) names chatglm2, and `"base"` otherwise.
+        rope_ratio, rope_ratio_type (`"base"` or `"linear"`, *optional*, ours):
+            How far the rotary positions are stretched in the long-context checkpoints, and how: `"base"` multiplies the
+            rotary base (ChatGLM3 and later), `"linear"` divides the positions (chatglm2-6b-32k). `config.json` tells
+            them apart by its `_name_or_path` only; left out, it is `"linear"` if that (or else the path it is loaded
+            from) names chatglm2, and `"base"` otherwise.
         original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32, bias_dropout_fusion,
         fp32_residual_connection:
             Kept for the originals; they do not change what is computed here.

@@ -20,8 +20,6 @@ class PrefixEncoder(nn.Module):
     """Learned keys and values of `config.pre_seq_len` positions for all layers.
 
     Args:
-        config: with `pre_seq_len`, `prefix_projection`, `prefix_dropout`, `num_layers`, `num_key_value_heads`,
-            `head_dim` and `hidden_size`.
         projection_size: width of the embedding that the MLP starts from (`prefix_projection` only).
     """
 
@@ -57,11 +55,7 @@ class PrefixEncoder(nn.Module):
     def put_in_front(
         self, cache: Cache | None, inputs_embeds: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]] | None, Cache]:
-        """Puts the prefix where this forward pass finds it: into the cache if that is empty, or else, without a cache,
-        into the layers' hands.
-
-        Args:
-            inputs_embeds: (batch, length, ...), for batch and dtype.
+        """Puts the prefix into the cache if that is empty; without a cache the layers get it.
 
         Returns:
             What the layers are to put in front of their keys and values (None if the cache holds it), and the past
@@ -113,14 +107,9 @@ def load_prefix_encoder(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """
     encoders = [module for module in model.modules() if isinstance(module, PrefixEncoder)]
     if not encoders:
-        raise ValueError(
-            "this model has no prefix encoder: load it with `pre_seq_len` set to the length it was tuned with"
-        )
-    weights = {
-        name.rpartition(PREFIX_KEY)[2]: tensor
-        for name, tensor in _read(Path(checkpoint)).items()
-        if PREFIX_KEY in name
-    }
+        raise ValueError("this model has no prefix encoder: load it with `pre_seq_len` set to what it was tuned with")
+    stored = _read(Path(checkpoint)).items()
+    weights = {name.rpartition(PREFIX_KEY)[2]: tensor for name, tensor in stored if PREFIX_KEY in name}
     expected = {name: tuple(tensor.shape) for name, tensor in encoders[0].state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:

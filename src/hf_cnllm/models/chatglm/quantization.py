@@ -1,9 +1,9 @@
 """ChatGLM's own weight-only INT8/INT4 checkpoints, as a quantization method of transformers.
 
 The originals' configurations only say `quantization_bit`; `ChatGLMConfig` turns that into the `quantization_config`
-below, and `from_pretrained` finds the quantizer under the method's name. `model.quantize(4)` makes such a model from a
-float one, `from_pretrained(..., quantization_config=ChatGLMQuantizationConfig(bits=4))` while loading one, and
-`model.dequantize()` goes back.
+below. `model.quantize(4)` makes such a model from a float one,
+`from_pretrained(..., quantization_config=ChatGLMQuantizationConfig(bits=4))` while loading one, and `model.dequantize()`
+goes back.
 """
 
 import torch
@@ -25,8 +25,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         bits: 8 or 4.
-        quantize_embeddings: whether the word embeddings are quantised too and serve as the output projection
-            (`quantization_embeddings` in ChatGLM-6B's configuration).
+        quantize_embeddings: as ChatGLM-6B's `quantization_embeddings`: the word embeddings too.
     """
 
     def __init__(self, bits: int = 8, quantize_embeddings: bool = False, **kwargs):

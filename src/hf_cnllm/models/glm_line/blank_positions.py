@@ -44,11 +44,8 @@ def positions_and_context(
     """What a forward pass needs to know of its texts: the positions, and which tokens are context.
 
     Args:
-        input_ids: [batch, length], or None.
         attention_mask: in 2-D form it tells padding, and the texts of a packed row, from each other.
         position_ids: what the caller gave.
-        inputs_embeds: [batch, length, ...].
-        cache: the cache before this forward pass.
         kwargs: the forward pass's other arguments; the positions that `generate` puts there come before `position_ids`.
         is_text: whether there is a context to be found. If not, missing positions count from the cache's length.
 
@@ -91,9 +88,9 @@ def positions_and_context(
     if rows == 2:
         if from_generate is None and input_ids is not None and cache is not None and length > 1:
             _refuse_shifted(config, input_ids, position_ids, cache)
-        context = (position_ids[:, 1] == 0).expand(batch, length) if is_text else None
-        if context is not None and tokens is not None:
-            context = context & (tokens != 0)
+        if is_text:
+            context = (position_ids[:, 1] == 0).expand(batch, length)
+            context = context if tokens is None else context & (tokens != 0)
     elif is_text and input_ids is not None and length > 1:
         context = find_positions(config, input_ids, tokens, check=False)[1]
     return position_ids, context
