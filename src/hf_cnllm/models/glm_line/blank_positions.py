@@ -64,6 +64,8 @@ def positions_and_context(
     batch, length = inputs_embeds.shape[:2]
     rows = 2 if config.block_position_encoding else 1
     tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
+    if tokens is not None and tokens.shape != (batch, length):
+        tokens = None  # a mask that does not fit is refused when masks are made
     from_generate = kwargs.pop(POSITIONS, None)
     position_ids = position_ids if from_generate is None else from_generate
     if position_ids is None and not is_text:

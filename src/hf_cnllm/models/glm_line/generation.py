@@ -22,15 +22,18 @@ class PrefixLMGenerationMixin(GenerationHooks):
     counts_positions = False
 
     def positions_of_prompt(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool = False, more: int = 0
     ) -> torch.Tensor:
-        """[batch, 1 or 2, length] position ids of a prompt and what has been generated after it.
+        """[batch, 1 or 2, length + more] position ids of a prompt, from its first token on.
 
         Args:
-            input_ids, attention_mask: [batch, length], from the first token on.
+            attention_mask: [batch, length]; virtual tokens in front (PEFT's prefix tuning) have no positions.
             check: refuse a malformed prompt; off for what is generated after it, which may be anything.
+            more: how many tokens follow, whatever they are.
         """
-        return find_positions(self.config, input_ids, attention_mask, check)[0]
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask[:, -input_ids.shape[1] :], (0, more), value=1)
+        return find_positions(self.config, F.pad(input_ids, (0, more)), attention_mask, check)[0]
 
     def add_generation_arguments(self, input_ids, arguments):
         position_ids, embeds = arguments.pop("position_ids", None), arguments.get("inputs_embeds")
@@ -47,7 +50,7 @@ class PrefixLMGenerationMixin(GenerationHooks):
         elif embeds is not None:
             raise ValueError(NEED_POSITIONS)
         elif arguments.get(CACHE) is None or int(arguments[CACHE].get_seq_length()) == 0:
-            find_positions(self.config, input_ids, arguments.get("attention_mask"), check=True)
+            self.positions_of_prompt(input_ids, arguments.get("attention_mask"), check=True)
 
     def before_prefill(self, input_ids, arguments, generation_config):
         if (generation_config.prefill_chunk_size or input_ids.shape[1]) < input_ids.shape[1]:
@@ -56,14 +59,9 @@ class PrefixLMGenerationMixin(GenerationHooks):
                 "it must be computed at once."
             )
         if arguments.get("prompt_position_ids") is None:
-            # Two tokens more, whatever they are, tell how the positions go on.
-            arguments["prompt_position_ids"] = self._positions_of(input_ids, arguments.get("attention_mask"), more=2)
-
-    def _positions_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, more: int = 0):
-        if attention_mask is not None:
-            # The mask may cover virtual tokens in front (PEFT's prefix tuning), which have no positions.
-            attention_mask = F.pad(attention_mask[:, -input_ids.shape[1] :], (0, more), value=1)
-        return find_positions(self.config, F.pad(input_ids, (0, more)), attention_mask, check=False)[0]
+            # The next two tell how the positions go on.
+            mask = arguments.get("attention_mask")
+            arguments["prompt_position_ids"] = self.positions_of_prompt(input_ids, mask, more=2)
 
     def prepare_inputs_for_generation(
         self,
@@ -79,7 +77,7 @@ class PrefixLMGenerationMixin(GenerationHooks):
         `generation_attention_mask` (batch, 1, n, n), of the prompt and what is to be generated."""
         length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
         if prompt_position_ids is None:
-            position_ids = self._positions_of(input_ids, attention_mask)
+            position_ids = self.positions_of_prompt(input_ids, attention_mask)
         else:
             position_ids = continue_positions(prompt_position_ids, length)
         if generation_attention_mask is not None:
