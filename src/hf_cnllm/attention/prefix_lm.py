@@ -281,12 +281,7 @@ def _causal_at_the_end(
 
 
 def two_flash_calls(
-    interface: Callable,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PrefixLMLayout,
-    **kwargs,
+    interface: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PrefixLMLayout, **kwargs
 ) -> torch.Tensor:
     """Two calls of flash attention's form for sequences of different lengths, over the tokens of the whole batch.
 

@@ -111,14 +111,7 @@ class SelfAttention(nn.Module):
         if isinstance(attention_mask, PrefixLMLayout):
             attention_interface = prefix_lm_attention(backend, attention_interface)
         attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.dense(attn_output), attn_weights
@@ -156,11 +149,7 @@ class GLMBlock(GradientCheckpointingLayer):
         # The residual is the norm's output, not its input.
         normed = self.input_layernorm(hidden_states)
         attn_output, _ = self.attention(
-            normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
+            normed, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache, **kwargs
         )
         hidden_states = normed * RESIDUAL_SCALE + attn_output
 

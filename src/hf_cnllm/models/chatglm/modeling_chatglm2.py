@@ -174,11 +174,7 @@ class GLMBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attention(
-            normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
+            normed, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache, **kwargs
         )
         hidden_states = self._add(attn_output, hidden_states, normed)
 

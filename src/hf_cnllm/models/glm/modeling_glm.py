@@ -115,10 +115,7 @@ class GLMBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         residual = hidden_states
         hidden_states, _ = self.attention(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, cache=cache, **kwargs
         )
         hidden_states = residual + hidden_states
 
@@ -254,13 +251,7 @@ class GLMModel(GLMPreTrainedModel):
         hidden_states = inputs_embeds + self.transformer.embed_positions(position_ids)
         hidden_states = self.transformer.embedding_dropout(hidden_states)
         for layer in self.transformer.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, attention_mask=mask, cache=cache, use_cache=use_cache, **kwargs)
 
         hidden_states = self.transformer.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
