@@ -59,12 +59,14 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     def for_config(cls, config_class: type[ChatGLMConfig]) -> type["ChatGLMPreTrainedModel"]:
         """The class of this name among those of the configuration's architecture."""
         if cls.__module__ == __name__:
-            module = next(name for base, name in MODULES.items() if issubclass(config_class, base))
-            return getattr(import_module(module, __package__), cls.__name__)
+            for base, module in MODULES.items():
+                if issubclass(config_class, base):
+                    return getattr(import_module(module, __package__), cls.__name__)
         if cls.config_class is ChatGLMConfig:
             raise TypeError(
                 f"{cls.__name__} must derive from the classes of one architecture, those of "
-                f"{' or '.join(__package__ + module for module in MODULES.values())}"
+                f"{' or '.join(__package__ + module for module in MODULES.values())}, and have its configuration, not a "
+                f"{config_class.__name__}"
             )
         if not issubclass(config_class, cls.config_class):
             raise ValueError(

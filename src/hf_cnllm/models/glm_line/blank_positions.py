@@ -28,6 +28,15 @@ MASK_FIELDS = ("gmask_token_id", "mask_token_id", "smask_token_id")
 # What `generate` calls `position_ids` on their way to the forward pass: PEFT's prefix tuning adds the number of its virtual
 # tokens to whatever has that name, and of a context whose block positions are not 0 nothing would be left.
 POSITIONS = "text_position_ids"
+# What is wrong with a text, in the order in which it is looked for.
+MALFORMED = (
+    "has no start token ({start}): the context must end in a mask token ({masks}) or contain one, followed by the start "
+    "token, as the tokenizer's special tokens do. A prompt cannot be given in parts.",
+    "has more than one start token ({start}); a text has one, behind its context.",
+    "has a mask token ({masks}) after the start token ({start}); it belongs in front.",
+    "has no mask token ({masks}) before the start token ({start}): there is no blank to fill. Add one, e.g. with the "
+    "tokenizer's special tokens.",
+)
 NEED_POSITIONS = "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
 
 
@@ -169,39 +178,23 @@ def find_positions(
 
     if check:
         checked = token if start_needed else token & started
-        start_name, mask_names = f"{start_field}={start_id}", ", ".join(f"{name}={id}" for name, id in masks.items())
-        explicit = " Or pass 2-row `position_ids`, which say where the context ends."
-        for wrong, message in (
-            (
-                ~started,
-                f"has no start token ({start_name}): the context must end in a mask token ({mask_names}) or contain one, "
-                f"followed by the start token, as the tokenizer's special tokens do. A prompt cannot be given in parts.{explicit}",
-            ),
-            (
-                (input_ids == start_id) & (index > start),
-                f"has more than one start token ({start_name}); a text has one, behind its context.{explicit}",
-            ),
-            (
-                is_mask & (index > start),
-                f"has a mask token ({mask_names}) after the start token ({start_name}); it belongs in front.{explicit}",
-            ),
-            (
-                blank == missing,
-                f"has no mask token ({mask_names}) before the start token ({start_name}): there is no blank to fill. "
-                f"Add one, e.g. with the tokenizer's special tokens.{explicit}",
-            ),
-        ):
-            if (malformed := (wrong & checked).any(dim=1)).any():
-                raise ValueError(f"row {int(malformed.nonzero()[0])} of `input_ids` {message}")
+        again, behind = (input_ids == start_id) & (index > start), is_mask & (index > start)
+        for message, wrong in zip(MALFORMED, (~started, again, behind, blank == missing), strict=True):
+            if (rows := (wrong & checked).any(dim=1)).any():
+                mask_names = ", ".join(f"{name}={mask_id}" for name, mask_id in masks.items())
+                message = message.format(start=f"{start_field}={start_id}", masks=mask_names)
+                raise ValueError(
+                    f"row {int(rows.nonzero()[0])} of `input_ids` {message} Or pass 2-row `position_ids`, which say where "
+                    "the context ends."
+                )
 
     position = torch.where(index < start, index, blank)
-    rows = [position]
-    if config.block_position_encoding:
+    if not config.block_position_encoding:
+        position_ids = torch.where(is_gmask, index, position)[:, None]
+    else:
         if getattr(config, "early_positions", False):
             # The first revision left the start token of [gMASK] at its own index; what follows is as ever.
             position = torch.where(is_gmask & (index == start), index, position)
-        rows = [position, (index - start + 1).clamp(min=0)]
-    elif config.has_kinds_of_blanks:
-        rows = [torch.where(is_gmask, index, position)]
+        position_ids = torch.stack([position, (index - start + 1).clamp(min=0)], dim=1)
     context = token & (index < start)
-    return torch.stack(rows, dim=1) * token[:, None], context & started if start_needed else context
+    return position_ids * token[:, None], context & started if start_needed else context
