@@ -27,7 +27,7 @@ EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
 FIRST_CONTROL_ID = {EARLY_VOCAB_SIZE: 150000, LATE_VOCAB_SIZE: 130000}
 CONTROL_TOKENS = {"mask_token_id": 0, "gmask_token_id": 1, "smask_token_id": 2, "bos_token_id": 4, "eos_token_id": 5}
 
-SIZES = (
+POSITIVE_FIELDS = (
     "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "ffn_hidden_size",
     "kv_channels", "multi_query_group_num", "max_sequence_length", "seq_length", "rope_ratio", "pre_seq_len",
 )  # fmt: skip
@@ -115,7 +115,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
-        for field in SIZES:
+        for field in POSITIVE_FIELDS:
             if (value := getattr(self, field, None)) is not None and value <= 0:
                 raise ValueError(f"`{field}` must be a positive number, got {value}")
         if self.quantization_bit not in (0, 4, 8):

@@ -1,14 +1,13 @@
 """The ChatGLM classes by the names everybody knows: each gives the architecture that the configuration says.
 
-The original repositories of ChatGLM-6B and of ChatGLM2/3 both define `ChatGLMModel` and
-`ChatGLMForConditionalGeneration`, for two different models. So do `modeling_chatglm.py` and `modeling_chatglm2.py`, whose
-classes the auto classes find by their configuration's class, and a saved checkpoint keeps the original class name in
-`architectures`. The classes here are what they have in common, and doors to them: `isinstance` knows every ChatGLM by
-one class, and `ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)` return the `ChatGLMModel` of the module that
-the configuration belongs to. Only `__new__` can do both for one name.
+The original repositories of ChatGLM-6B and of ChatGLM2/3 define the same names for two different models, and so do
+`modeling_chatglm.py` and `modeling_chatglm2.py`. The auto classes find theirs by the configuration's class. The classes
+here are what they have in common, and doors to them: `isinstance` knows every ChatGLM by one class, and
+`ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)` return the `ChatGLMModel` of the module that the
+configuration belongs to. Only `__new__` can do both for one name.
 
-An architecture's module defines, under the same names, a `ChatGLMPreTrainedModel` with the architecture's `config_class`
-and flags, and the other classes, each with that one and its door among its bases.
+An architecture's module defines a `ChatGLMPreTrainedModel` with the architecture's `config_class` and flags, and the other
+classes under the names here, each with that one and its door among its bases.
 """
 
 from importlib import import_module
@@ -38,12 +37,7 @@ MODULES = {ChatGLM1Config: ".modeling_chatglm", ChatGLM2Config: ".modeling_chatg
 
 
 class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
-    """What every ChatGLM class shares; its subclasses in this module are the doors to the architectures.
-
-    Raises:
-        TypeError: a subclass of a door belongs to no architecture.
-        ValueError: an architecture's own class meets a configuration of the other one.
-    """
+    """What every ChatGLM class shares; its subclasses in this module are the doors to the architectures."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -57,7 +51,12 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
     @classmethod
     def for_config(cls, config_class: type[ChatGLMConfig]) -> type["ChatGLMPreTrainedModel"]:
-        """The class of this name among those of the configuration's architecture."""
+        """The class of this name among those of the configuration's architecture.
+
+        Raises:
+            TypeError: a subclass of a door belongs to no architecture.
+            ValueError: an architecture's own class meets a configuration of the other one.
+        """
         if cls.__module__ == __name__:
             for base, module in MODULES.items():
                 if issubclass(config_class, base):
