@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
 from benchmark.measure import peak_growth, take_turns
-from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask, in_prefix, prefix_lm_attention
+from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask, prefix_lm_attention
 
 FORMS = ("dense", "two calls")
 
@@ -34,7 +34,9 @@ def make_mask(args, form, length, share):
     prefix = (torch.arange(length, device=args.device) < round(share * length)).expand(args.batch, -1)
     if form == "two calls":
         return create_prefix_lm_mask(config, embeds, None, None, prefix)
-    return create_causal_mask(config, embeds, None, None, or_mask_function=in_prefix(prefix, 0, length))
+    return create_causal_mask(
+        config, embeds, None, None, or_mask_function=lambda batch, head, query, key: prefix[batch, key]
+    )
 
 
 def runs_of(args, form, length, share):

@@ -172,15 +172,14 @@ else:
 class GenerationHooks:
     """Stands in front of `GenerationMixin`: its private hooks, under names of our own for models to override."""
 
-    def prompt_position_ids(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Positions of the prompt, which `generate` counts on by one; None: the forward pass finds its own."""
-        return super()._prepare_position_ids_for_generation(inputs, arguments)
+    counts_positions = True
+    """Whether `generate` makes the prompt's positions and counts them on by one; else the model finds its own."""
 
     def add_generation_arguments(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
         """Changes, in place, what goes into every step, while there is nothing but the prompts, one row each."""
 
-    def check_prefill(self, input_ids: Tensor, generation_config) -> None:
-        """Refuses a prompt that this model cannot begin with as `generation_config` says."""
+    def before_prefill(self, input_ids: Tensor, arguments: dict[str, Any], generation_config) -> None:
+        """As `add_generation_arguments`, but with a row for each beam or sample, and not in assisted decoding."""
 
     def prepare_cache(self, arguments: dict[str, Any], is_assisted: bool) -> None:
         """Sees the cache, `arguments[CACHE]`, before the first step."""
@@ -217,15 +216,17 @@ class GenerationHooks:
         return inputs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        return self.prompt_position_ids(inputs_tensor, model_kwargs)
+        if self.counts_positions:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return None
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         self.add_generation_arguments(input_ids, model_kwargs)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _prefill(self, input_ids, generation_config, *args, **kwargs):
-        self.check_prefill(input_ids, generation_config)
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        self.before_prefill(input_ids, model_kwargs, generation_config)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)

@@ -54,6 +54,9 @@ class Family(NamedTuple):
     line_of: Callable[[Any], str]  # the name of a configuration's line
     architectures: dict[str, Architecture]
     decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
+    variants: tuple[
+        type[PreTrainedConfig], ...
+    ] = ()  # classes of single architectures; the models' `for_config` tells whose
 
     @property
     def generates_with(self) -> str:
@@ -179,6 +182,7 @@ FAMILIES: tuple[Family, ...] = (
     # AutoModel gives the generation model, as the checkpoints' own `auto_map` does.
     Family(
         config=chatglm.ChatGLMConfig,
+        variants=(chatglm.ChatGLM1Config, chatglm.ChatGLM2Config),
         models={
             "AutoModel": chatglm.ChatGLMForConditionalGeneration,
             "AutoModelForCausalLM": chatglm.ChatGLMForConditionalGeneration,
@@ -278,6 +282,9 @@ def register() -> None:
         AutoConfig.register(model_type, family.config, exist_ok=True)
         for auto_class, model_class in family.models.items():
             getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
+            for config_class in family.variants:
+                of_architecture = model_class.for_config(config_class)  # type: ignore[attr-defined]
+                getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         for targets in (

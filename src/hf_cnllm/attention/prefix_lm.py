@@ -2,9 +2,8 @@
 
     query i sees key j of the same sequence  ⇔  j ≤ i  or  j is in the prefix
 
-Kernels know "causal" and "everything", but no prefix. A dense mask says it at the price of L × L numbers and of the fast
-kernels; flash attention takes no such mask at all. Two plain calls say it exactly, forward and backward, in memory
-linear in L:
+Kernels know "causal" and "everything", but no prefix. A dense mask costs L × L numbers and the fast kernels, and flash
+attention takes none at all. Two plain calls say it exactly, forward and backward, in memory linear in L:
 
     1. the prefix' queries on the prefix' keys, not causal;
     2. the other queries on all keys, causal with the last query aligned to the last key.
@@ -16,8 +15,8 @@ afterwards is plain keys and values: everything after the prefix is plain causal
 | backend               | prefill, training                          | the same while tracing or compiling |
 |-----------------------|--------------------------------------------|-------------------------------------|
 | eager, flex_attention | mask                                       | mask                                |
-| sdpa                  | two calls for every sequence; up to 256    | dense mask                          |
-|                       | tokens in rows that differ, a dense mask   |                                     |
+| sdpa                  | up to 256 tokens a dense mask, then two    | dense mask                          |
+|                       | calls for every sequence                   |                                     |
 | flash_attention_2/3/4 | two calls, each over the batch's tokens    | refused                             |
 """
 
@@ -41,13 +40,13 @@ from .._compat import (
     repeat_kv,
 )
 from .flex import fixed_size
-from .masks import EVERYONES, Stretches, find_sequences, is_packed, make_mask, read_mask
+from .masks import EVERYONES, Stretches, find_sequences, make_mask, read_mask
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 # The rows of one call in `_causal_at_the_end` on a CPU, where the triangle is a mask: its memory is BLOCK × keys.
 BLOCK = 512
-# Up to this length a ragged batch is cheaper with one dense mask than with two calls for every row.
+# Up to this length one dense mask is as cheap as two calls in every layer, and cheaper for rows that differ.
 DENSE_LENGTH = 256
 
 
@@ -65,12 +64,10 @@ class PrefixLMLayout(NamedTuple):
     Attributes:
         rows: row numbers -> the sequences in each of these rows, in order.
         past: number of keys in front of the tokens, which all of them see (a cache, a learned prefix).
-        length: number of tokens in a row, padding included.
     """
 
     rows: dict[tuple[int, ...], tuple[Sequence, ...]]
     past: int
-    length: int
 
 
 # --- the mask of a forward pass --------------------------------------------------------------------------------------
@@ -89,11 +86,10 @@ def create_prefix_lm_mask(
     Args:
         config: read for `_attn_implementation`.
         inputs_embeds: [batch, queries, ...]; only shape, dtype and device are read.
-        attention_mask: a form of `attention.masks`, of 2 or 4 dimensions.
+        attention_mask, learned_keys: see `attention.masks`; a mask has 2 or 4 dimensions.
         cache: the cache before this forward pass. All queries see what it holds, but for its padding.
         prefix: [batch, queries], True for the queries that every query of their sequence sees. None: there are none, as
             in decoding.
-        learned_keys: how many of the cache's first keys are learned (P-tuning): `attention_mask` does not count them.
 
     Raises:
         ValueError: the attention implementation has no prefix-LM form, or the mask does not fit.
@@ -108,18 +104,20 @@ def create_prefix_lm_mask(
         )
     mask, tracing = read_mask(inputs_embeds, attention_mask, cache, learned_keys), is_tracing(inputs_embeds)
     queries, past = mask.queries, mask.past
-    sequences = None if mask.sequences is None else mask.sequences[:, -queries:]
-    packed = is_packed(sequences) is not False
+    packed = mask.packed is not False
     has_prefix = prefix is not None and (tracing or bool(prefix.any()))
     if mask.complete is not None or queries == 1 or not (packed or has_prefix):
         return make_mask(config, inputs_embeds, replace(mask, packed=False), cache)
 
     if prefix is None:
         prefix = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-    front = None if mask.sequences is None else mask.sequences[:, :-queries] != 0
-    if (flash or backend == "sdpa") and not tracing and (front is None or front.all()):
-        layout = find_layout(prefix, sequences, int(past))
-        if layout is not None and (flash or queries > DENSE_LENGTH or len(layout.rows) == 1):
+    new, front = None, None
+    if mask.sequences is not None:
+        new, front = mask.sequences[:, -queries:], mask.sequences[:, :-queries] != 0
+    two_calls = flash or (backend == "sdpa" and queries > DENSE_LENGTH)
+    if two_calls and not tracing and (front is None or front.all()):
+        layout = find_layout(prefix, new, int(past))
+        if layout is not None:
             return layout
     if flash:
         raise ValueError(
@@ -127,21 +125,22 @@ def create_prefix_lm_mask(
             'torch.compile need attn_implementation="sdpa", "flex_attention" or "eager".'
         )
     if packed:
-        sequences = torch.cat([front * EVERYONES, sequences], dim=1)
-        mask = replace(mask, sequences=sequences, packed=True)
-    return make_mask(config, inputs_embeds, mask, cache, or_mask_function=in_prefix(prefix, past, mask.keys))
-
-
-def in_prefix(prefix: torch.Tensor, past: int | torch.Tensor, keys: int) -> Callable:
-    """Mask function: the key is in `prefix` [batch, queries], where the first query is the key at `past`."""
-    index = torch.arange(keys, device=prefix.device) - past
-    is_query = (index >= 0) & (index < prefix.shape[1])
-    prefix = fixed_size(prefix[:, index.clamp(0, prefix.shape[1] - 1)] & is_query)
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return prefix[batch_idx, kv_idx]
-
-    return mask_function
+        mask = replace(mask, sequences=torch.cat([front * EVERYONES, new], dim=1), packed=True)
+    key = torch.arange(mask.keys, device=prefix.device)
+    is_query = (key >= past) & (key < past + queries)
+    in_prefix = prefix[:, (key - past).clamp(0, queries - 1)] & is_query  # [batch, keys]
+    if backend == "flex_attention":
+        in_prefix = fixed_size(in_prefix)
+        return make_mask(
+            config, inputs_embeds, mask, cache, or_mask_function=lambda batch, head, query, key: in_prefix[batch, key]
+        )
+    seen = (key <= key[:queries, None] + past) | in_prefix[:, None]
+    if mask.sequences is not None:
+        sequences = F.pad(mask.sequences, (0, mask.keys - mask.sequences.shape[1]))[:, None]
+        seen = seen & (sequences != 0)
+        if packed:
+            seen = seen & ((sequences == new[..., None]) | (sequences == EVERYONES))
+    return make_mask(config, inputs_embeds, replace(mask, complete=seen[:, None]), cache)
 
 
 # --- where the sequences are -----------------------------------------------------------------------------------------
@@ -158,7 +157,6 @@ def find_layout(prefix: torch.Tensor, numbers: torch.Tensor | None, past: int = 
     Returns:
         None if a sequence has padding inside, or prefix tokens behind other tokens.
     """
-    batch, length = prefix.shape
     if numbers is None:
         numbers = torch.ones_like(prefix)
     if (found := find_sequences(numbers)) is None:
@@ -169,25 +167,21 @@ def find_layout(prefix: torch.Tensor, numbers: torch.Tensor | None, past: int = 
     if (count[row, middle] - count[row, start] != middle - start).any():
         return None
 
-    sequences: list[list[Sequence]] = [[] for _ in range(batch)]
+    sequences: list[list[Sequence]] = [[] for _ in prefix]
     for index, *borders in torch.stack([row, start, middle, end], dim=1).tolist():
         sequences[index].append(Sequence(*borders))
     rows = defaultdict(list)
     for index, in_row in enumerate(sequences):
         rows[tuple(in_row)].append(index)
-    return PrefixLMLayout({tuple(same): in_row for in_row, same in rows.items()}, past, length)
+    return PrefixLMLayout({tuple(same): in_row for in_row, same in rows.items()}, past)
 
 
 # --- the two calls ---------------------------------------------------------------------------------------------------
 
 
 def prefix_lm_attention(backend: str, interface: Callable | None = None) -> Callable:
-    """The attention function of a backend, which takes a [`PrefixLMLayout`] for its `attention_mask` too.
-
-    Same arguments and results as transformers' attention functions, of which `interface` is the backend's.
-    """
-    if interface is None:
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+    """transformers' attention function of a backend (`interface`), which takes a [`PrefixLMLayout`] as mask too."""
+    interface = interface or ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if not isinstance(attention_mask, PrefixLMLayout):
@@ -230,7 +224,7 @@ def two_sdpa_calls(
             q, k, v = (states.index_select(0, index) for states in (query, key, value))
         pieces, done = [], 0
         for start, middle, end in sequences:
-            pieces.append(_nothing(q, start - done))
+            pieces.append(torch.zeros_like(q[:, :, done:start]))  # padding
             if middle > start:
                 keys, values = (_keys_of(states, layout.past, start, middle) for states in (k, v))
                 pieces.append(attend(q[:, :, start:middle], keys, values))
@@ -238,17 +232,12 @@ def two_sdpa_calls(
                 keys, values = (_keys_of(states, layout.past, start, end) for states in (k, v))
                 pieces.append(_causal_at_the_end(attend, q[:, :, start:end], keys, values, end - middle))
             done = end
-        pieces.append(_nothing(q, layout.length - done))
+        pieces.append(torch.zeros_like(q[:, :, done:]))
         outputs.append(torch.cat(pieces, dim=2).transpose(1, 2))
     if len(outputs) == 1:
         return outputs[0]
     order = torch.tensor([row for rows in layout.rows for row in rows], device=query.device)
     return torch.cat(outputs).index_select(0, order.argsort())
-
-
-def _nothing(query: torch.Tensor, length: int) -> torch.Tensor:
-    """The output of `length` tokens of padding, [batch, heads, length, head_dim]."""
-    return query.new_zeros(*query.shape[:2], length, query.shape[3])
 
 
 def _keys_of(states: torch.Tensor, past: int, start: int, end: int) -> torch.Tensor:
@@ -263,9 +252,9 @@ def _causal_at_the_end(
 ) -> torch.Tensor:
     """Attention of the last `count` queries, where the last query sees all keys, the one before it all but one, …
 
-    SDPA's own causal mask starts at the first query and the first key, so it does not fit when there are more keys than
-    queries. CUDA kernels have the other alignment too. On a CPU, plain causal attention of all queries, the first of
-    which are thrown away, is fastest when there are few of those; else blocks of rows get a mask of BLOCK × keys.
+    SDPA's own causal mask starts at the first query and the first key, which does not fit when there are more keys than
+    queries; only CUDA kernels have the other alignment too. On a CPU, plain causal attention of all queries, the first
+    of which are thrown away, is fastest when there are few of those; else blocks of rows get a mask of BLOCK × keys.
     """
     keys = key.shape[2]
     before = keys - count  # keys before the triangle
@@ -292,12 +281,7 @@ def _causal_at_the_end(
 
 
 def two_flash_calls(
-    interface: Callable,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PrefixLMLayout,
-    **kwargs,
+    interface: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PrefixLMLayout, **kwargs
 ) -> torch.Tensor:
     """Two calls of flash attention's form for sequences of different lengths, over the tokens of the whole batch.
 

@@ -1,13 +1,15 @@
-"""One configuration for all ChatGLM: what it decides from a checkpoint's keys, and that it keeps its answers."""
+"""The configurations of ChatGLM: what is decided from a checkpoint's keys, and that the answers are kept."""
 
+import copy
 import json
+import pickle
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from goldens import GOLDENS
-from hf_cnllm import ChatGLMConfig
+from hf_cnllm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 
 HEAD = {"model_type": "chatglm", "architectures": ["ChatGLMModel"]}
 V1 = {**HEAD, "position_encoding_2d": True, "inner_hidden_size": 16384, "vocab_size": 130528, "pad_token_id": 3}
@@ -74,6 +76,20 @@ def test_overrides_take_part_in_the_decisions(tmp_path):
     config = read(tmp_path, {**V2, "quantization_bit": 0}, rope_ratio=8, rope_ratio_type="linear", pre_seq_len=16)
     assert (config.rope_ratio, config.rope_ratio_type, config.pre_seq_len) == (8, "linear", 16)
     assert read(tmp_path, HEAD, architecture="chatglm").inner_hidden_size == 16384
+
+
+@pytest.mark.parametrize("config_class", [ChatGLM1Config, ChatGLM2Config])
+def test_each_architecture_has_a_configuration_however_it_is_made(config_class):
+    config = config_class()
+    for same in (
+        ChatGLMConfig(architecture=config.architecture),
+        ChatGLMConfig.from_dict(config.to_dict()),
+        ChatGLMConfig(**config.to_dict()),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert type(same) is config_class and same.to_dict() == config.to_dict()
+    assert type(AutoConfig.for_model("chatglm")) is type(ChatGLMConfig()) is ChatGLM2Config
 
 
 def test_resizing_moves_both_names_of_the_vocabulary_size():

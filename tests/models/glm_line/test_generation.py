@@ -4,6 +4,7 @@ import torch
 from hf_cnllm.models.chatglm import ChatGLMConfig
 from hf_cnllm.models.chatglm.modeling_chatglm import ChatGLMForConditionalGeneration
 from hf_cnllm.models.glm import GLMConfig, GLMForConditionalGeneration
+from hf_cnllm.models.glm_line import generation
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "max_sequence_length": 64}
 TOKENS = {"pad_token_id": 3, "mask_token_id": 90, "gmask_token_id": 91, "eos_token_id": 99}
@@ -45,3 +46,36 @@ def test_every_backend_generates_alike_with_either_cache(family, attn_implementa
     torch.testing.assert_close(
         generate(family, attn_implementation, cache_implementation), expected, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("chatglm", {}),
+        ("chatglm", {"early_positions": True}),
+        ("chatglm", {"position_encoding_2d": False}),
+        ("glm", {}),
+        ("glm", {"block_position_encoding": False}),
+    ],
+)
+@torch.no_grad()
+def test_positions_are_continued_as_if_worked_out_anew(family, overrides, side, monkeypatch):
+    model_class, config = FAMILIES[family]
+    config = config()
+    config.update(overrides)
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    prompts = PROMPTS if side == "left" else torch.tensor([[5, 6, 7, 8, 91, 92], [90, 9, 5, 92, 3, 3]])
+    mask, calls = (prompts != 3).long(), []
+    find = generation.find_positions
+    monkeypatch.setattr(generation, "find_positions", lambda *args, **kwargs: calls.append(1) or find(*args, **kwargs))
+    generated = model.generate(prompts, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert len(calls) == 2  # the prompt is checked, and then its positions are found for all steps
+    expected = prompts
+    for _ in range(5):
+        positions = model.positions_of_prompt(expected, mask)
+        logits = model(expected, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert torch.equal(generated, expected)

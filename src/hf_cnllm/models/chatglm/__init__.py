@@ -1,4 +1,4 @@
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .modeling_chatglm_auto import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
@@ -8,6 +8,8 @@ from .modeling_chatglm_auto import (
 from .tokenization_chatglm import ChatGLMTokenizer
 
 __all__ = [
+    "ChatGLM1Config",
+    "ChatGLM2Config",
     "ChatGLMConfig",
     "ChatGLMForConditionalGeneration",
     "ChatGLMForSequenceClassification",

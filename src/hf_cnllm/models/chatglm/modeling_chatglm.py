@@ -10,22 +10,25 @@ from ..._compat import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
     BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     GradientCheckpointingLayer,
     TransformersKwargs,
     Unpack,
+    can_return_tuple,
     capture_outputs,
     eager_attention_forward,
     merge_with_config_defaults,
+    slice_logits_to_keep,
     takes_cache,
 )
-from ...attention.masks import check_mask
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ..glm_line.blank_positions import Blanks, BlankTokens, check_blanks, find_blanks
-from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
+from ...loss.head import loss_and_logits
+from ..glm_line.blank_positions import positions_and_context
+from ..glm_line.generation import PrefixLMGenerationMixin
 from ..rotary import rotate_half
-from ..validation import cached_length, validate_inputs
+from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLM1Config
 from .prefix_encoder import PrefixEncoder
 
 ROPE_BASE = 10000.0
@@ -42,7 +45,7 @@ class RotaryEmbedding(nn.Module):
     angle at position 1,900 by up to half a radian.
     """
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM1Config):
         super().__init__()
         self.dim = config.head_dim // 2 if config.position_encoding_2d else config.head_dim
 
@@ -72,7 +75,7 @@ class SelfAttention(nn.Module):
 
     num_key_value_groups = 1
 
-    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+    def __init__(self, config: ChatGLM1Config, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -88,7 +91,7 @@ class SelfAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
         cache: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prompt_key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -97,9 +100,9 @@ class SelfAttention(nn.Module):
         query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
         key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
 
-        if prefix is not None:
-            key_states = torch.cat((prefix[0], key_states), dim=-2)
-            value_states = torch.cat((prefix[1], value_states), dim=-2)
+        if prompt_key_values is not None:
+            key_states = torch.cat((prompt_key_values[0], key_states), dim=-2)
+            value_states = torch.cat((prompt_key_values[1], value_states), dim=-2)
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
@@ -108,14 +111,7 @@ class SelfAttention(nn.Module):
         if isinstance(attention_mask, PrefixLMLayout):
             attention_interface = prefix_lm_attention(backend, attention_interface)
         attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.dense(attn_output), attn_weights
@@ -124,7 +120,7 @@ class SelfAttention(nn.Module):
 class GLU(nn.Module):
     """The MLP, under the original's name (there is no gate in it)."""
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM1Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
@@ -135,7 +131,7 @@ class GLU(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+    def __init__(self, config: ChatGLM1Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = SelfAttention(config, layer_idx)
@@ -148,18 +144,12 @@ class GLMBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | PrefixLMLayout | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # The residual is the norm's output, not its input.
         normed = self.input_layernorm(hidden_states)
         attn_output, _ = self.attention(
-            normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            prefix=prefix,
-            **kwargs,
+            normed, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache, **kwargs
         )
         hidden_states = normed * RESIDUAL_SCALE + attn_output
 
@@ -168,12 +158,9 @@ class GLMBlock(GradientCheckpointingLayer):
 
 
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
-    architecture = "chatglm"
+    config: ChatGLM1Config
+    config_class = ChatGLM1Config
     _no_split_modules = ["GLMBlock"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
     # Attention functions from outside know no prefix and would be causal.
     _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
@@ -184,6 +171,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
+    _input_embed_layer = "word_embeddings"
     # A head's q | k | v are neighbours, so shards of the projection are whole heads.
     _tp_plan = {
         "word_embeddings": "embedding_rowwise",
@@ -203,7 +191,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         "final_layernorm": "keep_full_weight",
     }
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM1Config):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
@@ -214,12 +202,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
             self.prefix_encoder = PrefixEncoder(config, projection_size=config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
 
     @takes_cache
     @merge_with_config_defaults
@@ -254,27 +236,19 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        batch_size, length = inputs_embeds.shape[:2]
-        check_mask(attention_mask, batch_size, cached_length(cache, self.config.pre_seq_len), length)
-        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.bos_token_id, cache)
-        tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
-        position_ids, context = self._positions_and_context(input_ids, tokens, position_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        prefix, past = None, cache
+        position_ids, context = positions_and_context(
+            self.config, input_ids, attention_mask, position_ids, inputs_embeds, cache, kwargs
+        )
+        prompt_key_values, past = None, cache
         if self.prefix_encoder is not None:
             if self.gradient_checkpointing and self.training:
                 cache = None  # the layers would drop it, and the prefix with it
-            prefix, past = self.prefix_encoder.place(cache, batch_size, inputs_embeds.dtype)
-
+            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
         mask = create_prefix_lm_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=past,
-            prefix=context,
-            learned_keys=self.config.pre_seq_len or 0,
+            self.config, inputs_embeds, attention_mask, past, context, self.config.pre_seq_len or 0
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -285,78 +259,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 cache=cache,
-                prefix=None if prefix is None else prefix[layer_idx],
+                prompt_key_values=None if prompt_key_values is None else prompt_key_values[layer_idx],
                 use_cache=use_cache,
                 **kwargs,
             )
 
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
-
-    def find_blanks(self, input_ids: torch.Tensor, tokens: torch.Tensor | None, check: bool) -> Blanks:
-        """The blanks of (batch, length) texts, of which [gMASK] is preferred to [MASK], and that to [sMASK].
-
-        Raises:
-            ValueError: `check` is set and the texts are not a context with a blank, a start token and an answer; or the
-                configuration does not know these tokens.
-        """
-        control = BlankTokens.of(self.config, "bos_token_id")
-        blanks = find_blanks(input_ids, tokens, control, ranked=True)
-        if check and not torch.compiler.is_compiling():
-            check_blanks(blanks, input_ids, control)
-        return blanks
-
-    def positions_of_blanks(self, blanks: Blanks) -> torch.Tensor:
-        """(batch, 2, length), or (batch, length) with `position_encoding_2d=False`."""
-        config = self.config
-        # [gMASK] stands for all that follows the context: in one dimension its answer just goes on counting.
-        at_the_end = blanks.kind == 0 if config.gmask_token_id is not None else torch.zeros_like(blanks.token)
-        if not config.position_encoding_2d:
-            goes_on = (blanks.index < blanks.start) | at_the_end
-            return torch.where(goes_on, blanks.index, blanks.blank) * blanks.token
-        position_ids = blanks.position_ids()
-        if config.early_positions:
-            # The first revision left the start token of [gMASK] at its own index; what follows is as ever.
-            first = at_the_end & blanks.token & (blanks.index == blanks.start)
-            position_ids[:, 0] = torch.where(first, blanks.index, position_ids[:, 0])
-        return position_ids
-
-    def _positions_and_context(
-        self,
-        input_ids: torch.Tensor | None,
-        tokens: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Positions (batch, rows, length), and which tokens are context, (batch, length) or None for none."""
-        batch_size, length = inputs_embeds.shape[:2]
-        two_rows = self.config.position_encoding_2d
-        if position_ids is None:
-            if input_ids is None:
-                raise ValueError(
-                    "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
-                )
-            blanks = self.find_blanks(input_ids, tokens, check=True)
-            position_ids = self.positions_of_blanks(blanks)
-            context = blanks.context
-        else:
-            expected = (2, length) if two_rows else (length,)
-            if position_ids.shape[1:] != expected or position_ids.shape[0] not in (1, batch_size):
-                raise ValueError(
-                    f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, *expected)}: "
-                    f"{'positions and block positions' if two_rows else 'positions'} of the {length} tokens."
-                )
-            position_ids = position_ids.expand(batch_size, *expected)
-            if two_rows:
-                context = position_ids[:, 1] == 0
-            elif input_ids is not None and length > 1:
-                blanks = self.find_blanks(input_ids, tokens, check=False)
-                context = blanks.context & (blanks.start != blanks.missing)
-            else:
-                context = None
-        if context is not None and tokens is not None:
-            context = context & (tokens != 0)
-        return position_ids if two_rows else position_ids[:, None], context
 
 
 class ChatGLMForConditionalGeneration(
@@ -367,29 +276,53 @@ class ChatGLMForConditionalGeneration(
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM1Config):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.learned_keys = config.pre_seq_len or 0
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here. The rest as for
+                [`ChatGLMModel`].
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
-        self.lm_head = new_embeddings
 
-    def positions_of_prompt(self, input_ids, attention_mask, check):
-        return self.transformer.positions_of_blanks(self.transformer.find_blanks(input_ids, attention_mask, check))
-
-
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
-    pass
-
-
-__all__ = [
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMForSequenceClassification",
-    "ChatGLMModel",
-    "ChatGLMPreTrainedModel",
-]
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification): ...

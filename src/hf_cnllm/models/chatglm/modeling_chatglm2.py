@@ -11,20 +11,24 @@ from ..._compat import (
     ALL_ATTENTION_FUNCTIONS,
     PAGED_CACHES,
     BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     GradientCheckpointingLayer,
     TransformersKwargs,
     Unpack,
+    can_return_tuple,
     capture_outputs,
     eager_attention_forward,
     find_packed_sequence_indices,
     logging,
     merge_with_config_defaults,
+    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.masks import create_causal_mask
+from ...loss.head import loss_and_logits
 from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLM2Config
 from .prefix_encoder import PrefixEncoder, is_empty
 
 logger = logging.get_logger(__name__)
@@ -35,12 +39,11 @@ ROPE_BASE = 10000.0
 class RotaryEmbedding(nn.Module):
     """Angles in fp32 for the first half of a head's channels; adjacent channels (2i, 2i + 1) turn together.
 
-    `rope_ratio` stretches them: `"base"` multiplies the base by it, `"linear"` divides the positions by it. Nothing is
-    stored, so neither `model.half()` nor loading on the meta device can spoil the frequencies (the original ChatGLM2
-    computed them in the model's dtype, which in fp16 is wrong by whole turns at large positions).
+    Nothing is stored, so neither `model.half()` nor loading on the meta device can spoil the frequencies (the original
+    ChatGLM2 computed them in the model's dtype, which in fp16 is wrong by whole turns at large positions).
     """
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM2Config):
         super().__init__()
         self.dim = config.head_dim // 2
         linear = config.rope_ratio_type == "linear"
@@ -67,7 +70,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 class SelfAttention(nn.Module):
     """Attention over one packed projection: rows q | k | v with multi-query attention, q | k | v per head without."""
 
-    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+    def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -92,16 +95,16 @@ class SelfAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prompt_key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         mixed = self.query_key_value(hidden_states)
         query_states, key_states, value_states = self._rotated_heads(mixed, *position_embeddings)
 
-        if prefix is not None:
-            key_states = torch.cat((prefix[0], key_states), dim=-2)
-            value_states = torch.cat((prefix[1], value_states), dim=-2)
+        if prompt_key_values is not None:
+            key_states = torch.cat((prompt_key_values[0], key_states), dim=-2)
+            value_states = torch.cat((prompt_key_values[1], value_states), dim=-2)
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
@@ -136,7 +139,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """silu(first half) * second half of one packed projection."""
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM2Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
@@ -146,13 +149,13 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(nn.functional.silu(gate) * value)
 
 
-def make_norm(config: ChatGLMConfig) -> nn.Module:
+def make_norm(config: ChatGLM2Config) -> nn.Module:
     norm_class = nn.RMSNorm if config.rmsnorm else nn.LayerNorm
     return norm_class(config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+    def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = make_norm(config)
         self.self_attention = SelfAttention(config, layer_idx)
@@ -167,17 +170,11 @@ class GLMBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attention(
-            normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            prefix=prefix,
-            **kwargs,
+            normed, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache, **kwargs
         )
         hidden_states = self._add(attn_output, hidden_states, normed)
 
@@ -189,30 +186,18 @@ class GLMBlock(GradientCheckpointingLayer):
         return residual + nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
 
 
-class Embedding(nn.Module):
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.word_embeddings(input_ids)
-
-
 class GLMTransformer(nn.Module):
     """The layers and the final norm, under the original's name in the state dict."""
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM2Config):
         super().__init__()
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
 
-def is_packed(position_ids: torch.Tensor | None) -> bool:
-    return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
-
-
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
-    architecture = "chatglm2"
+    config: ChatGLM2Config
+    config_class = ChatGLM2Config
     _no_split_modules = ["GLMBlock"]
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
     # Stored by the originals: a buffer that the configuration determines, and, in the backbone, the output projection.
@@ -225,7 +210,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    output_layer: nn.Module  # which a model with a head puts there
+    output_layer: nn.Linear  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
         "embedding.word_embeddings": "embedding_rowwise",
@@ -245,9 +230,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         "encoder.final_layernorm": "keep_full_weight",
     }
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
-        self.embedding = Embedding(config)
+        self.embedding = nn.Sequential()
+        self.embedding.add_module("word_embeddings", nn.Embedding(config.vocab_size, config.hidden_size))
         self.rotary_pos_emb = RotaryEmbedding(config)
         self.encoder = GLMTransformer(config)
         self.prefix_encoder = None
@@ -258,7 +244,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embedding.word_embeddings
+        return self.embedding[0]
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
@@ -288,7 +274,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
-        batch_size, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
         if length > self.config.seq_length:
             logger.warning_once(
                 f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"
@@ -296,30 +282,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        prefix, past = None, cache
+        prompt_key_values, past = None, cache
         if self.prefix_encoder is not None:
             if isinstance(cache, PAGED_CACHES):
                 raise ValueError(
                     "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
                 )
-            if cache is None and attention_mask is None and is_packed(position_ids):
+            is_packed = position_ids is not None and find_packed_sequence_indices(position_ids) is not None
+            if cache is None and attention_mask is None and is_packed:
                 raise ValueError(
                     "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
                     "together; train without packing"
                 )
             if self.gradient_checkpointing and self.training:
                 cache = None  # the layers would drop it, and the prefix with it
-            prefix, past = self.prefix_encoder.place(cache, batch_size, inputs_embeds.dtype)
+            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
         if position_ids is None:
             position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
-
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=past,
-            position_ids=position_ids,
-            learned_keys=self.config.pre_seq_len or 0,
+        mask = create_causal_mask(
+            self.config, inputs_embeds, attention_mask, past, position_ids, self.config.pre_seq_len or 0
         )
         position_embeddings = self.rotary_pos_emb(inputs_embeds, position_ids=position_ids)
 
@@ -327,11 +308,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         for layer_idx, layer in enumerate(self.encoder.layers):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 cache=cache,
-                prefix=None if prefix is None else prefix[layer_idx],
+                prompt_key_values=None if prompt_key_values is None else prompt_key_values[layer_idx],
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -357,36 +338,67 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
     _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         # The checkpoints keep it inside the backbone, which has no use for it by itself.
         self.transformer.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.learned_keys = config.pre_seq_len or 0
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.transformer.output_layer
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
+
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here. The rest as for
+                [`ChatGLMModel`].
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states, lm_head = outputs.last_hidden_state, self.transformer.output_layer
+        if labels is None:
+            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
         is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
-        if config._attn_implementation not in ("eager", "sdpa"):
+        if config._attn_implementation not in ("eager", "sdpa") or (self.learned_keys and is_empty(cache)):
             return attention_mask
-        if config.pre_seq_len is not None and is_empty(cache):
-            return attention_mask
-        return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, config.pre_seq_len or 0)
+        return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, self.learned_keys)
 
 
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification):
-    pass
-
-
-__all__ = [
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMForSequenceClassification",
-    "ChatGLMModel",
-    "ChatGLMPreTrainedModel",
-]
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification): ...

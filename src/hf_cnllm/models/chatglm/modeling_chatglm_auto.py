@@ -1,25 +1,16 @@
 """The ChatGLM classes by the names everybody knows: each gives the architecture that the configuration says.
 
-The original repositories of ChatGLM-6B and of ChatGLM2/3 both define `ChatGLMModel` and
-`ChatGLMForConditionalGeneration`, for two different models. So do the two modules in `ARCHITECTURES`. The classes here
-are what they have in common, and the doors to them: `ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)`
-return the `ChatGLMModel` of the module that `config.architecture` names. `isinstance` and AutoModel therefore need one
-class only, and a saved checkpoint keeps the original class name in `architectures`.
+The original repositories of ChatGLM-6B and of ChatGLM2/3 define the same names for two different models, and so do
+`modeling_chatglm.py` and `modeling_chatglm2.py`. The auto classes find theirs by the configuration's class. The classes
+here are what they have in common, and doors to them: `isinstance` knows every ChatGLM by one class, and
+`ChatGLMModel(config)` and `ChatGLMModel.from_pretrained(...)` return the `ChatGLMModel` of the module that the
+configuration belongs to. Only `__new__` can do both for one name.
 
-To plug in an architecture, add its module to `ARCHITECTURES` and define in it, under the same names,
-
-    class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel)           with `architecture`, attention and layer flags
-    class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel)       the backbone, returns BaseModelOutputWithPast
-    class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration)
-    class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification)
-
-where `auto` is this module. The heads' `forward` is written here once. An architecture's generation class builds
-`self.transformer` and its output projection where its checkpoints keep it, says so in `get_output_embeddings` /
-`set_output_embeddings`, and ends its `__init__` in `self.post_init()`.
+An architecture's module defines a `ChatGLMPreTrainedModel` with the architecture's `config_class` and flags, and the other
+classes under the names here, each with that one and its door among its bases.
 """
 
 from importlib import import_module
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -28,38 +19,27 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from ..._compat import (
     SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
     GenerationHooks,
     SequenceClassifierOutputWithPast,
     TransformersKwargs,
     Unpack,
     can_return_tuple,
-    slice_logits_to_keep,
     takes_cache,
 )
-from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from .chat import ChatGLMChatMixin
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .prefix_encoder import PrefixEncoder
 from .quantization import QUANT_METHOD, quantize
-from .quantized_linear import QuantizedEmbedding, QuantizedLinear
+from .quantized_linear import QuantizedRows
 
-ARCHITECTURES = {
-    "chatglm": "hf_cnllm.models.chatglm.modeling_chatglm",
-    "chatglm2": "hf_cnllm.models.chatglm.modeling_chatglm2",
-}
+MODULES = {ChatGLM1Config: ".modeling_chatglm", ChatGLM2Config: ".modeling_chatglm2"}
 
 
 class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
-    """What every ChatGLM class shares; its subclasses in this module are the doors to the architectures.
+    """What every ChatGLM class shares; its subclasses in this module are the doors to the architectures."""
 
-    Raises:
-        TypeError: a subclass of a door belongs to no architecture.
-        ValueError: an architecture's own class meets a configuration of the other one.
-    """
-
-    config: ChatGLMConfig
+    config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
@@ -69,23 +49,34 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    architecture: ClassVar[str | None] = None
+    @classmethod
+    def for_config(cls, config_class: type[ChatGLMConfig]) -> type["ChatGLMPreTrainedModel"]:
+        """The class of this name among those of the configuration's architecture.
+
+        Raises:
+            TypeError: a subclass of a door belongs to no architecture.
+            ValueError: an architecture's own class meets a configuration of the other one.
+        """
+        if cls.__module__ == __name__:
+            for base, module in MODULES.items():
+                if issubclass(config_class, base):
+                    return getattr(import_module(module, __package__), cls.__name__)
+        if cls.config_class is ChatGLMConfig:
+            raise TypeError(
+                f"{cls.__name__} must derive from the classes of one architecture, those of "
+                f"{' or '.join(__package__ + module for module in MODULES.values())}, and have its configuration, not a "
+                f"{config_class.__name__}"
+            )
+        if not issubclass(config_class, cls.config_class):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__name__} is of another architecture, but this configuration's `architecture` is "
+                f"{config_class().architecture!r}; hf_cnllm.{cls.__name__} takes both."
+            )
+        return cls
 
     def __new__(cls, config: ChatGLMConfig | None = None, *args, **kwargs):
-        if config is None:  # copying and unpickling: the class is already the right one
-            return super().__new__(cls)
-        if cls.architecture is None:
-            if cls.__module__ != __name__:
-                raise TypeError(
-                    f"{cls.__name__} must derive from the classes of one architecture ({', '.join(ARCHITECTURES.values())})"
-                )
-            cls = getattr(import_module(ARCHITECTURES[config.architecture]), cls.__name__)
-        elif cls.architecture != config.architecture:
-            raise ValueError(
-                f"{cls.__module__}.{cls.__name__} is the {cls.architecture!r} architecture, but this configuration's "
-                f"`architecture` is {config.architecture!r}; hf_cnllm.{cls.__name__} takes both."
-            )
-        return super().__new__(cls)
+        # Without a configuration it is copying or unpickling: the class is already the right one.
+        return super().__new__(cls if config is None else cls.for_config(type(config)))
 
     def post_init(self):
         super().post_init()
@@ -140,7 +131,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             self._prefix_encoder.requires_grad_(True)
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(module, QuantizedRows):
             raise ValueError(f"quantised weights cannot be initialised, but some were not loaded: {module}")
         if self._prefix_encoder is not None and module in self._prefix_encoder.initialised_as_in_torch():
             module.reset_parameters()  # type: ignore[operator]
@@ -151,74 +142,9 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Door to the backbones."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """What every architecture's backbone takes and returns: hidden states (batch, length, hidden_size) after the
-        final norm."""
-        raise NotImplementedError
-
 
 class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLMPreTrainedModel, GenerationMixin):
-    """Door to the language models, and what they share: logits and the shifted cross entropy."""
-
-    transformer: ChatGLMModel
-
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            input_ids: (batch, length).
-            attention_mask: (batch, past + length), 1 where a token is to be attended to. The backbone says what else
-                it takes.
-            position_ids: as the backbone defines them.
-            labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here.
-            logits_to_keep: 0 for all positions, n for the last n, or a tensor of indices.
-        """
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states, lm_head = outputs.last_hidden_state, self.get_output_embeddings()
-        if labels is None:
-            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    @property
-    def learned_keys(self) -> int:
-        return self.config.pre_seq_len or 0
+    """Door to the language models."""
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
@@ -282,11 +208,3 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-__all__ = [
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMForSequenceClassification",
-    "ChatGLMModel",
-    "ChatGLMPreTrainedModel",
-]

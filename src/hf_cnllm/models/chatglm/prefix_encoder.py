@@ -20,8 +20,6 @@ class PrefixEncoder(nn.Module):
     """Learned keys and values of `config.pre_seq_len` positions for all layers.
 
     Args:
-        config: with `pre_seq_len`, `prefix_projection`, `prefix_dropout`, `num_layers`, `num_key_value_heads`,
-            `head_dim` and `hidden_size`.
         projection_size: width of the embedding that the MLP starts from (`prefix_projection` only).
     """
 
@@ -54,23 +52,21 @@ class PrefixEncoder(nn.Module):
         states = states.view(batch_size, -1, self.num_layers, 2, self.num_heads, self.head_dim)
         return [(layer[0], layer[1]) for layer in states.permute(2, 3, 0, 4, 1, 5)]
 
-    def place(
-        self, cache: Cache | None, batch_size: int, dtype: torch.dtype
+    def put_in_front(
+        self, cache: Cache | None, inputs_embeds: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]] | None, Cache]:
-        """Puts the prefix where this forward pass finds it: into the cache if that is empty, or else, without a cache,
-        into the layers' hands.
+        """Puts the prefix into the cache if that is empty; without a cache the layers get it.
 
         Returns:
             What the layers are to put in front of their keys and values (None if the cache holds it), and the past
             that masks and positions are to be made for, which has the prefix in front either way.
         """
-        if cache is None:
-            prefix = self(batch_size, dtype)
-            return prefix, write_prefix(DynamicCache(), prefix[:1])
-        if not is_empty(cache):
+        if cache is not None and not is_empty(cache):
             return None, cache
-        write_prefix(cache, self(batch_size, dtype))
-        return None, with_fixed_length(cache)
+        prefix = self(len(inputs_embeds), inputs_embeds.dtype)
+        if cache is None:
+            return prefix, write_prefix(DynamicCache(), prefix[:1])
+        return None, with_fixed_length(write_prefix(cache, prefix))
 
 
 def is_empty(cache: Cache) -> bool:
@@ -111,14 +107,9 @@ def load_prefix_encoder(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """
     encoders = [module for module in model.modules() if isinstance(module, PrefixEncoder)]
     if not encoders:
-        raise ValueError(
-            "this model has no prefix encoder: load it with `pre_seq_len` set to the length it was tuned with"
-        )
-    weights = {
-        name.rpartition(PREFIX_KEY)[2]: tensor
-        for name, tensor in _read(Path(checkpoint)).items()
-        if PREFIX_KEY in name
-    }
+        raise ValueError("this model has no prefix encoder: load it with `pre_seq_len` set to what it was tuned with")
+    stored = _read(Path(checkpoint)).items()
+    weights = {name.rpartition(PREFIX_KEY)[2]: tensor for name, tensor in stored if PREFIX_KEY in name}
     expected = {name: tuple(tensor.shape) for name, tensor in encoders[0].state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:

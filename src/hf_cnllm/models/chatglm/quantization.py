@@ -1,12 +1,10 @@
 """ChatGLM's own weight-only INT8/INT4 checkpoints, as a quantization method of transformers.
 
 The originals' configurations only say `quantization_bit`; `ChatGLMConfig` turns that into the `quantization_config`
-below, and `from_pretrained` finds the quantizer under the method's name. `model.quantize(4)` makes such a model from a
-float one, `from_pretrained(..., quantization_config=ChatGLMQuantizationConfig(bits=4))` while loading one, and
-`model.dequantize()` goes back.
+below. `model.quantize(4)` makes such a model from a float one,
+`from_pretrained(..., quantization_config=ChatGLMQuantizationConfig(bits=4))` while loading one, and `model.dequantize()`
+goes back.
 """
-
-from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -14,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..._compat import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
-from .quantized_linear import QuantizedEmbedding, QuantizedLinear
+from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows
 
 QUANT_METHOD = "chatglm"
 # What the originals quantise in each layer; embeddings, norms, biases and heads stay floats.
@@ -27,8 +25,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         bits: 8 or 4.
-        quantize_embeddings: whether the word embeddings are quantised too and serve as the output projection
-            (`quantization_embeddings` in ChatGLM-6B's configuration).
+        quantize_embeddings: as ChatGLM-6B's `quantization_embeddings`: the word embeddings too.
     """
 
     def __init__(self, bits: int = 8, quantize_embeddings: bool = False, **kwargs):
@@ -72,7 +69,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self.pre_quantized:
-            self._replace(model, lambda module, quantized: quantized)
+            self._replace(model, with_weights=False)
             if checkpoint_files := kwargs.get("checkpoint_files"):
                 self._check_files(model, checkpoint_files)
         return model
@@ -82,61 +79,54 @@ class ChatGLMQuantizer(HfQuantizer):
         prefix = f"{model.base_model_prefix}."  # a headless model loads from a checkpoint with a head, and vice versa
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored_tensors(checkpoint_files).items()}
         tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
-        for module_name, module in model.named_modules():
-            if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        for full_name, expected in model.state_dict(keep_vars=True).items():
+            module_name, _, name = full_name.rpartition(".")
+            module, key = model.get_submodule(module_name), full_name.removeprefix(prefix)
+            if not isinstance(module, QuantizedRows) or name == "bias" or (key in tied and key not in stored):
                 continue
-            for name in ("weight", "weight_scale"):
-                full_name, expected = f"{module_name}.{name}", getattr(module, name)
-                key = full_name.removeprefix(prefix)
-                if key not in stored:
-                    if key in tied:
-                        continue
-                    raise ValueError(
-                        f"the checkpoint has no `{full_name}`, which `quantization_bit` {module.bits} needs"
-                    )
-                shape, integers = stored[key]
-                if (shape, integers) != (tuple(expected.shape), not expected.is_floating_point()):
-                    raise ValueError(
-                        f"`{full_name}` holds {'integers' if integers else 'floats'} of shape {shape} in the checkpoint, but "
-                        f"`quantization_bit` {module.bits} needs {'integers' if name == 'weight' else 'floats'} of shape "
-                        f"{tuple(expected.shape)}"
-                    )
+            if key not in stored:
+                raise ValueError(f"the checkpoint has no `{full_name}`, which `quantization_bit` {module.bits} needs")
+            (shape, integers), wanted = stored[key], "integers" if name == "weight" else "floats"
+            if (shape, integers) != (tuple(expected.shape), name == "weight"):
+                raise ValueError(
+                    f"`{full_name}` holds {'integers' if integers else 'floats'} of shape {shape} in the checkpoint, but "
+                    f"`quantization_bit` {module.bits} needs {wanted} of shape {tuple(expected.shape)}"
+                )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         config = self.quantization_config
         if not self.pre_quantized:
-            self._replace(model, lambda module, quantized: quantized.quantize_from(module))
+            self._replace(model, with_weights=True)
             self.pre_quantized = True
             model.tie_weights(recompute_mapping=False)
         model.config.quantization_bit = config.bits
         if config.quantize_embeddings:
             model.config.quantization_embeddings = True
         for module in model.modules():
-            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            if isinstance(module, QuantizedRows):
                 module.requires_grad_(False)  # loading makes every float a trainable parameter
         return model
 
-    def _replace(self, model: PreTrainedModel, fill):
-        """Puts `fill(module, empty quantised module)` in the place of every module that the method quantises."""
-        bits = self.quantization_config.bits
-        for name, module in list(model.named_modules()):
-            if name.rpartition(".")[2] in LAYER_LINEARS and isinstance(module, nn.Linear):
-                model.set_submodule(name, fill(module, QuantizedLinear.like(module, bits)))
+    def _replace(self, model: PreTrainedModel, with_weights: bool):
+        """Puts a quantised module, empty or with the same weights, in the place of each that the method quantises."""
+        bits, embedding, head = self.quantization_config.bits, None, None
         if self.quantization_config.quantize_embeddings:
-            self._replace_embeddings(model, fill)
-
-    def _replace_embeddings(self, model: PreTrainedModel, fill):
-        names = {id(module): name for name, module in model.named_modules()}
-        embedding, head = cast(nn.Embedding, model.get_input_embeddings()), model.get_output_embeddings()
-        embedding_name = names[id(embedding)]
-        model.set_submodule(
-            embedding_name, fill(embedding, QuantizedEmbedding.like(embedding, self.quantization_config.bits))
-        )
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {}
+        for name, module in list(model.named_modules()):
+            if module is embedding and isinstance(module, nn.Embedding):
+                quantized: QuantizedRows = QuantizedEmbedding.like(module, bits)
+            elif isinstance(module, nn.Linear) and (module is head or name.rpartition(".")[2] in LAYER_LINEARS):
+                quantized = QuantizedLinear.like(module, bits)
+            else:
+                continue
+            names[module] = name
+            if with_weights and module is not head:
+                quantized.quantize_from(module)
+            model.set_submodule(name, quantized)
         if head is not None:
-            head_name = names[id(head)]
-            model.set_submodule(head_name, QuantizedLinear.like(head, self.quantization_config.bits))
             for parameter in ("weight", "weight_scale"):
-                model.all_tied_weights_keys[f"{head_name}.{parameter}"] = f"{embedding_name}.{parameter}"
+                model.all_tied_weights_keys[f"{names[head]}.{parameter}"] = f"{names[embedding]}.{parameter}"
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Back to float layers, in the model's dtype as it is now; another `dtype` is for the whole model."""

@@ -71,18 +71,42 @@ class _DequantizedLinear(torch.autograd.Function):
         return grad_inputs, None, None, grad_bias, None
 
 
-class QuantizedLinear(nn.Linear):
-    """A frozen linear layer with integer weights: `weight` (out, in * bits / 8) int8, `weight_scale` (out,), `bias`.
+class QuantizedRows(nn.Module):
+    """What the layers share: `weight` (rows, columns * bits / 8) int8 and `weight_scale` (rows,), both frozen."""
+
+    bits: int
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def _make_rows(self, rows: int, columns: int, bits: int, device, dtype):
+        self.bits = bits
+        size = (rows, packed_size(columns, bits))
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, device=device), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False)
+
+    @torch.no_grad()
+    def quantize_from(self, module: nn.Linear | nn.Embedding) -> "QuantizedRows":
+        """Takes over the float weights of a layer of this shape."""
+        weight, scale = quantize_rows(module.weight, self.bits)
+        self.weight.copy_(weight)
+        self.weight_scale.copy_(scale)
+        if (bias := getattr(module, "bias", None)) is not None:
+            self.get_parameter("bias").copy_(bias)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class QuantizedLinear(QuantizedRows, nn.Linear):
+    """A frozen linear layer with integer weights.
 
     It is an `nn.Linear`, so that PEFT puts LoRA on it; merging an adapter needs `model.dequantize()` first.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
-        size = (out_features, packed_size(in_features, bits))
-        self.bits = bits
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, device=device), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        self._make_rows(out_features, in_features, bits, device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
 
@@ -91,15 +115,6 @@ class QuantizedLinear(nn.Linear):
         """An empty layer of the same shape, on the device and in the dtype of `linear`."""
         weight = linear.weight
         return cls(linear.in_features, linear.out_features, linear.bias is not None, bits, weight.device, weight.dtype)
-
-    @torch.no_grad()
-    def quantize_from(self, linear: nn.Linear) -> "QuantizedLinear":
-        weight, scale = quantize_rows(linear.weight, self.bits)
-        self.weight.copy_(weight)
-        self.weight_scale.copy_(scale)
-        if self.bias is not None:
-            self.bias.copy_(linear.bias)
-        return self
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
@@ -112,31 +127,18 @@ class QuantizedLinear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         return _DequantizedLinear.apply(inputs, self.weight, self.weight_scale, self.bias, self.bits)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}"
 
-
-class QuantizedEmbedding(nn.Embedding):
-    """A frozen embedding with integer rows: `weight` (tokens, dim * bits / 8) int8, `weight_scale` (tokens,)."""
+class QuantizedEmbedding(QuantizedRows, nn.Embedding):
+    """A frozen embedding with integer rows."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, device=None, dtype=None):
         super().__init__(num_embeddings, embedding_dim, device="meta", dtype=dtype)
-        size = (num_embeddings, packed_size(embedding_dim, bits))
-        self.bits = bits
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, device=device), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(num_embeddings, dtype=dtype, device=device), requires_grad=False)
+        self._make_rows(num_embeddings, embedding_dim, bits, device, dtype)
 
     @classmethod
     def like(cls, embedding: nn.Embedding, bits: int) -> "QuantizedEmbedding":
         weight = embedding.weight
         return cls(embedding.num_embeddings, embedding.embedding_dim, bits, weight.device, weight.dtype)
-
-    @torch.no_grad()
-    def quantize_from(self, embedding: nn.Embedding) -> "QuantizedEmbedding":
-        weight, scale = quantize_rows(embedding.weight, self.bits)
-        self.weight.copy_(weight)
-        self.weight_scale.copy_(scale)
-        return self
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
@@ -146,6 +148,3 @@ class QuantizedEmbedding(nn.Embedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         scale = self.weight_scale
         return dequantize_rows(self.weight[input_ids], scale[input_ids], self.bits, scale.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}"

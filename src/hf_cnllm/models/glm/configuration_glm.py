@@ -1,6 +1,6 @@
 """Configuration of the original GLM, which shares its `model_type` with transformers' own GLM-4."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import GlmConfig, PreTrainedConfig
@@ -58,6 +58,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     model_type = "glm"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
+    has_kinds_of_blanks: ClassVar[bool] = False
 
     vocab_size: int = 30592
     hidden_size: int = 1024

@@ -24,13 +24,12 @@ from ..._compat import (
     slice_logits_to_keep,
     takes_cache,
 )
-from ...attention.masks import check_mask
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
-from ..glm_line.blank_positions import BlankTokens, check_blanks, find_blanks
-from ..glm_line.generation import PrefixLMGenerationMixin, take_positions
+from ..glm_line.blank_positions import POSITIONS, positions_and_context
+from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
-from ..validation import cached_length, validate_inputs
+from ..validation import validate_inputs
 from .configuration_glm import GLMConfig
 
 
@@ -116,10 +115,7 @@ class GLMBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         residual = hidden_states
         hidden_states, _ = self.attention(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, cache=cache, **kwargs
         )
         hidden_states = residual + hidden_states
 
@@ -173,6 +169,7 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class GLMModel(GLMPreTrainedModel):
     """The backbone. Unlike the original's it gives no logits; those are [`GLMForConditionalGeneration`]'s."""
 
+    _input_embed_layer = "word_embeddings"
     # The packed projection's rows q | k | v are not whole heads of each: its shards are gathered.
     _tp_plan = {
         "word_embeddings": "embedding_rowwise",
@@ -198,12 +195,6 @@ class GLMModel(GLMPreTrainedModel):
         self.transformer = GLMStack(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
 
     @takes_cache
     @merge_with_config_defaults
@@ -247,46 +238,32 @@ class GLMModel(GLMPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        position_ids = take_positions(kwargs, position_ids, input_ids, self.config.sop_token_id, cache)
-        attention_mask, context_length = self._split_mask(attention_mask, inputs_embeds)
-        check_mask(attention_mask, inputs_embeds.shape[0], cached_length(cache), inputs_embeds.shape[1])
-        position_ids, context = self._positions_and_context(
-            input_ids, attention_mask, position_ids, context_length, inputs_embeds, cache
+        # Without a 2-D mask all but a given context is causal, except that `generate` drops a mask of ones.
+        is_text = POSITIONS in kwargs or (attention_mask is not None and attention_mask.ndim == 2)
+        position_ids, context = positions_and_context(
+            self.config, input_ids, attention_mask, position_ids, inputs_embeds, cache, kwargs, is_text
         )
-        mask = create_prefix_lm_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            prefix=context,
-        )
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 2:
+            attention_mask, context = self._read_mask(attention_mask, inputs_embeds)
+        mask = create_prefix_lm_mask(self.config, inputs_embeds, attention_mask, cache, context)
+        self._check_positions(position_ids)
 
         hidden_states = inputs_embeds + self.transformer.embed_positions(position_ids)
         hidden_states = self.transformer.embedding_dropout(hidden_states)
         for layer in self.transformer.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, attention_mask=mask, cache=cache, use_cache=use_cache, **kwargs)
 
         hidden_states = self.transformer.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    @property
-    def rows_of_positions(self) -> int:
-        return 2 if self.config.block_position_encoding else 1
-
-    def _split_mask(
-        self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
+    def _read_mask(
+        self, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The mask proper, 2-D or 4-D, and the context lengths, (batch or 1, 1); at most one of them."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 2:
-            return attention_mask, None
-        if attention_mask.ndim <= 1 and attention_mask.numel() in (1, inputs_embeds.shape[0]):
-            return None, attention_mask.reshape(-1, 1)
+        """From the forms that are not 2-D: the 4-D mask, or which tokens are context, (batch, length)."""
+        batch, length = inputs_embeds.shape[:2]
+        if attention_mask.ndim <= 1 and attention_mask.numel() in (1, batch):
+            context = torch.arange(length, device=inputs_embeds.device) < attention_mask.reshape(-1, 1)
+            return None, context.expand(batch, -1)
         if attention_mask.ndim == 4:
             if attention_mask.is_floating_point() and (attention_mask < 0).any():
                 raise ValueError(
@@ -297,61 +274,6 @@ class GLMModel(GLMPreTrainedModel):
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be (batch,) context lengths, (batch, "
             "length) 1 for tokens and 0 for padding, or (batch, 1, length, length)"
         )
-
-    def _positions_and_context(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        context_length: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        cache: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Positions (batch or 1, rows, length), and which tokens are context, (batch, length) or None for none."""
-        batch_size, length = inputs_embeds.shape[:2]
-        rows = self.rows_of_positions
-        past_length = cache.get_seq_length() if cache is not None else 0
-        tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
-        context = None
-        if position_ids is None and tokens is not None:
-            if input_ids is None:
-                raise ValueError(
-                    "positions can only be worked out from `input_ids`: with `inputs_embeds`, pass `position_ids` "
-                    "(batch, 2, length)"
-                )
-            # Behind a cache, a text without a start token may be the rest of another one.
-            whole = torch.compiler.is_compiling() or int(past_length) == 0
-            position_ids, context = self._positions_of_texts(input_ids, tokens, start_needed=not whole)
-        elif position_ids is None:
-            position = torch.arange(length, device=inputs_embeds.device) + past_length
-            position_ids = torch.stack([position, torch.zeros_like(position)])[None, :rows]
-        elif position_ids.ndim == 2 and rows == 1:
-            position_ids = position_ids[:, None]
-        if position_ids.shape[1:] != (rows, length) or position_ids.shape[0] not in (1, batch_size):
-            raise ValueError(
-                f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, rows, length)}: "
-                f"positions{' and block positions' if rows == 2 else ''} of the {length} tokens."
-            )
-        if context_length is not None:
-            context = (torch.arange(length, device=inputs_embeds.device) < context_length).expand(batch_size, -1)
-        elif tokens is not None and context is None and rows == 2:
-            context = (position_ids[:, 1] == 0) & (tokens != 0)
-        elif tokens is not None and context is None and input_ids is not None and length > 1:
-            blanks = find_blanks(input_ids, tokens, BlankTokens.of(self.config, "sop_token_id"), ranked=False)
-            context = blanks.context & (blanks.start != blanks.missing)
-        self._check_positions(position_ids)
-        return position_ids, context
-
-    def _positions_of_texts(
-        self, input_ids: torch.Tensor, tokens: torch.Tensor, start_needed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions and context of texts, each with a span to fill its first blank, or, if that is allowed, without."""
-        control = BlankTokens.of(self.config, "sop_token_id")
-        blanks = find_blanks(input_ids, tokens, control, ranked=False)
-        if not torch.compiler.is_compiling():
-            checked = blanks.token if start_needed else blanks.token & (blanks.start != blanks.missing)
-            check_blanks(blanks._replace(token=checked), input_ids, control)
-        return blanks.position_ids()[:, : self.rows_of_positions], blanks.context
 
     def _check_positions(self, position_ids: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or position_ids.device.type == "meta" or position_ids.numel() == 0:
@@ -417,45 +339,6 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def positions_of_prompt(self, input_ids, attention_mask, check):
-        control = BlankTokens.of(self.config, "sop_token_id")
-        blanks = find_blanks(input_ids, attention_mask, control, ranked=False)
-        if check:
-            check_blanks(blanks, input_ids, control)
-        return blanks.position_ids()[:, : self.glm.rows_of_positions]
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        attention_mask: torch.Tensor | None = None,
-        generation_attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        """Takes the tokenizer's `build_inputs_for_generation` too: positions and a 0/1 mask, `generation_attention_mask`
-        (batch, 1, n, n), of the prompt and what is to be generated."""
-        length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
-        if generation_attention_mask is not None:
-            missing = length - generation_attention_mask.shape[-1]
-            if missing > 0:
-                raise ValueError(
-                    f"`generation_attention_mask` ends {missing} tokens before the text does: build the inputs for at least "
-                    "as many tokens (`max_gen_length`) as are generated"
-                )
-            first = 0 if next_sequence_length is None else length - next_sequence_length
-            attention_mask = generation_attention_mask[:, :, first:length, :length] != 0
-        elif attention_mask is None:
-            # `generate` drops a mask of ones; without any, all would be causal.
-            attention_mask = torch.ones(input_ids.shape[0], length, dtype=torch.long, device=input_ids.device)
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
         )
 
 

@@ -8,95 +8,154 @@ A text is a context with a blank (a mask token) in it, a start token, and what g
                   context, prefix │ generated, causal
 
 Everything here is worked out for whole batches from the token ids, the padding and the packing, without a loop over rows.
+What the models differ in, their configurations say: `block_position_encoding` (whether there is a row of block positions),
+`sop_token_id` (the start token, in ChatGLM-6B another name of `bos_token_id`), and `has_kinds_of_blanks`: in GLM the first
+mask token of any kind is the blank; ChatGLM-6B prefers [gMASK] to [MASK], and that to [sMASK], and without block positions
+the answer to [gMASK], which stands for all that follows, goes on counting.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
+
+from ..._compat import PAGED_CACHES
+from ...attention.masks import check_mask
+from ..validation import cached_length
 
 MASK_FIELDS = ("gmask_token_id", "mask_token_id", "smask_token_id")
 
-
-class BlankTokens(NamedTuple):
-    """The control tokens by their names in the configuration: the start token, and the kinds of mask tokens that it
-    knows, [gMASK] first."""
-
-    start: str
-    start_id: int
-    masks: dict[str, int]
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, start: str) -> "BlankTokens":
-        """
-        Raises:
-            ValueError: the configuration does not know the start token, named `start` there, or any mask token.
-        """
-        masks = {name: getattr(config, name) for name in MASK_FIELDS if getattr(config, name) is not None}
-        if not masks or getattr(config, start) is None:
-            raise ValueError(
-                f"to find context and blanks in `input_ids` the configuration needs `{start}` and at least one of "
-                f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: set them (the tokenizer knows the ids), or pass "
-                "2-row `position_ids`"
-            )
-        return cls(start, getattr(config, start), masks)
+# What `generate` calls `position_ids` on their way to the forward pass: PEFT's prefix tuning adds the number of its virtual
+# tokens to whatever has that name, and of a context whose block positions are not 0 nothing would be left.
+POSITIONS = "text_position_ids"
+# What is wrong with a text, in the order in which it is looked for.
+MALFORMED = (
+    "has no start token ({start}): the context must end in a mask token ({masks}) or contain one, followed by the start "
+    "token, as the tokenizer's special tokens do. A prompt cannot be given in parts.",
+    "has more than one start token ({start}); a text has one, behind its context.",
+    "has a mask token ({masks}) after the start token ({start}); it belongs in front.",
+    "has no mask token ({masks}) before the start token ({start}): there is no blank to fill. Add one, e.g. with the "
+    "tokenizer's special tokens.",
+)
+NEED_POSITIONS = "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
 
 
-class Blanks(NamedTuple):
-    """Where each token is, seen from its own text; all [batch, length], undefined for padding.
+def positions_and_context(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    cache: Cache | None,
+    kwargs: dict[str, Any],
+    is_text: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a forward pass needs to know of its texts: the positions, and which tokens are context.
 
-    Attributes:
-        index: number of tokens of its text before it.
-        start: index of its text's first start token; `missing` if there is none.
-        blank: index of its text's blank in the context; `missing` if there is none.
-        kind: number of the blank's kind among the mask tokens, if they are ranked.
-        token: True for tokens, False for padding.
-        missing: larger than any index.
+    Args:
+        attention_mask: in 2-D form it tells padding, and the texts of a packed row, from each other.
+        position_ids: what the caller gave.
+        kwargs: the forward pass's other arguments; the positions that `generate` puts there come before `position_ids`.
+        is_text: whether there is a context to be found. If not, missing positions count from the cache's length.
+
+    Returns:
+        Positions [batch or 1, rows, length], and context [batch, length], or None if nothing tells.
+
+    Raises:
+        ValueError: the positions have another shape, cannot be worked out, or were shifted by PEFT's prefix tuning; or
+            continuous batching asks, which knows neither 2-D positions nor a prefix.
     """
+    if isinstance(cache, PAGED_CACHES):
+        raise ValueError(
+            "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model; "
+            "use `generate`"
+        )
+    batch, length = inputs_embeds.shape[:2]
+    rows = 2 if config.block_position_encoding else 1
+    tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
+    if tokens is not None and tokens.shape != (batch, length):
+        tokens = None  # a mask that does not fit is refused when masks are made
+    from_generate = kwargs.pop(POSITIONS, None)
+    position_ids = position_ids if from_generate is None else from_generate
+    if position_ids is None and not is_text:
+        position = torch.arange(length, device=inputs_embeds.device) + cached_length(cache)
+        return torch.stack([position, torch.zeros_like(position)])[None, :rows], None
+    if position_ids is None:
+        if input_ids is None:
+            raise ValueError(NEED_POSITIONS)
+        past, checkable = cached_length(cache, getattr(config, "pre_seq_len", None)), not torch.compiler.is_compiling()
+        check_mask(attention_mask, batch, past, length)
+        # In GLM a text need not have a start token, unless it is behind a cache and may be the rest of another one.
+        start_needed = config.has_kinds_of_blanks or (checkable and int(past) > 0)
+        return find_positions(config, input_ids, tokens, checkable, start_needed)
+    if rows == 1 and position_ids.ndim == 2:
+        position_ids = position_ids[:, None]
+    if position_ids.shape[1:] != (rows, length) or position_ids.shape[0] not in (1, batch):
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch, rows, length)}: "
+            f"positions{' and block positions' if rows == 2 else ''} of the {length} tokens."
+        )
+    context = None
+    if rows == 2:
+        if from_generate is None and input_ids is not None and cache is not None and length > 1:
+            _refuse_shifted(config, input_ids, position_ids, cache)
+        if is_text:
+            context = (position_ids[:, 1] == 0).expand(batch, length)
+            context = context if tokens is None else context & (tokens != 0)
+    elif is_text and input_ids is not None and length > 1:
+        context = find_positions(config, input_ids, tokens, check=False)[1]
+    return position_ids, context
 
-    index: torch.Tensor  # type: ignore[assignment]  # hides `tuple.index`, which nobody needs here
-    start: torch.Tensor
-    blank: torch.Tensor
-    kind: torch.Tensor
-    token: torch.Tensor
-    missing: int
 
-    @property
-    def context(self) -> torch.Tensor:
-        """True for what stands before the start token."""
-        return self.token & (self.index < self.start)
-
-    def position_ids(self) -> torch.Tensor:
-        """[batch, 2, length]: positions and block positions; 0 for padding."""
-        position = torch.where(self.index < self.start, self.index, self.blank)
-        block = (self.index - self.start + 1).clamp(min=0)
-        return torch.stack([position, block], dim=1) * self.token[:, None]
+def _refuse_shifted(
+    config: PreTrainedConfig, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache
+) -> None:
+    if config.sop_token_id is None or torch.compiler.is_compiling() or int(cache.get_seq_length()) == 0:
+        return
+    block = position_ids[:, 1].expand_as(input_ids)[(input_ids == config.sop_token_id) & (position_ids[:, 1] > 1)]
+    if block.numel():
+        raise ValueError(
+            f"the start token has block position {int(block[0])} in `position_ids`, but must have 1: PEFT's prefix "
+            "tuning adds its virtual tokens to them. Leave `position_ids` out with it."
+        )
 
 
-def find_blanks(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, tokens: BlankTokens, ranked: bool
-) -> Blanks:
-    """Finds the start token and the blank of every text.
+def find_positions(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    check: bool,
+    start_needed: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [batch, rows, length], 0 for padding, and context [batch, length] of texts.
 
     Args:
         input_ids: [batch, length].
         attention_mask: [batch, length], 0 for padding and 1 for tokens, or equal numbers from 1 for the tokens of one
             packed text; None: all are tokens of one text.
-        tokens: the control tokens. Of several start tokens in a text the first counts.
-        ranked: of several blanks in a context, the first of the first kind counts; else the first of any kind.
+        check: refuse a text that is not context with a blank, one start token, and what fills the blank.
+        start_needed: whether a text without a start token is refused by `check`; if not, all of it is context.
+
+    Raises:
+        ValueError: see `check`; or the configuration does not know the start token or any mask token.
     """
-    mask_ids = list(tokens.masks.values())
-    kinds = [[mask_id] for mask_id in mask_ids] if ranked else [mask_ids]
+    masks = {name: getattr(config, name) for name in MASK_FIELDS if getattr(config, name) is not None}
+    start_field, start_id = config.attribute_map.get("sop_token_id", "sop_token_id"), config.sop_token_id
+    if not masks or start_id is None:
+        raise ValueError(
+            f"to find context and blanks in `input_ids` the configuration needs `{start_field}` and at least one of "
+            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: set them (the tokenizer knows the ids), or pass "
+            "2-row `position_ids`"
+        )
     batch, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
     text = attention_mask.to(input_ids.device, torch.long)
     token = text != 0
-    if attention_mask.dtype == torch.bool:
-        texts = 1
-    else:
+    texts = 1
+    if attention_mask.dtype != torch.bool:
         texts = length if torch.compiler.is_compiling() else int(text.max())
-    missing = length + 1
+    missing = length + 1  # larger than any index
 
     def first(where: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """For every token the smallest `index` of its text `where`."""
@@ -104,54 +163,38 @@ def find_blanks(
         smallest = smallest.scatter_reduce(1, text, torch.where(where & token, index, missing), "amin")
         return smallest.gather(1, text)
 
+    # Of every token, seen from its own text: its index, that of the (first) start token, and that of the blank.
     count = token.cumsum(1)
     index = count - first(token, count)
-    start = first(input_ids == tokens.start_id, index)
-    blank = torch.full_like(index, missing)
-    kind = torch.full_like(index, len(kinds))
-    for number, mask_ids in enumerate(kinds):
-        found = first(_is_any(input_ids, mask_ids) & (index < start), index)
-        better = (blank == missing) & (found != missing)
-        blank, kind = torch.where(better, found, blank), torch.where(better, number, kind)
-    return Blanks(index, start, blank, kind, token, missing)
+    start = first(input_ids == start_id, index)
+    is_mask = torch.stack([input_ids == mask_id for mask_id in masks.values()]).any(dim=0)
+    blank, is_gmask = first(is_mask & (index < start), index), torch.zeros_like(token)
+    if config.has_kinds_of_blanks:
+        for name in reversed(masks):  # [gMASK] has the last word
+            found = first((input_ids == masks[name]) & (index < start), index)
+            blank = torch.where(found != missing, found, blank)
+            is_gmask = (found != missing) & (name == "gmask_token_id")
+    started = start != missing
 
+    if check:
+        checked = token if start_needed else token & started
+        again, behind = (input_ids == start_id) & (index > start), is_mask & (index > start)
+        for message, wrong in zip(MALFORMED, (~started, again, behind, blank == missing), strict=True):
+            if (rows := (wrong & checked).any(dim=1)).any():
+                mask_names = ", ".join(f"{name}={mask_id}" for name, mask_id in masks.items())
+                message = message.format(start=f"{start_field}={start_id}", masks=mask_names)
+                raise ValueError(
+                    f"row {int(rows.nonzero()[0])} of `input_ids` {message} Or pass 2-row `position_ids`, which say where "
+                    "the context ends."
+                )
 
-def check_blanks(blanks: Blanks, input_ids: torch.Tensor, tokens: BlankTokens) -> None:
-    """Refuses a batch in which some text is not context with a blank, one start token, and what fills the blank.
-
-    Args:
-        blanks: what `find_blanks` found in `input_ids`.
-
-    Raises:
-        ValueError: no start token, or several; no mask token before the start token; a mask token after it.
-    """
-    name, start_id = tokens.start, tokens.start_id
-    mask_ids = list(tokens.masks.values())
-    mask_names = ", ".join(f"{mask}={mask_id}" for mask, mask_id in tokens.masks.items())
-    is_mask = _is_any(input_ids, mask_ids) & blanks.token
-    again = (input_ids == start_id) & (blanks.index > blanks.start)
-    explicit = " Or pass 2-row `position_ids`, which say where the context ends."
-    for wrong, message in (
-        (
-            blanks.start == blanks.missing,
-            f"has no start token ({name}={start_id}): the context must end in a mask token ({mask_names}) or contain one, "
-            f"followed by the start token, as the tokenizer's special tokens do. A prompt cannot be given in parts.{explicit}",
-        ),
-        (again, f"has more than one start token ({name}={start_id}); a text has one, behind its context.{explicit}"),
-        (
-            is_mask & (blanks.index > blanks.start),
-            f"has a mask token ({mask_names}) after the start token ({name}={start_id}); it belongs in front.{explicit}",
-        ),
-        (
-            blanks.blank == blanks.missing,
-            f"has no mask token ({mask_names}) before the start token ({name}={start_id}): there is no blank to fill. "
-            f"Add one, e.g. with the tokenizer's special tokens.{explicit}",
-        ),
-    ):
-        rows = (wrong & blanks.token).any(dim=1)
-        if rows.any():
-            raise ValueError(f"row {int(rows.nonzero()[0])} of `input_ids` {message}")
-
-
-def _is_any(input_ids: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
-    return torch.stack([input_ids == token for token in token_ids]).any(dim=0)
+    position = torch.where(index < start, index, blank)
+    if not config.block_position_encoding:
+        position_ids = torch.where(is_gmask, index, position)[:, None]
+    else:
+        if getattr(config, "early_positions", False):
+            # The first revision left the start token of [gMASK] at its own index; what follows is as ever.
+            position = torch.where(is_gmask & (index == start), index, position)
+        position_ids = torch.stack([position, (index - start + 1).clamp(min=0)], dim=1)
+    context = token & (index < start)
+    return position_ids * token[:, None], context & started if start_needed else context

@@ -1,122 +1,100 @@
 """`generate` for prefix language models with GLM's 2-D positions.
 
-transformers' loop counts positions up by one, row by row, which is not what a blank's tokens have. Here the loop carries
-no positions: each step works them out anew from all token ids so far, which travel with the generation through beams,
-assistants and caches of any kind. The blank and the start token are those of the prompt, whatever is generated later.
-Positions that the caller gives for the prompt are carried along and continued.
+transformers' loop counts positions up by one, row by row, which is not what a blank's tokens have. Here it carries none:
+those of the prompts are worked out once, and each step continues them. The blank and the start token are those of the
+prompt, whatever is generated later. An assistant gets all that the loop carries and might not know it, so in assisted
+decoding each step works the positions out anew. Positions that the caller gives are always carried and continued.
 """
 
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import Cache
 
-from ..._compat import CACHE, PAGED_CACHES, GenerationHooks
+from ..._compat import CACHE, GenerationHooks
 from ...attention.prefix_lm import create_prefix_lm_mask
-from ..validation import cached_length
-
-# What `generate` calls `position_ids` on their way to the forward pass: PEFT's prefix tuning adds the number of its virtual
-# tokens to whatever has that name, and of a context whose block positions are not 0 nothing would be left.
-POSITIONS = "text_position_ids"
-
-
-def take_positions(
-    kwargs: dict[str, Any],
-    position_ids: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    start_id: int | None,
-    cache: Cache | None,
-) -> torch.Tensor | None:
-    """The positions of a forward pass, from `generate` (which are taken out of `kwargs`) or else the caller's own.
-
-    Raises:
-        ValueError: the caller's own were shifted by PEFT's prefix tuning; or continuous batching asks, which knows neither
-            2-D positions nor a prefix.
-    """
-    if isinstance(cache, PAGED_CACHES):
-        raise ValueError(
-            "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model; "
-            "use `generate`"
-        )
-    if (generated := kwargs.pop(POSITIONS, None)) is not None:
-        return generated
-    if position_ids is None or position_ids.ndim != 3 or position_ids.shape[1] != 2 or input_ids is None:
-        return position_ids
-    if start_id is None or cache is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
-        return position_ids
-    shifted = (input_ids == start_id) & (position_ids[:, -1] > 1)
-    if int(cache.get_seq_length()) > 0 and shifted.any():
-        raise ValueError(
-            "the start token has block position "
-            f"{int(position_ids[:, -1].expand_as(shifted)[shifted][0])} in `position_ids`, but must have 1: PEFT's prefix "
-            "tuning adds its virtual tokens to them. Leave `position_ids` out with it."
-        )
-    return position_ids
+from .blank_positions import NEED_POSITIONS, POSITIONS, find_positions
 
 
 class PrefixLMGenerationMixin(GenerationHooks):
-    """Stands in front of `GenerationMixin`; the model defines `positions_of_prompt`, and its backbone calls
-    [`take_positions`]."""
+    """Stands in front of `GenerationMixin`; the backbone takes its positions from `positions_and_context`."""
+
+    counts_positions = False
 
     def positions_of_prompt(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool = False, more: int = 0
     ) -> torch.Tensor:
-        """[batch, 2, length] (or [batch, length]) position ids of a prompt and what has been generated after it.
+        """[batch, 1 or 2, length + more] position ids of a prompt, from its first token on.
 
         Args:
-            input_ids, attention_mask: [batch, length], from the first token on.
+            attention_mask: [batch, length]; virtual tokens in front (PEFT's prefix tuning) have no positions.
             check: refuse a malformed prompt; off for what is generated after it, which may be anything.
+            more: how many tokens follow, whatever they are.
         """
-        raise NotImplementedError
-
-    def prompt_position_ids(self, inputs, arguments):
-        if inputs.is_floating_point():
-            raise ValueError(
-                "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
-            )
-        if int(cached_length(arguments.get(CACHE))) == 0:
-            self.positions_of_prompt(inputs, arguments.get("attention_mask"), check=True)
-        return None
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask[:, -input_ids.shape[1] :], (0, more), value=1)
+        return find_positions(self.config, F.pad(input_ids, (0, more)), attention_mask, check)[0]
 
     def add_generation_arguments(self, input_ids, arguments):
-        # Out of the way of the loop, which would take the rows for a batch and count them up.
-        if (position_ids := arguments.pop("position_ids", None)) is not None:
-            if arguments.get("inputs_embeds") is not None and input_ids.shape[1] > 0:
+        position_ids, embeds = arguments.pop("position_ids", None), arguments.get("inputs_embeds")
+        if position_ids is not None:
+            # Out of the way of the loop, which would take the rows for a batch and count them up.
+            if embeds is not None and input_ids.shape[1] > 0:
                 raise ValueError("pass `input_ids` or `inputs_embeds` together with `position_ids`, not both")
-            arguments["prompt_position_ids"] = position_ids.expand(input_ids.shape[0], *position_ids.shape[1:])
+            position_ids = position_ids.expand(input_ids.shape[0], *position_ids.shape[1:])
+            if position_ids.ndim == 3:
+                step = torch.tensor([[0], [1]], device=position_ids.device)[: position_ids.shape[1]]
+            else:  # positions of one row go on as they ended: still, or counting
+                step = (F.pad(position_ids, (1, 0), value=-1)[..., -2:].diff() == 1).long()
+            arguments["prompt_position_ids"] = torch.cat([position_ids, position_ids[..., -1:] + step], dim=-1)
+        elif embeds is not None:
+            raise ValueError(NEED_POSITIONS)
+        elif arguments.get(CACHE) is None or int(arguments[CACHE].get_seq_length()) == 0:
+            self.positions_of_prompt(input_ids, arguments.get("attention_mask"), check=True)
 
-    def check_prefill(self, input_ids, generation_config):
+    def before_prefill(self, input_ids, arguments, generation_config):
         if (generation_config.prefill_chunk_size or input_ids.shape[1]) < input_ids.shape[1]:
             raise ValueError(
                 "`prefill_chunk_size` is not possible here: the context of a prefix language model sees all of itself, so "
                 "it must be computed at once."
             )
+        if arguments.get("prompt_position_ids") is None:
+            # The next two tell how the positions go on.
+            mask = arguments.get("attention_mask")
+            arguments["prompt_position_ids"] = self.positions_of_prompt(input_ids, mask, more=2)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
+        generation_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
         prompt_position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
+        """Takes GLM's tokenizer's `build_inputs_for_generation` too: positions and a 0/1 mask,
+        `generation_attention_mask` (batch, 1, n, n), of the prompt and what is to be generated."""
         length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
-        if prompt_position_ids is not None:
-            position_ids = continue_positions(prompt_position_ids, length)
+        if prompt_position_ids is None:
+            position_ids = self.positions_of_prompt(input_ids, attention_mask)
         else:
-            # The mask may cover virtual tokens in front (PEFT's prefix tuning), which have no positions.
-            tokens = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-            position_ids = self.positions_of_prompt(input_ids, tokens, check=False)
-        kwargs["position_ids"] = position_ids
+            position_ids = continue_positions(prompt_position_ids, length)
+        if generation_attention_mask is not None:
+            missing = length - generation_attention_mask.shape[-1]
+            if missing > 0:
+                raise ValueError(
+                    f"`generation_attention_mask` ends {missing} tokens before the text does: build the inputs for at least "
+                    "as many tokens (`max_gen_length`) as are generated"
+                )
+            first = 0 if next_sequence_length is None else length - next_sequence_length
+            attention_mask = generation_attention_mask[:, :, first:length, :length] != 0
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,  # type: ignore[arg-type]  # mypy takes the wrapper for a function without self
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
+            position_ids=position_ids,
             **kwargs,
         )
         model_inputs[POSITIONS] = model_inputs.pop("position_ids")
@@ -128,26 +106,16 @@ class PrefixLMGenerationMixin(GenerationHooks):
         `generate` cannot handle, and of flash attention, which takes the 2-D mask."""
         if inputs_embeds.shape[1] > 1 or config._attn_implementation not in ("eager", "sdpa"):
             return attention_mask
-        learned_keys = getattr(config, "pre_seq_len", None) or 0
-        mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, cache, None, learned_keys)
+        mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, cache, None, self.learned_keys)
         # As bool: an additive mask of zeros could be taken for a 0/1 one.
         return mask == 0 if isinstance(mask, torch.Tensor) and mask.is_floating_point() else mask
 
 
 def continue_positions(position_ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions of a prompt, [batch, 2, prompt length] or [batch, prompt length], for `length` tokens.
-
-    The tokens after it stay at the last position and go on in the block. Positions of one row go on as they ended:
-    still, or counting.
-    """
+    """Positions [batch, rows, prompt length + some] of `length` tokens, which go on as the last two do."""
     more = length - position_ids.shape[-1]
     if more <= 0:
         return position_ids[..., :length]
-    last = position_ids[..., -1:]
-    if position_ids.ndim == 3:
-        step = torch.tensor([[0], [1]], device=position_ids.device)
-    else:
-        before = F.pad(position_ids, (1, 0), value=-1)[..., -2:-1]
-        step = (last - before == 1).long()
+    step = position_ids[..., -1:] - position_ids[..., -2:-1]
     steps = torch.arange(1, more + 1, device=position_ids.device)
-    return torch.cat([position_ids, last + step * steps], dim=-1)
+    return torch.cat([position_ids, position_ids[..., -1:] + step * steps], dim=-1)

@@ -16,8 +16,8 @@ from .dynamic_ntk import carry_inv_freq
 class QWenGenerationMixin(GenerationHooks):
     """Stands before `GenerationMixin` among the bases of a model whose backbone is `transformer`."""
 
-    def prompt_position_ids(self, inputs: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """None: without `position_ids` the model counts columns, as the original does, also in padded rows."""
+    # Without `position_ids` the model counts columns, as the original does, also in padded rows.
+    counts_positions = False
 
     def add_generation_arguments(self, input_ids, arguments):
         """How long each prompt is, from which dynamic NTK takes its factor."""
