@@ -9,10 +9,12 @@ are needed. `_contract.py` checks what is relied on here when the installed rele
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
@@ -95,10 +97,13 @@ _RENAMED = CACHE == OLD_CACHE_NAME
 
 def pop_cache(arguments: dict[str, Any], cache: Any = None) -> Any:
     """The one cache among `cache` and what `arguments` hold by either name, which is taken out of them; a TypeError if there
-    are two."""
+    are two. From 5.24 on the old name warns, as it does on transformers' own models."""
+    old_name_given = arguments.get(OLD_CACHE_NAME) is not None
     given = [value for value in (cache, *(arguments.pop(name, None) for name in CACHE_NAMES)) if value is not None]
     if len(given) > 1:
         raise TypeError("pass `cache` or `past_key_values`, which mean the same, not both")
+    if old_name_given and not _RENAMED and not torch.compiler.is_compiling():
+        warnings.warn(f"`{OLD_CACHE_NAME}` is deprecated: use `{CACHE}` instead.", FutureWarning, stacklevel=3)
     return given[0] if given else None
 
 

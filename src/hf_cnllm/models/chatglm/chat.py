@@ -105,7 +105,7 @@ class ChatGLMChatMixin:
         prompt = _prompt(tokenizer, messages, [] if cache is None else cache.token_ids)
         arguments = _generation_arguments(tokenizer, **options)
         if cache is not None and not self.config.pre_seq_len:  # P-tuning's keys are in no prompt: nothing is kept
-            arguments["past_key_values"] = cache
+            arguments["cache"] = cache
 
         def steps() -> Iterator[tuple]:
             ids: list[int] = []

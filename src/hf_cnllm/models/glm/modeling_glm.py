@@ -346,6 +346,9 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
     """Scores each choice by the log-probability of its tokens in the blank."""
 
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GLMConfig):
         super().__init__(config)
