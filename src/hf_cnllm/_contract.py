@@ -35,7 +35,7 @@ class UnsupportedTransformersError(RuntimeError):
 
 @functools.cache
 def check_transformers() -> None:
-    """Called when a model is built; looks once, and only at a transformers newer than the newest tested.
+    """Called when a model or tokenizer is made; looks once, and only at a transformers newer than the newest tested.
 
     Raises:
         UnsupportedTransformersError: naming what changed, the tested versions and the command that installs one of them.

@@ -29,7 +29,8 @@ from hf_cnllm.data.blank_infilling import (
 )
 
 VOCABULARIES = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "vocab"
-TOKENIZERS = ("glm_chinese_small", "chatglm1_small", "chatglm2_small", "chatglm3_small")
+ENGLISH = ("glm_bert_small", "glm_roberta_small", "glm_gpt2_small")
+TOKENIZERS = ("glm_chinese_small", "chatglm1_small", "chatglm2_small", "chatglm3_small", *ENGLISH)
 TEXTS = [
     "今天天气很好。我们去公园散步！你想一起来吗？晚上一起吃饭；然后回家。",
     "人工智能正在改变世界。语言模型可以写诗。它们也会写代码。",
@@ -198,10 +199,10 @@ def test_sentences_end_with_their_mark():
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_tokenizer_of_the_line(name):
     tokenizer = load_tokenizer(name)
-    collator = DataCollatorForBlankInfilling(tokenizer, max_length=96)
+    collator = DataCollatorForBlankInfilling(tokenizer, max_length=256)  # bytes are many
     batch = collator([{"text": text} for text in TEXTS])
     length = batch["input_ids"].shape[1]
-    assert length <= 96 and batch["position_ids"].shape == (3, 2, length)
+    assert length <= 256 and batch["position_ids"].shape == (3, 2, length)
     for row, text in enumerate(TEXTS):
         real = int(batch["attention_mask"][row].sum())
         ids, positions, blocks = (

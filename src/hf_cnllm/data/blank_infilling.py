@@ -129,10 +129,8 @@ class ControlTokens(NamedTuple):
         """Raises ValueError if the tokenizer knows no mask, start or end token."""
         start = _find(tokenizer, "<|startofpiece|>", "<sop>", "sop")
         end = _find(tokenizer, "<|endofpiece|>", "<eop>", "eop")
-        mask, smask, gmask = (
-            _find(tokenizer, f"[{kind}MASK]") or getattr(tokenizer, f"{kind}mask_token_id", None)
-            for kind in ("", "s", "g")
-        )
+        mask, smask, gmask = (_find(tokenizer, f"[{kind}MASK]") for kind in ("", "s", "g"))
+        mask = tokenizer.mask_token_id if mask is None else mask
         if start is None or end is None or mask is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} is no tokenizer of the GLM line: it has no token for the start or the end of "
@@ -141,7 +139,8 @@ class ControlTokens(NamedTuple):
         masks = {"token": mask, "sentence": smask or mask, "document": gmask or mask}
         surrounded = tokenizer.cls_token_id is not None
         before = [tokenizer.cls_token_id] if surrounded else []
-        after = [tokenizer.eos_token_id] if surrounded and tokenizer.eos_token_id is not None else []
+        ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # BERT's vocabulary has no eos
+        after = [index for index in ends if index is not None][:1] if surrounded else []
         return cls(start, end, masks, before, after)
 
 

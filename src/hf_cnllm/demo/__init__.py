@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="FILE.jsonl", type=Path, help="your own conversations, one JSON object a line")
     add("--output", metavar="DIR", type=Path, help="folder to write (default: outputs/demo-FAMILY)")
     add("--overwrite", action="store_true", help="replace the folder of an earlier run")
-    add("--epochs", type=int, help="passes over the data (default: 24 on a tiny checkpoint, else 3)")
-    add("--batch-size", type=int, help="conversations a step (default: 16 on a tiny checkpoint, else 4)")
-    add("--learning-rate", type=float, help="of full fine-tuning (default: 1.5e-3 on a tiny checkpoint, else 1e-5)")
+    add("--epochs", type=int, help="passes over the data (default: 24 on most tiny checkpoints, else 3)")
+    add("--batch-size", type=int, help="conversations a step (default: 16 on most tiny checkpoints, else 4)")
+    add("--learning-rate", type=float, help="of full fine-tuning (default: about 1e-3 on tiny checkpoints, else 1e-5)")
     add("--max-length", type=int, default=1024, help="tokens kept of a conversation (default: %(default)s)")
     add("--seed", type=int, default=0)
 

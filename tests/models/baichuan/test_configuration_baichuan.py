@@ -30,6 +30,7 @@ def test_explicit_fields_win_over_the_checkpoints_keys():
     config = AutoConfig.from_pretrained(GOLDENS / "baichuan_7b", position_embedding="alibi", norm_head=True)
     assert (config.position_embedding, config.norm_head) == ("alibi", True)
     assert BaichuanConfig(vocab_size=64_000, model_max_length=4096).position_embedding == "alibi"
+    assert BaichuanConfig(position_embedding="alibi").model_max_length == 4096
     assert BaichuanConfig(vocab_size=125_696).norm_head and not BaichuanConfig(vocab_size=64_000).norm_head
 
 

@@ -398,6 +398,8 @@ def test_multiple_choice_asks_for_its_choices():
     uneven = {"choice_ids": [[[11], [12]], [[13]]], "choice_indices": [[[6], [6]], [[6]]]}
     with pytest.raises(ValueError, match=r"same number of choices, not \[1, 2\]"):
         model(ids.expand(2, -1), attention_mask=context.expand(2), **uneven)
+    fitting = {"choice_ids": [[[11], [12]]], "choice_indices": [[[6], [6]]]}
+    assert model(ids, attention_mask=context, use_cache=True, **fitting).logits.shape == (1, 2)
     outside = {"choice_ids": [[[11, 12]]], "choice_indices": [[[6]]]}
     with pytest.raises(ValueError, match="`choice_indices` has 1 places for a choice of 2 tokens"):
         model(ids, attention_mask=context, **outside)

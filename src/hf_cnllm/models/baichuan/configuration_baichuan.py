@@ -100,6 +100,8 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
             self.position_embedding = "alibi" if alibi else "rope"
         if self.position_embedding == "rope" and self.max_position_embeddings is None:
             self.max_position_embeddings = self.model_max_length or 4096
+        if self.position_embedding == "alibi" and self.model_max_length is None:
+            self.model_max_length = self.max_position_embeddings or 4096
         if self.norm_head is None:
             has_tokenizer_class = kwargs.get("tokenizer_class") is not None
             self.norm_head = NORM_HEAD_BY_VOCAB_SIZE.get(self.vocab_size, has_tokenizer_class)

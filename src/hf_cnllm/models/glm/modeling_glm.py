@@ -356,7 +356,6 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -389,8 +388,7 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **{**kwargs, "use_cache": False},
         )
         hidden_states = outputs.last_hidden_state
         scores = []
