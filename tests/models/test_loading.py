@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -32,3 +33,65 @@ def test_weights_of_another_family_are_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="another family's checkpoint"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen").save_pretrained(tmp_path, max_shard_size="20KB")
+    return tmp_path
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def other_model():
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    return model
+
+
+def is_loaded_as(folder, model):
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", ["20KB", "60KB", "1GB"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_saving_over_shards_gives_the_new_model(size, variant, sharded):
+    new = other_model()
+    new.save_pretrained(sharded, max_shard_size=size, variant=variant)
+    assert not list(sharded.glob("*.unfinished"))
+    state = AutoModelForCausalLM.from_pretrained(sharded, variant=variant).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in new.state_dict().items())
+    if variant:  # beside it, the older one
+        assert is_loaded_as(sharded, AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen"))
+
+
+def test_a_save_that_is_interrupted_among_shards_leaves_nothing_that_loads(sharded, monkeypatch):
+    written = []
+
+    def save_or_die(*args, **kwargs):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(args)
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        other_model().save_pretrained(sharded, max_shard_size="20KB")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="was interrupted: its shards"):
+        AutoModelForCausalLM.from_pretrained(sharded)
+    other_model().save_pretrained(sharded, max_shard_size="20KB")
+    assert is_loaded_as(sharded, other_model()) and not list(sharded.glob("*.unfinished"))
+
+
+def test_a_save_that_writes_no_weights_leaves_the_older_ones(sharded):
+    model = other_model()
+    with pytest.raises(ValueError):
+        model.save_pretrained(sharded, max_shard_size="many")
+    assert is_loaded_as(sharded, AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen"))
+    model.save_pretrained(sharded, is_main_process=False, max_shard_size="20KB")
+    assert is_loaded_as(sharded, AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen"))

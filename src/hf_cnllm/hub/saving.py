@@ -29,7 +29,7 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
     Args:
         check: raises if `output` must not be replaced; called at the end, before it is.
     """
-    if _in_group() and distributed.get_rank() != 0:
+    if not is_first_process():
         yield Path(_of_first_process(""))
         _wait_for_others()
         return
@@ -68,6 +68,11 @@ def _write_through(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of a distributed run that writes; always, in one that is not distributed."""
+    return not _in_group() or distributed.get_rank() == 0
 
 
 def _in_group() -> bool:

@@ -68,9 +68,10 @@ class CheckpointConfigMixin:
         fields: dict[str, Any] = {}
         for key, value in values.items():
             field = cls.field_name(key)
-            if fields.setdefault(field, value) != value:
+            first = fields.setdefault(field, value)
+            if first is not value and first != value:  # NaN is not equal to itself
                 raise ValueError(
-                    f"The configuration contradicts itself: `{field}` has two values, {fields[field]} and {value}, one "
+                    f"The configuration contradicts itself: `{field}` has two values, {first} and {value}, one "
                     f"of them under another name ({', '.join(k for k, v in cls.attribute_map.items() if v == field)}). "
                     "Keep one."
                 )

@@ -1,7 +1,6 @@
 """Loading a checkpoint that is damaged or not this family's: one clear error instead of a half-random model. Saving one over
 another: what a killed save leaves is no mixture of the two."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .._compat import LoadingHooks
 from .._contract import check_transformers
+from ..hub.saving import is_first_process
 from ..hub.weight_files import check_indexes, check_weight_files
 
 UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
@@ -64,38 +64,38 @@ class CheckpointLoadingMixin(LoadingHooks):
         expected = {} if foreign else {name: tensor.dtype for name, tensor in model.state_dict().items()}
         check_weight_files(files, expected, f"{cls.base_model_prefix}.")
 
-    def save_pretrained(
-        self, save_directory, is_main_process: bool = True, *args, variant: str | None = None, **kwargs
-    ):
-        """As `PreTrainedModel.save_pretrained`. Over an older checkpoint in shards the index is taken away first and written
-        last, so that a save that is killed leaves a folder that does not load; see docs/security.md."""
-        writes_weights = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`. Over an older checkpoint in shards its index is taken away first, and written
+        last: a save that is killed leaves a folder that does not load, never a mixture. See docs/security.md."""
+        variant = kwargs.get("variant", args[4] if len(args) > 4 else None)
         index = Path(save_directory, f"model.safetensors.index.{f'{variant}.' if variant else ''}json")
-        with _taken_away(index) if writes_weights else nullcontext():
-            return super().save_pretrained(save_directory, is_main_process, *args, variant=variant, **kwargs)
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        with nullcontext() if adapter_only or not is_first_process() else _taken_away(index):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 @contextmanager
 def _taken_away(index: Path) -> Iterator[None]:
-    """Renames `index`, if there is one, and removes it at the end; back again after an error before any weight was written."""
+    """Renames an index, if there is one, and removes it at the end. If no weights were written, it comes back."""
 
     def weights() -> list[tuple[str, int, int]]:
-        states = ((entry.name, entry.stat()) for entry in os.scandir(index.parent) if ".safetensors" in entry.name)
-        return sorted((name, state.st_mtime_ns, state.st_size) for name, state in states if UNFINISHED not in name)
+        states = ((file.name, file.stat()) for file in index.parent.glob("*.safetensors"))
+        return sorted((name, state.st_mtime_ns, state.st_size) for name, state in states)
 
-    if not index.is_file():
-        yield
-        return
-    aside = index.with_name(index.name + UNFINISHED)
-    index.replace(aside)
-    before = weights()
+    aside = Path(f"{index}{UNFINISHED}")
+    before = None
+    if index.is_file():
+        before = weights()
+        index.replace(aside)
+    done = False
     try:
         yield
-    except BaseException:
-        if weights() == before:
+        done = True
+    finally:
+        if before is not None and not index.exists() and weights() == before:
             aside.replace(index)
-        raise
-    aside.unlink()
+        elif done:
+            aside.unlink(missing_ok=True)
 
 
 def check_saved(folder: Path) -> None:
