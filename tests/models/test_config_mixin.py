@@ -50,14 +50,18 @@ def test_numbers_are_looked_for_at_any_depth_and_under_any_key(name, value, path
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_epsilon_is_not_negative(name, tmp_path):
-    (field,) = {key for key in AutoConfig.from_pretrained(GOLDENS / name).to_dict() if key.endswith(("eps", "epsilon"))}
+    (field,) = {
+        key for key in AutoConfig.from_pretrained(GOLDENS / name).to_dict() if key.endswith(("eps", "epsilon"))
+    }
     with pytest.raises(StrictDataclassError, match=f"`{field}` must not be negative, got -1e-05"):
         AutoConfig.from_pretrained(folder_with(tmp_path, config_json(name) | {field: -1e-5}))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-@pytest.mark.parametrize("kernel", ["planted/kernel", "planted/kernel@v1:name", "./planted", {"": "planted/kernel"}, 3])
+@pytest.mark.parametrize(
+    "kernel", ["planted/kernel", "planted/kernel@v1:name", "./planted", {"": "planted/kernel"}, 3]
+)
 def test_a_checkpoint_names_no_kernel(name, key, kernel, tmp_path):
     folder = folder_with(tmp_path, config_json(name) | {key: kernel})
     with pytest.raises(ValueError, match=f"`{key}`.*a checkpoint names no code"):
@@ -77,7 +81,10 @@ def test_callers_and_checkpoints_choose_among_the_kernels_that_are_there(name, t
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_pointers_to_code_are_not_kept(name, tmp_path):
-    pointers = {"auto_map": {"AutoModelForMultipleChoice": "code.Model"}, "custom_pipelines": {"x": {"impl": "code.X"}}}
+    pointers = {
+        "auto_map": {"AutoModelForMultipleChoice": "code.Model"},
+        "custom_pipelines": {"x": {"impl": "code.X"}},
+    }
     folder = folder_with(tmp_path, config_json(name) | pointers)
     config_class = type(AutoConfig.from_pretrained(folder))
     for config in (

@@ -1,11 +1,12 @@
 """Checkpoints that are damaged or another family's end in one clear error."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
 
 import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
@@ -95,3 +96,17 @@ def test_a_save_that_writes_no_weights_leaves_the_older_ones(sharded):
     assert is_loaded_as(sharded, AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen"))
     model.save_pretrained(sharded, is_main_process=False, max_shard_size="20KB")
     assert is_loaded_as(sharded, AutoModelForCausalLM.from_pretrained(GOLDENS / "qwen"))
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForMultipleChoice, AutoModelForCausalLM])
+def test_code_named_by_auto_map_does_not_run_for_classes_that_a_family_lacks_either(auto_class, tmp_path):
+    shutil.copytree(GOLDENS / "qwen", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {auto_class.__name__: "planted.Model"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "planted.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w').close()")
+    try:
+        auto_class.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    except ValueError as error:
+        assert "Unrecognized configuration class" in str(error) and auto_class is AutoModelForMultipleChoice
+    assert not (tmp_path / "it-ran").exists()

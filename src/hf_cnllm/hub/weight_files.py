@@ -50,13 +50,14 @@ def check_weight_files(files: Sequence[str], expected: Mapping[str, torch.dtype]
     kinds = {name.removeprefix(prefix): _kind(dtype) for name, dtype in expected.items()}
     found: dict[str, Path] = {}
     for file in map(Path, files):
-        for name, kind in _stored(file):
+        stored = dict(_stored(file))
+        for name, kind in stored.items():
             key = name.removeprefix(prefix)
             if kinds.get(key, kind) != kind:
-                raise ValueError(
-                    f"`{name}` holds {kind} in {file}, where this model has {kinds[key]}. The file is damaged, or of "
-                    "another checkpoint: download or save it again."
-                )
+                advice = "The file is damaged, or of another checkpoint: download or save it again."
+                if f"{name}_scale" in stored:
+                    advice = "It holds quantised weights of ChatGLM, and config.json does not say so: set `quantization_bit`."
+                raise ValueError(f"`{name}` holds {kind} in {file}, where this model has {kinds[key]}. {advice}")
             if key in kinds and key in found:
                 raise ValueError(f"`{name}` is both in {found[key]} and in {file.name}. {MIXED}")
             found[key] = file
