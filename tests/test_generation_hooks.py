@@ -47,7 +47,7 @@ def test_weights_that_are_no_numbers_end_generation(name, way, value):
     model, prompt = load(name)
     with torch.no_grad():
         next(parameter for parameter in model.parameters() if parameter.ndim == 1).fill_(value)
-    with pytest.raises(RuntimeError, match="NaN or infinite logits|probability tensor contains"):
+    with pytest.raises(RuntimeError, match=r"NaN or infinite logits|probability tensor contains"):
         generate(model, prompt, **WAYS[way])
 
 
@@ -105,7 +105,7 @@ def test_no_custom_generate_of_a_folder_runs(name, tmp_path):
     for options in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
         model, prompt = load(name, folder, **options)
         assert isinstance(generate(model, prompt), torch.Tensor)
-        with pytest.raises(PermissionError, match="runs no code of repositories.*pass the function itself"):
+        with pytest.raises(PermissionError, match=r"runs no code of repositories.*pass the function itself"):
             generate(model, prompt, custom_generate=str(folder), **options)
     with pytest.raises(PermissionError, match="transformers-community"):  # what transformers moved to the Hub
         generate(model, prompt, custom_generate="transformers-community/dola", trust_remote_code=True)

@@ -44,7 +44,7 @@ def test_numbers_are_looked_for_at_any_depth_and_under_any_key(name, value, path
     for step in path:
         value = {step: value} if isinstance(step, str) else [1.5, value]
     config = AutoConfig.from_pretrained(GOLDENS / name)
-    with pytest.raises(StrictDataclassError, match="`note.*must be a finite number"):
+    with pytest.raises(StrictDataclassError, match=r"`note.*must be a finite number"):
         type(config)(**(config_json(name) | {"note": value}))
 
 
