@@ -22,6 +22,7 @@ from transformers import (
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import encode_conversation, read_conversations, reply_end_ids
+from hf_cnllm.hub.saving import check_new_folder, staged_folder
 
 
 def parse() -> argparse.Namespace:
@@ -43,8 +44,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    if args.output.exists() and any(args.output.iterdir()):
-        raise FileExistsError(f"--output {args.output} is not empty; choose a new folder")
+    check_new_folder(args.output)
     conversations = read_conversations(args.data)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -85,8 +85,10 @@ def main() -> int:
     )
     trainer.train()
     model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
-    trainer.save_model()
-    tokenizer.save_pretrained(args.output)
+    with staged_folder(args.output) as folder:
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(folder)
     return 0
 
 

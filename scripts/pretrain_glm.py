@@ -19,6 +19,7 @@ from hf_cnllm import GLMChineseTokenizer, GLMConfig, GLMForConditionalGeneration
 from hf_cnllm.data.blank_infilling import MIX, DataCollatorForBlankInfilling, infill
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo.tiny_checkpoints import write_glm_chinese
+from hf_cnllm.hub.saving import check_new_folder, staged_folder
 
 
 def parse_arguments():
@@ -89,8 +90,7 @@ def losses_by_objective(model, tokenizer, texts, max_length):
 
 def main():
     args = parse_arguments()
-    if args.output.exists() and any(args.output.iterdir()):
-        raise FileExistsError(f"--output {args.output} is not empty; choose a new folder")
+    check_new_folder(args.output)
     set_seed(args.seed)
     dataset, sample = load_texts(args.texts)
     all_texts = dataset["text"] if isinstance(dataset, Dataset) else [row["text"] for row in dataset.take(10_000)]
@@ -99,7 +99,7 @@ def main():
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
 
     before = losses_by_objective(model, tokenizer, sample, args.max_length)
-    Trainer(
+    trainer = Trainer(
         model,
         TrainingArguments(
             str(args.output),
@@ -120,7 +120,8 @@ def main():
             tokenizer, max_length=args.max_length, mix=dict(zip(MIX, args.mix, strict=True)), seed=args.seed
         ),
         train_dataset=dataset,
-    ).train()
+    )
+    trainer.train()
     after = losses_by_objective(model, tokenizer, sample, args.max_length)
 
     print("| objective | loss before | after |\n|---|---|---|")
@@ -128,8 +129,10 @@ def main():
         print(f"| {objective} | {loss:.2f} | {after[objective]:.2f} |")
     for blanked in args.infill or blank_out(sample):
         print(f"{blanked}\n-> {infill(model.eval(), tokenizer, blanked, max_new_tokens=32)}")
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    with staged_folder(args.output) as folder:
+        model.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(folder)
 
 
 def blank_out(texts, count=3):

@@ -9,6 +9,7 @@ are needed. `_contract.py` checks what is relied on here when the installed rele
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,6 +32,7 @@ if INSTALLED < OLDEST:
 
 try:
     from transformers import GenerationMixin as _GenerationMixin
+    from transformers import LogitsProcessor, LogitsProcessorList
     from transformers import initialization as init
     from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache, DynamicCache
@@ -171,7 +173,44 @@ else:
         SequenceClassifierOutputWithPast,
     )
 
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+class LoadingHooks:
+    """Stands in front of `PreTrainedModel`: its private hook, under a name of our own."""
+
+    @classmethod
+    def check_weight_files(cls, model, files: list[str], quantizer: HfQuantizer | None) -> None:
+        """Sees the files that the weights of `model`, which is empty yet, are about to be read from."""
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        if state_dict is None and checkpoint_files and expected_keys is None:  # an adapter names the keys it brings
+            cls.check_weight_files(model, checkpoint_files, load_config.hf_quantizer)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
+
+
+class _LogitsCheck(LogitsProcessor):
+    """Looks at what each step chooses from. A step is judged when the next one begins, and the last by `generate`: nothing
+    waits for an accelerator."""
+
+    def __init__(self) -> None:
+        self._usable: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.judge()
+        self._usable = (scores.amax(dim=-1) < math.inf).all()  # NaN is not less
+        return scores
+
+    def judge(self) -> None:
+        if self._usable is not None and not self._usable:
+            raise RuntimeError(
+                "the model gives NaN or infinite logits, from which no token can be chosen. Either the checkpoint's weights "
+                "are damaged, or they are too large for this dtype: load it with dtype=torch.float32 to find out."
+            )
 
 
 class GenerationHooks:
@@ -201,10 +240,21 @@ class GenerationHooks:
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
 
     @functools.wraps(_GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         if (cache := pop_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
-        return super().generate(*args, **kwargs)
+        check = _LogitsCheck()
+        processors = LogitsProcessorList([check, *(logits_processor or ())])
+        output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        check.judge()
+        return output
+
+    def load_custom_generate(self, pretrained_model_name_or_path=None, trust_remote_code=None, **kwargs):
+        """Refuses code for `generate` from a checkpoint or repository; `from_pretrained` takes the OSError for none there."""
+        raise PermissionError(
+            f"hf_cnllm runs no code of repositories, and so no `custom_generate` of {pretrained_model_name_or_path}, "
+            "whatever `trust_remote_code` says. Read it, and pass the function itself: generate(custom_generate=function)."
+        )
 
     @functools.wraps(_GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):

@@ -94,7 +94,21 @@ METHODS: tuple[tuple[Any, ...], ...] = (
     (GenerationMixin, "_prepare_cache_for_generation", "generation_config model_kwargs generation_mode"),
     (GenerationMixin, "_prepare_static_cache", "cache_implementation batch_size max_cache_len"),
     (GenerationMixin, "prepare_inputs_for_generation", "input_ids next_sequence_length"),
+    (GenerationMixin, "generate", "inputs generation_config logits_processor"),
+    (
+        GenerationMixin,
+        "load_custom_generate",
+        "pretrained_model_name_or_path trust_remote_code",
+        "adjust_generation_fn",
+        "generate",
+    ),
     (GenerationMixin, "init_continuous_batching", "generation_config continuous_batching_config workload_hints"),
+    (
+        PreTrainedModel,
+        "_load_pretrained_model",
+        "model state_dict checkpoint_files load_config expected_keys",
+        "from_pretrained",
+    ),
     (PreTrainedModel, "_get_resized_lm_head", "old_lm_head new_num_tokens", "_resize_token_embeddings"),
     (
         PreTrainedModel,

@@ -5,6 +5,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,8 +16,9 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from ..auto import family_of
 from ..data.conversations import Conversation
+from ..hub.saving import staged_folder
 from .dataset import Split, sign_off_for, split_data, without_sign_off
-from .report import Sample, Summary, check_output, staged_folder
+from .report import Sample, Summary, check_output
 from .tasks import load_task
 from .tiny_checkpoints import LINE_OF, write_tiny_checkpoint
 
@@ -32,10 +34,11 @@ def run_demo(args: Namespace) -> Summary:
     Args:
         args: the command's, with a value for everything but `model` and `data`.
     """
-    check_output(args.output, args.overwrite)
+    check = partial(check_output, overwrite=args.overwrite)
+    check(args.output)
     split = split_data(args.data, args.seed)
     set_seed(args.seed)
-    with warnings.catch_warnings(), staged_folder(args.output, args.overwrite) as folder:
+    with warnings.catch_warnings(), staged_folder(args.output, check) as folder:
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside transformers and PEFT
         run = _Run(args, split, folder)
         run.all_stages()

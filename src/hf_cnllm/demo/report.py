@@ -1,15 +1,12 @@
-"""What a run leaves: the summary of what it measured, on the terminal, as JSON, as a loss curve and as the model card, in
-a folder that appears whole or not at all."""
+"""What a run leaves: the summary of what it measured, on the terminal, as JSON, as a loss curve and as the model card."""
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..hub.model_card import fine_tuned_model_card
+from ..hub.saving import check_new_folder
 
 SUMMARY_FILE = "summary.json"  # written last; it marks a folder as one of ours
 LOSS_CURVE_FILE = "loss.png"
@@ -117,32 +114,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: it is a file, or a folder with something in it that must not be replaced.
     """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FileExistsError(f"--output {output} exists and is not a folder; choose another name")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(f"--output {output} is not empty; choose another folder or add --overwrite")
-    if not (output / SUMMARY_FILE).is_file():
-        raise FileExistsError(
-            f"--output {output} holds no {SUMMARY_FILE}, so no earlier run wrote it; it is not replaced"
-        )
-
-
-@contextmanager
-def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Gives a temporary folder beside `output` that takes its place on success and is removed otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        staged, old = Path(scratch) / "new", Path(scratch) / "old"
-        staged.mkdir()
-        yield staged
-        check_output(output, overwrite)  # once more: that was minutes ago
-        if output.exists():
-            output.rename(old)
-        try:
-            staged.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
+    is_ours = not output.is_symlink() and (output / SUMMARY_FILE).is_file()
+    if not (overwrite and is_ours):
+        unknown = f"it holds no {SUMMARY_FILE}, so no earlier run wrote it; it is not replaced"
+        check_new_folder(output, unknown if overwrite else "choose another folder or add --overwrite")

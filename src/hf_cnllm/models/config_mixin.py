@@ -1,14 +1,29 @@
 """What every configuration of this package does the same way when it meets a checkpoint's `config.json`."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from .._compat import ALL_ATTENTION_FUNCTIONS
+
+# Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`.
+CODE_POINTERS = ("auto_map", "custom_pipelines")
 
 COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 class CheckpointConfigMixin:
-    """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and writes no pointers to remote code."""
+    """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and keeps no pointers to remote code."""
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        config_dict, _ = cls.get_config_dict(json_file)
+        return cls.from_dict(config_dict)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -16,7 +31,8 @@ class CheckpointConfigMixin:
         names a field has there, and before what is derived from it.
 
         Raises:
-            ValueError: `config_dict["model_type"]` names another family.
+            ValueError: `config_dict["model_type"]` names another family, or `config_dict` an attention kernel to download;
+                only a caller does.
         """
         found = config_dict.get("model_type")
         if found not in (None, cls.model_type):
@@ -24,6 +40,13 @@ class CheckpointConfigMixin:
                 f"This checkpoint's `model_type` is {found!r}, but {cls.__name__} reads {cls.model_type!r} checkpoints. "
                 "Load it with AutoModel*.from_pretrained, or with the classes of its own family."
             )
+        for key in ("attn_implementation", "_attn_implementation"):
+            name = config_dict.get(key)
+            if not (name is None or name == "eager" or (isinstance(name, str) and name in ALL_ATTENTION_FUNCTIONS)):
+                raise ValueError(
+                    f"This config.json asks for the attention kernel {name!r} (`{key}`), and a checkpoint names no code to "
+                    "load. Remove the key; if you trust the kernel, pass attn_implementation=... to from_pretrained."
+                )
         own_fields = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if cls.field_name(key) in own_fields}
         overridden = {cls.field_name(key) for key in overrides}
@@ -45,18 +68,29 @@ class CheckpointConfigMixin:
         fields: dict[str, Any] = {}
         for key, value in values.items():
             field = cls.field_name(key)
-            if fields.setdefault(field, value) != value:
+            first = fields.setdefault(field, value)
+            if first is not value and first != value:  # NaN is not equal to itself
                 raise ValueError(
-                    f"The configuration contradicts itself: `{field}` has two values, {fields[field]} and {value}, one "
+                    f"The configuration contradicts itself: `{field}` has two values, {first} and {value}, one "
                     f"of them under another name ({', '.join(k for k, v in cls.attribute_map.items() if v == field)}). "
                     "Keep one."
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, without `auto_map`: the code files it points to are not saved with the model."""
-        output = super().to_dict()
-        output.pop("auto_map", None)
-        return output
+        """As `PreTrainedConfig.to_dict`, without pointers to code: the files they point to are not saved with the model."""
+        return {key: value for key, value in super().to_dict().items() if key not in CODE_POINTERS}
+
+    def validate_numbers(self):
+        """Part of `@strict`-powered validation: no value is NaN or infinite, and no epsilon negative.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        for field, number in _numbers(vars(self)):
+            if not math.isfinite(number):
+                raise ValueError(f"`{field}` must be a finite number, got {number}.")
+            if field.endswith(("_eps", "_epsilon")) and number < 0:
+                raise ValueError(f"`{field}` must not be negative, got {number}.")
 
     def check_positive(self, *fields: str) -> None:
         """Refuses sizes that are not positive; None is none.
@@ -80,3 +114,15 @@ class CheckpointConfigMixin:
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a configuration's value, with the path to it."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{name}[{index}]")

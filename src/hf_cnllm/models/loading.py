@@ -1,14 +1,22 @@
-"""Loading a checkpoint that is damaged or not this family's: one clear error instead of a half-random model."""
+"""Loading a checkpoint that is damaged or not this family's: one clear error instead of a half-random model. Saving one over
+another: what a killed save leaves is no mixture of the two."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from .._compat import LoadingHooks
 from .._contract import check_transformers
+from ..hub.saving import is_first_process
+from ..hub.weight_files import check_indexes, check_weight_files
+
+UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
 
 
-class CheckpointLoadingMixin:
+class CheckpointLoadingMixin(LoadingHooks):
     """Put in front of `PreTrainedModel`."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
@@ -20,10 +28,15 @@ class CheckpointLoadingMixin:
         """As `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError: a safetensors file is damaged or truncated.
+            OSError: a safetensors file is damaged or truncated, or a save into the folder was interrupted.
             ValueError: the checkpoint holds another model's weights and none of this family's backbone, which would stay
-                random. A checkpoint without weights is left to transformers' report of missing ones.
+                random; or its files are not of one save, see [`check_weight_files`]. A checkpoint without weights is left to
+                transformers' report of missing ones.
         """
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_indexes(folder)
+            check_saved(folder)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -41,6 +54,63 @@ class CheckpointLoadingMixin:
                 f"has the name of one of the backbone's, such as {min(backbone)!r}. Is it another family's checkpoint?"
             )
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def check_weight_files(cls, model, files, quantizer) -> None:
+        foreign = (
+            getattr(quantizer, "pre_quantized", False) and quantizer.quantization_config.quant_method != "chatglm"
+        )
+        # Another method's files hold what only its own layers know.
+        expected = {} if foreign else {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        check_weight_files(files, expected, f"{cls.base_model_prefix}.")
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`. Over an older checkpoint in shards its index is taken away first, and written
+        last: a save that is killed leaves a folder that does not load, never a mixture. See docs/security.md."""
+        variant = kwargs.get("variant", args[4] if len(args) > 4 else None)
+        index = Path(save_directory, f"model.safetensors.index.{f'{variant}.' if variant else ''}json")
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        with nullcontext() if adapter_only or not is_first_process() else _taken_away(index):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@contextmanager
+def _taken_away(index: Path) -> Iterator[None]:
+    """Renames an index, if there is one, and removes it at the end. If no weights were written, it comes back."""
+
+    def weights() -> list[tuple[str, int, int]]:
+        states = ((file.name, file.stat()) for file in index.parent.glob("*.safetensors"))
+        return sorted((name, state.st_mtime_ns, state.st_size) for name, state in states)
+
+    aside = Path(f"{index}{UNFINISHED}")
+    before = None
+    if index.is_file():
+        before = weights()
+        index.replace(aside)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if before is not None and not index.exists() and weights() == before:
+            aside.replace(index)
+        elif done:
+            aside.unlink(missing_ok=True)
+
+
+def check_saved(folder: Path) -> None:
+    """Refuses a folder that a killed save has left without an index.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    for aside in folder.glob(f"*{UNFINISHED}"):
+        weights = (folder / name for name in (aside.name.removesuffix(UNFINISHED), "model.safetensors"))
+        if not any(file.exists() for file in weights):
+            raise OSError(
+                f"A save into {folder} was interrupted: its shards are some of the older and some of the newer checkpoint. "
+                "Save again, or take another copy."
+            )
 
 
 def _damaged_file(checkpoint) -> str:

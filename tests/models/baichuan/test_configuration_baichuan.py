@@ -57,3 +57,14 @@ def test_a_config_that_cannot_work_is_refused_with_its_field(change, complaint, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match=complaint):
         BaichuanConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["planted.Model", "LlamaTokenizer", ["BaichuanTokenizer"], 3, ""])
+@pytest.mark.parametrize("checkpoint", ["baichuan_7b", "baichuan2_13b"])
+def test_another_tokenizer_class_does_not_decide_the_head(name, checkpoint, tmp_path):
+    config = json.loads((GOLDENS / checkpoint / "config.json").read_text()) | {"tokenizer_class": name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"`tokenizer_class`.*Set `norm_head` to True"):
+        AutoConfig.from_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, norm_head=True).norm_head
+    assert not BaichuanConfig(**config | {"vocab_size": 64_000}).norm_head

@@ -11,6 +11,7 @@ from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
 NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
+BAICHUAN2_TOKENIZER = "BaichuanTokenizer"  # `tokenizer_class` of Baichuan2's config.json; Baichuan's has none
 
 
 @strict
@@ -35,7 +36,8 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         model_max_length: trained length in tokens of an ALiBi model; longer inputs work.
         position_embedding: `"rope"` or `"alibi"`; default: from the two lengths above.
         norm_head: whether the output head normalises its rows (NormHead, Baichuan 2 report, section 2.4); default:
-            from `vocab_size`, and for other sizes from `tokenizer_class`, which only Baichuan2's files carry.
+            from `vocab_size`, and for other sizes from `tokenizer_class`, which only Baichuan2's files carry; another
+            class there is an error.
         z_loss_weight: weight of the max-z loss (Baichuan 2 report, equation 2; the report trains with 2e-4). 0 is off.
         loss_chunk_size: tokens per chunk of the training loss, which then never holds all logits; None computes them.
         rope_parameters: transformers' RoPE parameters; unused with ALiBi.
@@ -103,8 +105,14 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         if self.position_embedding == "alibi" and self.model_max_length is None:
             self.model_max_length = self.max_position_embeddings or 4096
         if self.norm_head is None:
-            has_tokenizer_class = kwargs.get("tokenizer_class") is not None
-            self.norm_head = NORM_HEAD_BY_VOCAB_SIZE.get(self.vocab_size, has_tokenizer_class)
+            tokenizer_class = kwargs.get("tokenizer_class")
+            self.norm_head = NORM_HEAD_BY_VOCAB_SIZE.get(self.vocab_size, tokenizer_class is not None)
+            if self.vocab_size not in NORM_HEAD_BY_VOCAB_SIZE and tokenizer_class not in (None, BAICHUAN2_TOKENIZER):
+                raise ValueError(
+                    f"Neither `vocab_size` ({self.vocab_size}) nor `tokenizer_class` ({tokenizer_class!r}) is one of "
+                    "Baichuan's or Baichuan2's, so nothing says whether the output head normalizes its rows. Set "
+                    "`norm_head` to True (Baichuan2) or False (Baichuan)."
+                )
         super().__post_init__(**kwargs)
 
     @classmethod

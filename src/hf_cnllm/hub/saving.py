@@ -1,0 +1,91 @@
+"""Folders that appear whole or not at all: what is saved over an older checkpoint never mixes with it."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import distributed
+
+
+def check_new_folder(output: Path, advice: str = "choose a new folder") -> None:
+    """Says before any work starts whether `output` may be written.
+
+    Raises:
+        FileExistsError: it is a file, or a folder with something in it.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise FileExistsError(f"--output {output} exists and is not a folder; choose another name")
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"--output {output} is not empty; {advice}")
+
+
+@contextmanager
+def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder) -> Iterator[Path]:
+    """Gives an empty folder beside `output`, the same to all processes of a distributed run, that takes its place on success,
+    with all it holds on the disk, and is removed otherwise. A process that is killed leaves `output` as it was.
+
+    Args:
+        check: raises if `output` must not be replaced; called at the end, before it is.
+    """
+    if not is_first_process():
+        yield Path(_of_first_process(""))
+        _wait_for_others()
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        staged, old = Path(scratch) / "new", Path(scratch) / "old"
+        staged.mkdir()
+        _of_first_process(str(staged))
+        yield staged
+        _wait_for_others()
+        write_through(staged)
+        check(output)
+        if output.exists():
+            output.rename(old)
+        try:
+            staged.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
+        _write_through(output.parent)
+
+
+def write_through(folder: Path) -> None:
+    """Has the operating system put a folder and all in it on the disk."""
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent, file) for file in files), Path(parent)):
+            _write_through(path)
+
+
+def _write_through(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of a distributed run that writes; always, in one that is not distributed."""
+    return not _in_group() or distributed.get_rank() == 0
+
+
+def _in_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _of_first_process(text: str) -> str:
+    box = [text]
+    if _in_group():
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def _wait_for_others() -> None:
+    if _in_group():
+        distributed.barrier()

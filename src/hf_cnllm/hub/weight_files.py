@@ -1,0 +1,111 @@
+"""What the files of a checkpoint say of each other, without reading a weight: an index that leads elsewhere, shards of
+different saves, numbers of another kind than the model's."""
+
+import json
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+INDEXES = "*.index*.json"  # model.safetensors.index.json, with a variant model.safetensors.index.fp16.json
+SHARD = re.compile(r"(?P<series>.+)-\d{5}-(?P<count>of-\d{5})(?P<format>\..+)")
+MIXED = "The folder mixes shards of different saves: download or save the checkpoint again, into an empty folder."
+FLOATS, INTEGERS, COMPLEX = "floats", "integers or booleans", "complex numbers"
+
+
+def check_indexes(folder: Path) -> None:
+    """Refuses a folder whose index names weight files outside of it.
+
+    Raises:
+        ValueError: naming the index and the file.
+    """
+    for index, weight_map in _indexes(folder):
+        for file in weight_map.values():
+            windows = PureWindowsPath(file)  # knows both kinds of separators
+            if PurePosixPath(file).is_absolute() or windows.anchor or ".." in windows.parts:
+                raise ValueError(
+                    f"{index} takes weights from {file!r}, outside of the checkpoint's folder. Copy the file into the "
+                    "folder, and name it there."
+                )
+
+
+def check_weight_files(files: Sequence[str], expected: Mapping[str, torch.dtype], prefix: str) -> None:
+    """Refuses files that cannot be one save's.
+
+    Args:
+        files: the weight files, all that will be read. Files in other formats than safetensors and torch's zip are not
+            looked at, and damaged ones are left to those who read them.
+        expected: name -> dtype of the model's own tensors; others are not looked at.
+        prefix: of the names, `transformer.` for example, which some files leave out.
+
+    Raises:
+        ValueError: naming the file and the tensor: it holds numbers of another kind than the model's, is in two shards, or
+            not in the one that the index says; or a shard of the same series lies beside them that the index leaves out.
+        SafetensorError: a safetensors file is damaged.
+    """
+    kinds = {name.removeprefix(prefix): _kind(dtype) for name, dtype in expected.items()}
+    found: dict[str, Path] = {}
+    for file in map(Path, files):
+        stored = dict(_stored(file))
+        for name, kind in stored.items():
+            key = name.removeprefix(prefix)
+            if kinds.get(key, kind) != kind:
+                advice = "The file is damaged, or of another checkpoint: download or save it again."
+                if f"{name}_scale" in stored:
+                    advice = "It holds quantised weights of ChatGLM, and config.json does not say so: set `quantization_bit`."
+                raise ValueError(f"`{name}` holds {kind} in {file}, where this model has {kinds[key]}. {advice}")
+            if key in kinds and key in found:
+                raise ValueError(f"`{name}` is both in {found[key]} and in {file.name}. {MIXED}")
+            found[key] = file
+    names = {Path(file).name for file in files}
+    for index, weight_map in _indexes(Path(files[0]).parent):
+        if set(weight_map.values()) == names:
+            claimed = {name: file for name, file in weight_map.items() if name.removeprefix(prefix) in kinds}
+            _check_series(index, names)
+            for name, shard in claimed.items():
+                if found.get(name.removeprefix(prefix), index).name != shard:
+                    raise ValueError(f"{index} says that `{name}` is in {shard}, but it is not. {MIXED}")
+
+
+def _check_series(index: Path, files: Collection[str]) -> None:
+    """Refuses a shard beside the index's that is numbered like them and not named."""
+    series = {match.groups() for file in files if (match := SHARD.fullmatch(file))}
+    for other in sorted(path.name for path in index.parent.iterdir()):
+        if (match := SHARD.fullmatch(other)) and match.groups() in series and other not in files:
+            raise ValueError(f"{index} leaves out {other}, which is numbered like the files that it names. {MIXED}")
+
+
+def _indexes(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Every index in a folder with its table; what is no table of names is left to transformers."""
+    for path in sorted(folder.glob(INDEXES)):
+        try:
+            weight_map: Any = json.loads(path.read_bytes())["weight_map"]
+            if all(isinstance(file, str) for file in weight_map.values()):
+                yield path, weight_map
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+
+
+def _stored(file: Path) -> Iterator[tuple[str, str]]:
+    """Name and kind of every tensor in a weight file."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                dtype = weights.get_slice(name).get_dtype()
+                yield name, FLOATS if dtype.startswith(("F", "BF")) else COMPLEX if dtype[0] == "C" else INTEGERS
+    elif zipfile.is_zipfile(file):
+        try:
+            tensors = dict(torch.load(file, map_location="meta", weights_only=True))
+        except Exception:  # whoever reads it says what is wrong
+            return
+        yield from (
+            (name, _kind(tensor.dtype)) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)
+        )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return FLOATS if dtype.is_floating_point else COMPLEX if dtype.is_complex else INTEGERS
