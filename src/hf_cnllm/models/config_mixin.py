@@ -4,10 +4,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .._compat import TokenizerHooks
+
 COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-class CheckpointConfigMixin:
+class CheckpointConfigMixin(TokenizerHooks):
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and writes no pointers to remote code."""
 
     @classmethod

@@ -53,6 +53,9 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "baichuan"
+    own_tokenizer = "BaichuanTokenizer"
+    own_vocabularies = ("tokenizer.model", "tokenizer.json")
+    own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do
     keys_to_ignore_at_inference = [CACHE]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
     base_model_tp_plan = {
