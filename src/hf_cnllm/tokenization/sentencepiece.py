@@ -128,6 +128,10 @@ class SentencePieceModel:
         """The user-defined symbols."""
         return list(self.of_type(PieceType.USER_DEFINED))
 
+    @property
+    def is_byte_bpe(self) -> bool:
+        return self.model_type is ModelType.BPE and self.byte_fallback
+
     @cached_property
     def unknown(self) -> str:
         return next(iter(self.of_type(PieceType.UNKNOWN)))

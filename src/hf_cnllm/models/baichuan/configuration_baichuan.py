@@ -1,6 +1,7 @@
 """Baichuan configuration: 7B and 13B of both generations under the one model type `baichuan`."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -10,7 +11,16 @@ from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
+DEFAULT_VOCAB_SIZE = 125_696
 NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
+
+
+def has_norm_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model is of Baichuan2's kind, by the keys of its `config.json`."""
+    if config.get("norm_head") is not None:
+        return bool(config["norm_head"])
+    has_tokenizer_class = config.get("tokenizer_class") is not None
+    return NORM_HEAD_BY_VOCAB_SIZE.get(config.get("vocab_size", DEFAULT_VOCAB_SIZE), has_tokenizer_class)
 
 
 @strict
@@ -76,7 +86,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         "norm": "keep_full_weight",
     }
 
-    vocab_size: int = 125_696
+    vocab_size: int = DEFAULT_VOCAB_SIZE
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -104,8 +114,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         if self.position_embedding == "rope" and self.max_position_embeddings is None:
             self.max_position_embeddings = self.model_max_length or 4096
         if self.norm_head is None:
-            has_tokenizer_class = kwargs.get("tokenizer_class") is not None
-            self.norm_head = NORM_HEAD_BY_VOCAB_SIZE.get(self.vocab_size, has_tokenizer_class)
+            self.norm_head = has_norm_head({**kwargs, "vocab_size": self.vocab_size})
         super().__post_init__(**kwargs)
 
     @classmethod

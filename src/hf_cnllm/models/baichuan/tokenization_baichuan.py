@@ -1,18 +1,23 @@
 """Tokenizer of Baichuan 1 and 2: one class, told apart by what is in `tokenizer.model`."""
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
 from ...tokenization.base import with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
+from ...tokenization.folder import DOWNLOAD_AGAIN
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 from .chat import TURN_TOKEN_IDS
+from .configuration_baichuan import NORM_HEAD_BY_VOCAB_SIZE, has_norm_head
 
 RESERVED = "<reserved_"
+OTHER_FAMILY = "{} is not a vocabulary of Baichuan: it has other pieces or rules. " + DOWNLOAD_AGAIN + "."
 
 
 class BaichuanTokenizer(ChatTokenizer):
@@ -32,6 +37,8 @@ class BaichuanTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     finds_added_tokens_in_raw_text = True
+    model_type = "baichuan"
+    PUBLISHED_SIZES = {size: size for size in NORM_HEAD_BY_VOCAB_SIZE}
     NAMED_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
 
     def __init__(
@@ -65,7 +72,25 @@ class BaichuanTokenizer(ChatTokenizer):
             self.chat_template = header + read_template("baichuan")
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
-        return build_tokenizer(SentencePieceModel.from_file(vocab_file))
+        model = SentencePieceModel.from_file(vocab_file)
+        is_first = model.charsmap is not None
+        if not model.is_byte_bpe or model.remove_extra_whitespaces or is_first != model.add_dummy_prefix:
+            raise ValueError(OTHER_FAMILY.format(vocab_file))
+        return build_tokenizer(model)
+
+    def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
+        engine, ids = self._tokenizer.model, map(self._tokenizer.token_to_id, ("<unk>", "<s>", "</s>", "[gMASK]"))
+        if not (isinstance(engine, BPE) and engine.byte_fallback) or list(ids) != [0, 1, 2, None]:
+            raise ValueError(OTHER_FAMILY.format(source))
+        if not config:
+            return
+        is_first = self._tokenizer.normalizer.normalize_str("a") != "a"
+        if is_first == has_norm_head(config):
+            kinds = ("Baichuan 1", "Baichuan 2")
+            raise ValueError(
+                f"{source} is a vocabulary of {kinds[not is_first]}'s kind, but config.json beside it is that of a model of "
+                f"{kinds[is_first]}'s (`norm_head`). {DOWNLOAD_AGAIN}."
+            )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         parts: list[str] = []
