@@ -280,6 +280,7 @@ class TokenizerHooks:
             names = (class_name.removesuffix("Fast"), class_name)
             found = next(filter(None, map(tokenizer_class_from_name, names)), None)
         is_ours = found is not None and not found.__module__.startswith("transformers.")
+        has_vocabulary = any(os.path.isfile(os.path.join(name, file)) for file in self.own_vocabularies)
         fault = None
         if code and not is_ours:
             fault = f"points to code (`auto_map`), which is never run, and its `tokenizer_class` is {class_name!r}"
@@ -288,9 +289,8 @@ class TokenizerHooks:
         # transformers knows the model_type of GLM for that of GLM-4, and takes its generic class unless there is code.
         elif is_ours and not code and TOKENIZER_MAPPING_NAMES.get(self.model_type):  # type: ignore[attr-defined]
             fault = "has no `auto_map`, so that AutoTokenizer takes it for GLM-4's"
-        elif class_name is None and not settings.keys() & set(self.own_settings):
-            if any(os.path.isfile(os.path.join(name, file)) for file in self.own_vocabularies):
-                fault = "is missing, or names no `tokenizer_class`"
+        elif class_name is None and not settings.keys() & set(self.own_settings) and has_vocabulary:
+            fault = "is missing, or names no `tokenizer_class`"
         if fault:
             ours = self.own_tokenizer or (found.__name__ if is_ours and found else "GLMChineseTokenizer, say")
             raise ValueError(

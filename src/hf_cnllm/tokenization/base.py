@@ -72,8 +72,10 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         source = vocab_file if tokenizer_file is None else os.fspath(tokenizer_file)
         folder, added = Folder(source), dict(kwargs.get("added_tokens_decoder") or {})
         check_named_tokens(folder, self._tokenizer.token_to_id, kwargs, added)
-        config = folder.model_config(self.model_type)
-        self.check_backend(config, source)
+        config: Mapping[str, Any] = {}
+        if "name_or_path" in kwargs:  # from a checkpoint, not by hand
+            config = folder.model_config(self.model_type)
+            self.check_backend(config, source)
         super().__init__(vocab_file=vocab_file, **kwargs)
         check_added_tokens(self._tokenizer, self.listed_tokens(added), source)
         check_model_config(self._tokenizer, config, self.MODEL_TOKENS, self.PUBLISHED_SIZES, source)
@@ -126,6 +128,10 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if legacy_format is None and self.can_save_slow_tokenizer:
             file_names += self.save_vocabulary(save_directory, filename_prefix)
         return file_names
+
+    def settings_to_save(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` says besides: the flags, for readers of the old layout."""
+        return {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the original vocabulary file into the folder `save_directory`."""

@@ -91,6 +91,7 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "errors": ("a way to handle errors as of `bytes.decode`, 'replace' say", _is_error_handler),
     "model_max_length": ("a positive number", lambda value: _is_number(value) and value > 0),
     "num_image_tokens": ("a number from 0 on", lambda value: _is_number(value) and value >= 0 and value == int(value)),
+    "control_token_ids": ("an object with keys", lambda value: isinstance(value, dict)),
     "sp_model_kwargs": ("an object with keys", lambda value: isinstance(value, dict)),
 }
 
@@ -141,7 +142,7 @@ def check_added_tokens(backend: Tokenizer, added: Mapping[Any, Any], source: str
         found = backend.token_to_id(str(token))
         if found != index:
             raise ValueError(
-                f"tokenizer_config.json (added_tokens_decoder) or added_tokens.json gives {str(token)!r} the id {index}, but "
+                f"tokenizer_config.json or added_tokens.json gives {token} the id {index}, but "
                 f"with {source} it has {found}: that is cut, or of another tokenizer. {DOWNLOAD_AGAIN}."
             )
 

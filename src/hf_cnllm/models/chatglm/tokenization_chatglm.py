@@ -14,7 +14,7 @@ from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
-from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
+from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
 from .tool_calls import as_chatglm3_messages, as_chatglm3_tools
@@ -63,6 +63,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         num_image_tokens: ids in front of ChatGLM-6B's text vocabulary; by default 20,000 in the early revision.
         encode_special_tokens: ChatGLM3: whether the four role tokens are read from text. May be set at any time.
         do_lower_case, remove_space: ChatGLM-6B: lower-case the text; squeeze its white space.
+        control_token_ids: ids of the control tokens as `save_pretrained` writes them, which the vocabulary must give them.
         gmask_token, end_token, eop_token: accepted as in the original configurations; they have one value each.
 
     Raises:
@@ -91,6 +92,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         encode_special_tokens: bool = False,
         do_lower_case: bool = False,
         remove_space: bool = False,
+        control_token_ids: Mapping[str, int] | None = None,
         **kwargs: Any,
     ):
         if vocab_file is not None and ice_text_file is not None:
@@ -104,6 +106,7 @@ class ChatGLMTokenizer(ChatTokenizer):
                 "encode_special_tokens": encode_special_tokens,
                 "do_lower_case": do_lower_case,
                 "remove_space": remove_space,
+                "control_token_ids": control_token_ids,
             },
         )
         vocab_file = ice_text_file if vocab_file is None else vocab_file
@@ -137,6 +140,9 @@ class ChatGLMTokenizer(ChatTokenizer):
         kwargs.setdefault("clean_up_tokenization_spaces", version.cleans_up)
         kwargs.setdefault("model_input_names", list(version.input_names))
         super().__init__(vocab_file, tokenizer_file, tokenizer_object, generation=generation, **self._named, **kwargs)
+        if control_token_ids is not None and tokenizer_object is None:
+            ids = {index: token for token, index in control_token_ids.items()}
+            check_added_tokens(self._tokenizer, ids, tokenizer_file or vocab_file)
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:
@@ -182,6 +188,10 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def is_settled(self, token: str) -> bool:
         return self._tokenizer.model.token_to_id(token) is not None  # also which of them text may contain
+
+    def settings_to_save(self) -> dict[str, Any]:
+        ids = {token: self._tokenizer.token_to_id(token) for token in self._version.control}
+        return super().settings_to_save() | {"control_token_ids": ids}
 
     def get_added_vocab(self) -> dict[str, int]:
         """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""

@@ -153,8 +153,9 @@ def recognize_version(
     said: dict[str, str] = {}  # where -> which
     code = here.parent / "tokenization_chatglm.py"
     if code.is_file():
-        has_roles = ROLES[1] in code.read_text(encoding="utf-8", errors="replace")
-        said[code.name] = "chatglm3" if has_roles else "chatglm2"
+        text = code.read_text(encoding="utf-8", errors="replace")
+        if "[MASK]" in text or ROLES[1] in text:
+            said[code.name] = "chatglm3" if ROLES[1] in text else "chatglm2"
     for where, name in (
         ("tokenizer_config.json", tokenizer_config.get("name_or_path")),
         ("config.json", config.get("_name_or_path")),
