@@ -96,7 +96,14 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if vocab_file is None:
             names = " nor ".join(self.vocab_files_names.values())
             raise ValueError(f"{self.__class__.__name__}: neither {names} was found in the checkpoint.")
-        return self.build_backend(vocab_file)
+        try:
+            return self.build_backend(vocab_file)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if isinstance(error, ValueError) and vocab_file in str(error):
+                raise
+            raise ValueError(f"{vocab_file} is damaged: {error} Download it again.") from error
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -115,11 +122,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     def _save_pretrained(
         self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
     ) -> tuple[str, ...]:
-        ends = {
-            "add_bos_token": self.add_bos_token,
-            "add_eos_token": self.add_eos_token,
-        }  # for readers of the old layout
-        list_added_tokens(file_names[0], self.added_tokens_decoder, **ends)
+        list_added_tokens(file_names[0], self.added_tokens_decoder, **self.settings_to_save())
         if legacy_format:
             return PreTrainedTokenizerBase._save_pretrained(
                 self, save_directory, file_names, legacy_format, filename_prefix

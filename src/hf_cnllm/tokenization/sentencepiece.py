@@ -16,6 +16,7 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 | byte fallback                                    | the models' own `byte_fallback`                            |
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -101,6 +102,9 @@ class SentencePieceModel:
             add_dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
             remove_extra_whitespaces=proto.normalizer_spec.remove_extra_whitespaces,
         )
+        "".join(model.texts).encode()  # a UnicodeEncodeError is a ValueError
+        if not all(map(math.isfinite, model.scores)):
+            raise ValueError("a score that is no number")
         if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
             raise ValueError("no unknown piece or no normal pieces")
         if len(model.ids) != len(model.texts):

@@ -54,8 +54,8 @@ class BaichuanTokenizer(ChatTokenizer):
         add_eos_token: bool | None = None,
         **kwargs,
     ):
-        ends = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
-        check_settings("BaichuanTokenizer", ends | {"sp_model_kwargs": sp_model_kwargs})
+        given = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token, "sp_model_kwargs": sp_model_kwargs}
+        check_settings("BaichuanTokenizer", given)
         self.sp_model_kwargs = sp_model_kwargs or {}
         kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": False, **kwargs}
         for name, token in kwargs.items():

@@ -142,7 +142,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         super().__init__(vocab_file, tokenizer_file, tokenizer_object, generation=generation, **self._named, **kwargs)
         if control_token_ids is not None and tokenizer_object is None:
             ids = {index: token for token, index in control_token_ids.items()}
-            check_added_tokens(self._tokenizer, ids, tokenizer_file or vocab_file)
+            check_added_tokens(self._tokenizer, ids, str(tokenizer_file or vocab_file))
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:

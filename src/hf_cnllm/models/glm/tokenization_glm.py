@@ -415,9 +415,10 @@ NO_MERGE = re.compile(r"<.+>|\[.+\]|madeupword\d{4}")
 def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str]] | None]:
     try:
         model = json.loads(Path(path).read_text(encoding="utf-8"))["model"]
-        merges = model.get("merges")
-        pairs = None if merges is None else [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-        return dict(model["vocab"]), pairs
+        if "merges" not in model:
+            return dict(model["vocab"]), None
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        return dict(model["vocab"]), [(left, right) for left, right in pairs]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Delete it or save it again.") from error
 
