@@ -102,7 +102,8 @@ class SentencePieceModel:
             add_dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
             remove_extra_whitespaces=proto.normalizer_spec.remove_extra_whitespaces,
         )
-        "".join(model.texts).encode()  # a UnicodeEncodeError is a ValueError
+        if not all(isinstance(text, str) for text in model.texts):  # what is not UTF-8 comes as bytes
+            raise ValueError("a piece that is not UTF-8")
         if not all(map(math.isfinite, model.scores)):
             raise ValueError("a score that is no number")
         if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
