@@ -10,6 +10,7 @@ are needed. `_contract.py` checks what is relied on here when the installed rele
 import functools
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -61,6 +62,11 @@ try:
     from transformers.modeling_outputs import MultipleChoiceModelOutput
     from transformers.modeling_rope_utils import RopeParameters
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.auto.tokenization_auto import (
+        TOKENIZER_MAPPING_NAMES,
+        get_tokenizer_config,
+        tokenizer_class_from_name,
+    )
     from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
     from transformers.models.llama.modeling_llama import (
         LlamaRMSNorm,
@@ -294,6 +300,81 @@ class GenerationHooks:
         if config._attn_implementation == "flex_attention":
             return attention_mask  # until 5.23 `generate` cannot handle a BlockMask: the forward pass makes it
         return self.masks_for_generate(config, inputs_embeds, attention_mask, kwargs[CACHE], position_ids)
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+class TokenizerHooks:
+    """Stands in front of `PreTrainedConfig`: what `AutoTokenizer` asks the configuration beside a tokenizer, which is
+    `model_name` before it reads anything, and `tokenizer_class` where tokenizer_config.json names none. By then the caller's
+    `trust_remote_code` is out of reach, and so is the choice of a class that the checkpoint names."""
+
+    own_tokenizer: str | None = None
+    """Class of the tokenizer where neither tokenizer_config.json nor config.json names one."""
+    own_vocabularies: tuple[str, ...] = ()
+    """Files that are nothing without a tokenizer_config.json which names the class, or has one of `own_settings`."""
+    own_settings: tuple[str, ...] = ()
+
+    def check_tokenizer(self) -> None:
+        """Refuses a checkpoint whose files would make `AutoTokenizer` run code or take transformers' generic class.
+
+        Raises:
+            ValueError: naming the file and the key to set.
+        """
+        name = getattr(self, "name_or_path", None)
+        if not name:
+            return
+        # What is on the Hub is looked at once it has been downloaded, which is before any of its code runs.
+        settings = get_tokenizer_config(name, local_files_only=True)
+        if not isinstance(settings, dict):
+            raise ValueError(f"tokenizer_config.json in {name} is not an object with keys. Download it again.")
+        class_name, auto_map = settings.get("tokenizer_class"), settings.get("auto_map")
+        code = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+        found = None
+        if isinstance(class_name, str):
+            names = (class_name.removesuffix("Fast"), class_name)
+            found = next(filter(None, map(tokenizer_class_from_name, names)), None)
+        is_ours = found is not None and not found.__module__.startswith("transformers.")
+        has_vocabulary = any(os.path.isfile(os.path.join(name, file)) for file in self.own_vocabularies)
+        fault = None
+        if code and not is_ours:
+            fault = f"points to code (`auto_map`), which is never run, and its `tokenizer_class` is {class_name!r}"
+        elif class_name is not None and found is None:
+            fault = f"names a `tokenizer_class` that there is not, {class_name!r}"
+        # transformers knows the model_type of GLM for that of GLM-4, and takes its generic class unless there is code.
+        elif is_ours and not code and TOKENIZER_MAPPING_NAMES.get(self.model_type):  # type: ignore[attr-defined]
+            fault = "has no `auto_map`, so that AutoTokenizer takes it for GLM-4's"
+        elif class_name is None and not settings.keys() & set(self.own_settings) and has_vocabulary:
+            fault = "is missing, or names no `tokenizer_class`"
+        if fault:
+            ours = self.own_tokenizer or (found.__name__ if is_ours and found else "GLMChineseTokenizer, say")
+            raise ValueError(
+                f"tokenizer_config.json in {name} {fault}. Load the tokenizer with its class of this package "
+                f"({ours}) and save it again, or download the file again."
+            )
+
+    @property
+    def model_name(self) -> Any:
+        self.check_tokenizer()
+        if "model_name" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no attribute 'model_name'")
+        return vars(self)["model_name"]
+
+    @model_name.setter
+    def model_name(self, value: Any) -> None:
+        vars(self)["model_name"] = value
+
+    @property
+    def tokenizer_class(self) -> str | None:
+        recorded = vars(self).get("tokenizer_class")
+        if recorded is None:
+            self.check_tokenizer()
+        return recorded or self.own_tokenizer
+
+    @tokenizer_class.setter
+    def tokenizer_class(self, value: str | None) -> None:
+        vars(self)["tokenizer_class"] = value
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

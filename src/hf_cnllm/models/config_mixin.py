@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .._compat import ALL_ATTENTION_FUNCTIONS
+from .._compat import ALL_ATTENTION_FUNCTIONS, TokenizerHooks
 
 # Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`.
 CODE_POINTERS = ("auto_map", "custom_pipelines")
@@ -14,7 +14,7 @@ CODE_POINTERS = ("auto_map", "custom_pipelines")
 COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-class CheckpointConfigMixin:
+class CheckpointConfigMixin(TokenizerHooks):
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and keeps no pointers to remote code."""
 
     def __post_init__(self, **kwargs):

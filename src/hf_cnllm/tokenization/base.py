@@ -11,6 +11,14 @@ from tokenizers import AddedToken, Encoding, Tokenizer, processors
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 from .._contract import check_transformers
+from .folder import (
+    Folder,
+    check_added_tokens,
+    check_model_config,
+    check_named_tokens,
+    check_settings,
+    list_added_tokens,
+)
 
 
 class OriginalVocabularyTokenizer(TokenizersBackend):
@@ -24,10 +32,16 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     the normalizer makes of it: needed where that depends on the place in the text (a `▁` in front, for one).
 
     Raises:
-        ValueError: there is neither file, or `tokenizer.json` is damaged; `build_backend` reports its own file.
+        ValueError: there is neither file, one is damaged, or they do not agree with each other or with what stands beside
+            them (config.json, tokenizer_config.json); `build_backend` reports its own file.
     """
 
     finds_added_tokens_in_raw_text: bool = False
+    model_type: str  # of the models that it is for
+    MODEL_TOKENS: Mapping[str, tuple[str, ...]] = {}
+    """Key of an id in config.json -> the tokens that it can be the id of, where these come behind the vocabulary."""
+    PUBLISHED_SIZES: Mapping[int, int] = {}
+    """Embeddings of a published model -> ids of its tokenizer."""
     _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
@@ -46,15 +60,35 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         **kwargs: Any,
     ):
         check_transformers()
+        check_settings(self.__class__.__name__, kwargs)
         # The code files that a checkpoint's auto_map points to are never used, and are not there after saving.
         kwargs.pop("auto_map", None)
         vocab_file = None if vocab_file is None else os.fspath(vocab_file)
-        if tokenizer_object is None:
-            self._tokenizer = self._load_backend(vocab_file, tokenizer_file)
-        super().__init__(vocab_file=vocab_file, tokenizer_object=tokenizer_object, **kwargs)
+        tokenizer_file = tokenizer_file if os.path.isfile(tokenizer_file or "") else None
+        if tokenizer_object is not None:
+            super().__init__(vocab_file=vocab_file, tokenizer_object=tokenizer_object, **kwargs)
+            return
+        self._tokenizer = self._load_backend(vocab_file, tokenizer_file)
+        source = vocab_file if tokenizer_file is None else os.fspath(tokenizer_file)
+        folder, added = Folder(source), dict(kwargs.get("added_tokens_decoder") or {})
+        check_named_tokens(folder, self._tokenizer.token_to_id, kwargs, added)
+        config: Mapping[str, Any] = {}
+        if "name_or_path" in kwargs:  # from a checkpoint, not by hand
+            config = folder.model_config(self.model_type)
+            self.check_backend(config, source)
+        super().__init__(vocab_file=vocab_file, **kwargs)
+        check_added_tokens(self._tokenizer, self.listed_tokens(added), source)
+        check_model_config(self._tokenizer, config, self.MODEL_TOKENS, self.PUBLISHED_SIZES, source)
+
+    def listed_tokens(self, added: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """Those of the added tokens, id -> token, that the checkpoint's settings list for this very vocabulary."""
+        return added
+
+    def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
+        """Refuses a vocabulary, which came from `source`, that is not of this family or not of the model's `config`."""
 
     def _load_backend(self, vocab_file: str | None, tokenizer_file: str | os.PathLike | None) -> Tokenizer:
-        if tokenizer_file is not None and os.path.isfile(tokenizer_file):
+        if tokenizer_file is not None:
             try:
                 return Tokenizer.from_file(os.fspath(tokenizer_file))
             except Exception as error:  # the Rust side raises bare Exceptions
@@ -62,7 +96,14 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if vocab_file is None:
             names = " nor ".join(self.vocab_files_names.values())
             raise ValueError(f"{self.__class__.__name__}: neither {names} was found in the checkpoint.")
-        return self.build_backend(vocab_file)
+        try:
+            return self.build_backend(vocab_file)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if isinstance(error, ValueError) and vocab_file in str(error):
+                raise
+            raise ValueError(f"{vocab_file} is damaged: {error} Download it again.") from error
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -81,7 +122,7 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
     def _save_pretrained(
         self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
     ) -> tuple[str, ...]:
-        self._complete_config(file_names[0])
+        list_added_tokens(file_names[0], self.added_tokens_decoder, **self.settings_to_save())
         if legacy_format:
             return PreTrainedTokenizerBase._save_pretrained(
                 self, save_directory, file_names, legacy_format, filename_prefix
@@ -91,18 +132,9 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
             file_names += self.save_vocabulary(save_directory, filename_prefix)
         return file_names
 
-    def _complete_config(self, config_file: str) -> None:
-        """What transformers leaves to `tokenizer.json` alone.
-
-        Readers of the old layout need the flags. Without the added tokens, loading would parse the whole of
-        `tokenizer.json` in Python to find them, and then once more in Rust.
-        """
-        with open(config_file, encoding="utf-8") as file:
-            config = json.load(file)
-        config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
-        config["added_tokens_decoder"] = {i: token.__getstate__() for i, token in self.added_tokens_decoder.items()}
-        with open(config_file, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    def settings_to_save(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` says besides: the flags, for readers of the old layout."""
+        return {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the original vocabulary file into the folder `save_directory`."""

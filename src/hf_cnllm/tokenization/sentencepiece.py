@@ -16,6 +16,7 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 | byte fallback                                    | the models' own `byte_fallback`                            |
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -101,6 +102,10 @@ class SentencePieceModel:
             add_dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
             remove_extra_whitespaces=proto.normalizer_spec.remove_extra_whitespaces,
         )
+        if not all(isinstance(text, str) for text in model.texts):  # what is not UTF-8 comes as bytes
+            raise ValueError("a piece that is not UTF-8")
+        if not all(map(math.isfinite, model.scores)):
+            raise ValueError("a score that is no number")
         if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
             raise ValueError("no unknown piece or no normal pieces")
         if len(model.ids) != len(model.texts):
@@ -127,6 +132,10 @@ class SentencePieceModel:
     def symbols(self) -> list[str]:
         """The user-defined symbols."""
         return list(self.of_type(PieceType.USER_DEFINED))
+
+    @property
+    def is_byte_bpe(self) -> bool:
+        return self.model_type is ModelType.BPE and self.byte_fallback
 
     @cached_property
     def unknown(self) -> str:

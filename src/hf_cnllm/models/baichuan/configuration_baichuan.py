@@ -1,6 +1,7 @@
 """Baichuan configuration: 7B and 13B of both generations under the one model type `baichuan`."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -10,8 +11,17 @@ from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
+DEFAULT_VOCAB_SIZE = 125_696
 NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
 BAICHUAN2_TOKENIZER = "BaichuanTokenizer"  # `tokenizer_class` of Baichuan2's config.json; Baichuan's has none
+
+
+def has_norm_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model is of Baichuan2's kind, by the keys of its `config.json`."""
+    if config.get("norm_head") is not None:
+        return bool(config["norm_head"])
+    has_tokenizer_class = config.get("tokenizer_class") is not None
+    return NORM_HEAD_BY_VOCAB_SIZE.get(config.get("vocab_size", DEFAULT_VOCAB_SIZE), has_tokenizer_class)
 
 
 @strict
@@ -55,6 +65,9 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "baichuan"
+    own_tokenizer = "BaichuanTokenizer"
+    own_vocabularies = ("tokenizer.model", "tokenizer.json")
+    own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do
     keys_to_ignore_at_inference = [CACHE]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
     base_model_tp_plan = {
@@ -75,7 +88,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         "norm": "keep_full_weight",
     }
 
-    vocab_size: int = 125_696
+    vocab_size: int = DEFAULT_VOCAB_SIZE
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -106,13 +119,13 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
             self.model_max_length = self.max_position_embeddings or 4096
         if self.norm_head is None:
             tokenizer_class = kwargs.get("tokenizer_class")
-            self.norm_head = NORM_HEAD_BY_VOCAB_SIZE.get(self.vocab_size, tokenizer_class is not None)
             if self.vocab_size not in NORM_HEAD_BY_VOCAB_SIZE and tokenizer_class not in (None, BAICHUAN2_TOKENIZER):
                 raise ValueError(
                     f"Neither `vocab_size` ({self.vocab_size}) nor `tokenizer_class` ({tokenizer_class!r}) is one of "
                     "Baichuan's or Baichuan2's, so nothing says whether the output head normalizes its rows. Set "
                     "`norm_head` to True (Baichuan2) or False (Baichuan)."
                 )
+            self.norm_head = has_norm_head({**kwargs, "vocab_size": self.vocab_size})
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -1,25 +1,32 @@
 """Tokenizer of Baichuan 1 and 2: one class, told apart by what is in `tokenizer.model`."""
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
 from ...tokenization.base import with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
+from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 from .chat import TURN_TOKEN_IDS
+from .configuration_baichuan import NORM_HEAD_BY_VOCAB_SIZE, has_norm_head
 
 RESERVED = "<reserved_"
+PROBE = "Ａ  b "
+GENERATIONS = {"▁A▁▁b▁": "Baichuan 1", PROBE.replace(" ", "▁"): "Baichuan 2"}  # what their normalizers make of it
 
 
 class BaichuanTokenizer(ChatTokenizer):
     """SentencePiece BPE with byte fallback: v1 after NFKC with a `▁` in front, v2 on the text as it is.
 
     Args:
-        vocab_file: the original `tokenizer.model`.
+        vocab_file: the original `tokenizer.model`. Built from a file by hand, the tokenizer takes any SentencePiece
+            vocabulary; `from_pretrained` refuses another family's, and that of the other generation than config.json's.
         add_bos_token, add_eos_token: put `<s>` in front and `</s>` behind. The checkpoints say no to both; the
             default without a checkpoint is the original's (`<s>` in front).
         sp_model_kwargs: passed to `sentencepiece.SentencePieceProcessor` when `sp_model` is asked for.
@@ -32,6 +39,8 @@ class BaichuanTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     finds_added_tokens_in_raw_text = True
+    model_type = "baichuan"
+    PUBLISHED_SIZES = {size: size for size in NORM_HEAD_BY_VOCAB_SIZE}
     NAMED_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
 
     def __init__(
@@ -45,6 +54,8 @@ class BaichuanTokenizer(ChatTokenizer):
         add_eos_token: bool | None = None,
         **kwargs,
     ):
+        given = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token, "sp_model_kwargs": sp_model_kwargs}
+        check_settings("BaichuanTokenizer", given)
         self.sp_model_kwargs = sp_model_kwargs or {}
         kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": False, **kwargs}
         for name, token in kwargs.items():
@@ -66,6 +77,24 @@ class BaichuanTokenizer(ChatTokenizer):
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         return build_tokenizer(SentencePieceModel.from_file(vocab_file))
+
+    def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
+        engine, form = (
+            self._tokenizer.model,
+            self._tokenizer.normalizer and self._tokenizer.normalizer.normalize_str(PROBE),
+        )
+        ids = [self._tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "[gMASK]")]
+        is_ours = isinstance(engine, BPE) and engine.byte_fallback and ids == [0, 1, 2, None]
+        if not is_ours or form not in GENERATIONS:
+            raise ValueError(
+                f"{source} is not a vocabulary of Baichuan: it has other pieces or rules. {DOWNLOAD_AGAIN}."
+            )
+        wanted = "Baichuan 2" if has_norm_head(config) else "Baichuan 1"
+        if config.keys() & {"norm_head", "vocab_size"} and GENERATIONS[form] != wanted:
+            raise ValueError(
+                f"{source} is a vocabulary of {GENERATIONS[form]}'s kind, but config.json beside it is that of a model of "
+                f"{wanted}'s (`norm_head`). {DOWNLOAD_AGAIN}."
+            )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         parts: list[str] = []

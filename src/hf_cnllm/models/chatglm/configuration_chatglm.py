@@ -61,6 +61,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    own_tokenizer = "ChatGLMTokenizer"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
 

@@ -2,17 +2,19 @@
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
+from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
 from .tool_calls import as_chatglm3_messages, as_chatglm3_tools
@@ -29,6 +31,14 @@ from .vocabulary_chatglm import (
     symbols_as_text,
 )
 
+# Ids in the configuration of ChatGLM-6B -> their tokens.
+ICE_TEXT_MODEL_TOKENS = {
+    "mask_token_id": ("[MASK]",),
+    "gmask_token_id": ("[gMASK]",),
+    "bos_token_id": ("<sop>",),
+    "eos_token_id": ("<eop>", "</s>"),
+}
+PUBLISHED_PIECES, FIRST_MERGED = 64_789, (259, "▁t")  # of ChatGLM2's and ChatGLM3's file
 # Arguments of `tokenizer(…)` that are about one text, not about a batch.
 ENCODING_OPTIONS = ("truncation_strategy", "stride", "is_split_into_words", "split_special_tokens")
 
@@ -53,6 +63,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         num_image_tokens: ids in front of ChatGLM-6B's text vocabulary; by default 20,000 in the early revision.
         encode_special_tokens: ChatGLM3: whether the four role tokens are read from text. May be set at any time.
         do_lower_case, remove_space: ChatGLM-6B: lower-case the text; squeeze its white space.
+        control_token_ids: ids of the control tokens as `save_pretrained` writes them, which the vocabulary must give them.
         gmask_token, end_token, eop_token: accepted as in the original configurations; they have one value each.
 
     Raises:
@@ -64,6 +75,8 @@ class ChatGLMTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     finds_added_tokens_in_raw_text = True
+    model_type = "chatglm"
+    PUBLISHED_SIZES = {130_528: 130_344, 150_528: 150_344, 65_024: PUBLISHED_PIECES + 5}
     encodes_messages_alone = False  # the templates say where a text ends
     gmask_token, end_token = "[gMASK]", "</s>"
 
@@ -79,12 +92,23 @@ class ChatGLMTokenizer(ChatTokenizer):
         encode_special_tokens: bool = False,
         do_lower_case: bool = False,
         remove_space: bool = False,
+        control_token_ids: Mapping[str, int] | None = None,
         **kwargs: Any,
     ):
         if vocab_file is not None and ice_text_file is not None:
             raise ValueError(
                 f"{vocab_file} and {ice_text_file} are two vocabularies: remove the one that is not used."
             )
+        check_settings(
+            "ChatGLMTokenizer",
+            {
+                "num_image_tokens": num_image_tokens,
+                "encode_special_tokens": encode_special_tokens,
+                "do_lower_case": do_lower_case,
+                "remove_space": remove_space,
+                "control_token_ids": control_token_ids,
+            },
+        )
         vocab_file = ice_text_file if vocab_file is None else vocab_file
         if vocab_file is not None and generation is None:
             tokenizer_file = None  # not written by this class, so it may read special tokens from text
@@ -116,6 +140,9 @@ class ChatGLMTokenizer(ChatTokenizer):
         kwargs.setdefault("clean_up_tokenization_spaces", version.cleans_up)
         kwargs.setdefault("model_input_names", list(version.input_names))
         super().__init__(vocab_file, tokenizer_file, tokenizer_object, generation=generation, **self._named, **kwargs)
+        if control_token_ids is not None and tokenizer_object is None:
+            ids = {index: token for token, index in control_token_ids.items()}
+            check_added_tokens(self._tokenizer, ids, str(tokenizer_file or vocab_file))
         if encode_special_tokens:
             self.encode_special_tokens = True
         if self.chat_template is None:
@@ -130,11 +157,41 @@ class ChatGLMTokenizer(ChatTokenizer):
         if self._version.vocab_file == TOKENIZER_MODEL:
             return build_bpe_backend(model, self._version)
         backend = build_ice_backend(model, self.num_image_tokens, self.do_lower_case, self.remove_space)
-        backend.add_special_tokens([taking_spaces(str(token)) for token in self._named.values() if token is not None])
+        named = [str(token) for token in self._named.values() if token is not None]
+        backend.add_special_tokens([taking_spaces(token) for token in named if backend.token_to_id(token) is not None])
         return backend
+
+    @property
+    def MODEL_TOKENS(self) -> dict[str, tuple[str, ...]]:
+        return ICE_TEXT_MODEL_TOKENS if self._version.vocab_file == ICE_TEXT else {}
+
+    def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
+        engine, ids = self._tokenizer.model, self._tokenizer.get_vocab(with_added_tokens=False)
+        if self._version.vocab_file == ICE_TEXT:
+            is_ours = isinstance(engine, Unigram) and "<n>" in ids and ids.get("<unk>") == self.num_image_tokens
+        else:
+            is_ours = isinstance(engine, BPE) and engine.byte_fallback and ids.get("<unk>") == 0
+            is_ours = is_ours and (ROLES[0] in ids) == (self.generation == "chatglm3")
+        is_ours = is_ours and ids.keys() >= {*self._version.control, "<s>", "</s>"}
+        if not is_ours:
+            raise ValueError(
+                f"{source} is not a vocabulary of {self.generation}, which tokenizer_config.json and what stands beside it "
+                f"say it is: it has other pieces or rules. {DOWNLOAD_AGAIN}."
+            )
+
+    def listed_tokens(self, added: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """Without those of the published vocabulary, if this is another one that goes with its settings."""
+        if self._version.vocab_file == ICE_TEXT or self._tokenizer.id_to_token(FIRST_MERGED[0]) == FIRST_MERGED[1]:
+            return added
+        published = dict(enumerate(self._version.control, PUBLISHED_PIECES))
+        return {index: token for index, token in added.items() if published.get(index) != str(token)}
 
     def is_settled(self, token: str) -> bool:
         return self._tokenizer.model.token_to_id(token) is not None  # also which of them text may contain
+
+    def settings_to_save(self) -> dict[str, Any]:
+        ids = {token: self._tokenizer.token_to_id(token) for token in self._version.control}
+        return super().settings_to_save() | {"control_token_ids": ids}
 
     def get_added_vocab(self) -> dict[str, int]:
         """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""

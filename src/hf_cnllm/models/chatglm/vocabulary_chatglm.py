@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
+from ...tokenization.folder import Folder
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 
@@ -127,9 +128,14 @@ def recognize_version(
     found = _versions_of(model)
     if not found:
         raise ValueError(f"{vocab_file} is not a vocabulary of ChatGLM: it has other pieces or rules.")
-    here, owners, right_name = Path(vocab_file), " and ".join(found), VERSIONS[found[0]].vocab_file
+    folder, here, owners, right_name = (
+        Folder(vocab_file),
+        Path(vocab_file),
+        " and ".join(found),
+        VERSIONS[found[0]].vocab_file,
+    )
     names = ("tokenizer_config.json", "config.json", "special_tokens_map.json")
-    tokenizer_config, config, _ = recorded = [_read_config(here.parent / name) for name in names]
+    tokenizer_config, config, _ = recorded = [folder.read(name) for name in names]
     if generation is not None and generation not in found:
         raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {owners}.")
     if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
@@ -144,12 +150,28 @@ def recognize_version(
     known = json.dumps([recorded, settings], default=str, ensure_ascii=False)
     if "encode_special_tokens" in known or any(role in known for role in ROLES):
         return "chatglm3"
+    said: dict[str, str] = {}  # where -> which
     code = here.parent / "tokenization_chatglm.py"
     if code.is_file():
-        return "chatglm3" if ROLES[1] in code.read_text(encoding="utf-8", errors="replace") else "chatglm2"
-    for name in (tokenizer_config.get("name_or_path"), config.get("_name_or_path"), settings.get("name_or_path")):
+        text = code.read_text(encoding="utf-8", errors="replace")
+        if "[MASK]" in text or ROLES[1] in text:
+            said[code.name] = "chatglm3" if ROLES[1] in text else "chatglm2"
+    for where, name in (
+        ("tokenizer_config.json", tokenizer_config.get("name_or_path")),
+        ("config.json", config.get("_name_or_path")),
+    ):
         if match := re.search(r"(chatglm|codegeex)-?([23])", str(name).lower()):
-            return "chatglm" + match[2]
+            said[where] = "chatglm" + match[2]
+    if len(set(said.values())) > 1:
+        claims = ", ".join(f"{where} {version}" for where, version in said.items())
+        raise ValueError(
+            f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and the files beside it say different things "
+            f"({claims}). Pass generation='chatglm2' or generation='chatglm3', or download the files of one of them again."
+        )
+    if said:
+        return next(iter(said.values()))
+    if match := re.search(r"(chatglm|codegeex)-?([23])", str(settings.get("name_or_path")).lower()):
+        return "chatglm" + match[2]
     raise ValueError(
         f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and nothing beside it says which one this is. "
         "Pass generation='chatglm2' or generation='chatglm3', or put it into tokenizer_config.json."
@@ -161,19 +183,8 @@ def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
         if "<n>" not in model.symbols:
             return ()
         return ("chatglm",) if "[gMASK]" in model.ids else ("chatglm_early",)
-    is_plain = not model.charsmap and not model.symbols and model.byte_fallback and model.add_dummy_prefix
+    is_plain = not model.charsmap and not model.symbols and model.is_byte_bpe and model.add_dummy_prefix
     return ("chatglm2", "chatglm3") if is_plain else ()
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """A configuration file that a checkpoint keeps beside its vocabulary; empty if it has none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Download it again.") from error
-    return content if isinstance(content, dict) else {}
 
 
 # ---- ChatGLM2 and ChatGLM3 ----

@@ -56,6 +56,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "glm"
+    own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
     has_kinds_of_blanks: ClassVar[bool] = False

@@ -63,6 +63,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "qwen"
+    own_tokenizer = "QWenTokenizer"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "head_dim": "kv_channels",

@@ -13,6 +13,7 @@ from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
+from ...tokenization.folder import check_settings
 from ...tokenization.regex import any_of
 from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
 
@@ -54,6 +55,9 @@ class QWenTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     prompt_padding_side = "left"
+    model_type = "qwen"
+    MODEL_TOKENS = {"eos_token_id": (ENDOFTEXT, IMEND)}
+    PUBLISHED_SIZES = {151_936: 151_851, 152_064: 151_851}
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class QWenTokenizer(ChatTokenizer):
         tokenizer_file: str | os.PathLike | None = None,
         **kwargs,
     ):
+        check_settings("QWenTokenizer", {"errors": errors, "first_revision": first_revision})
         self.errors = errors
         self._extra_vocab_file = extra_vocab_file
         self.first_revision = "remove_space" in kwargs if first_revision is None else first_revision
