@@ -243,13 +243,15 @@ def test_a_switch_is_true_or_false(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("errors", "nonsense"), ("errors", True), ("model_max_length", -1), ("model_max_length", float("nan"))]
-    + [
-        ("padding_side", 3),
-        ("num_image_tokens", 0.5),
-        ("eos_token", 3),
-        ("eos_token", ""),
-        ("extra_special_tokens", "x"),
+    [
+        *(("errors", "nonsense"), ("errors", True), ("model_max_length", -1), ("model_max_length", float("nan"))),
+        *(
+            ("padding_side", 3),
+            ("num_image_tokens", 0.5),
+            ("eos_token", 3),
+            ("eos_token", ""),
+            ("extra_special_tokens", "x"),
+        ),
     ],
 )
 def test_other_settings(name, value):
