@@ -133,6 +133,8 @@ def test_another_vocabulary_is_refused(name, other, folder):
 def test_another_tokenizer_json_is_refused(name, other, folder, tmp_path):
     if other == name or {other, name} == {"chatglm2_small", "chatglm3_small"}:
         return
+    if {other, name} == {"baichuan1_small", "baichuan2_small"}:  # a model of one's own may have either vocabulary
+        return
     AutoTokenizer.from_pretrained(VOCAB / name).save_pretrained(folder)
     AutoTokenizer.from_pretrained(VOCAB / other).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "tokenizer.json", folder)

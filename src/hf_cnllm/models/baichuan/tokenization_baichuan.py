@@ -90,7 +90,10 @@ class BaichuanTokenizer(ChatTokenizer):
                 f"{source} is not a vocabulary of Baichuan: it has other pieces or rules. {DOWNLOAD_AGAIN}."
             )
         wanted = "Baichuan 2" if has_norm_head(config) else "Baichuan 1"
-        if config.keys() & {"norm_head", "vocab_size"} and GENERATIONS[form] != wanted:
+        # Who saves a model of a size of their own beside a tokenizer may pair them as they like.
+        is_published = (source or "").endswith(self.vocab_files_names["vocab_file"])
+        is_published = is_published or config.get("vocab_size") in NORM_HEAD_BY_VOCAB_SIZE
+        if is_published and config.keys() & {"norm_head", "vocab_size"} and GENERATIONS[form] != wanted:
             raise ValueError(
                 f"{source} is a vocabulary of {GENERATIONS[form]}'s kind, but config.json beside it is that of a model of "
                 f"{wanted}'s (`norm_head`). {DOWNLOAD_AGAIN}."
