@@ -214,15 +214,17 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
     def encode_message(self, content: str) -> list[int]:
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
-        template = self.chat_template if isinstance(self.chat_template, str) else ""
-        return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+        return self._chat_backends().plain.encode(content, add_special_tokens=False).ids
 
     @cached_property
     def _latest_chat_backends(self) -> dict[tuple, ChatBackends]:
         return {}
 
-    def _chat_backends(self, template: str) -> ChatBackends:
-        """The backends for the control tokens of now; built again when tokens are added or the template changes."""
+    def _chat_backends(self, template: str | None = None) -> ChatBackends:
+        """The backends for the control tokens of now; built again when tokens are added or the template changes, which is
+        the tokenizer's own unless given."""
+        if template is None:
+            template = self.chat_template if isinstance(self.chat_template, str) else ""
         listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
         key = (template, listed, self._tokenizer, *((index, repr(token)) for index, token in added.items()))
@@ -288,6 +290,10 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             )
         return self._encode_chats(rows, is_batched, add_special_tokens=add_special_tokens, **kwargs)
 
+    def _in_normal_form(self, text: str) -> str:
+        """The text as the backends take it."""
+        return text
+
     def _encode_texts(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:
         """What `tokenizer(…)` makes of texts that are no rendered chats."""
         return super()._encode_plus(text, text_pair, **kwargs)
@@ -328,7 +334,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 chats.append(None)
                 encodings += self._encode_texts([row], add_special_tokens=add_special_tokens, **others).encodings
                 continue
-            chats.append(chat := EncodedChat.of(row, backends[row.template]))
+            chats.append(chat := EncodedChat.of(row, backends[row.template], self._in_normal_form))
             encoding = chat.encoding
             if truncation_strategy != "do_not_truncate":
                 added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0

@@ -1,7 +1,7 @@
 """One chat that a template has rendered: a text that knows its control tokens, and the tokens that it is encoded to."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, compress, dropwhile, islice
 from operator import itemgetter, not_
 from typing import NamedTuple
@@ -62,7 +62,7 @@ class RenderedChat(str):
     sections: tuple[
         tuple[str, bool], ...
     ] = ()  # a text that is encoded by itself, and whether it is one control token
-    template: str = ""
+    template: str | None = None  # that wrote it; None is the tokenizer's own
 
     @classmethod
     def of(cls, marked: str, marks: Marks, control: str, template: str) -> "RenderedChat":
@@ -72,7 +72,7 @@ class RenderedChat(str):
         return cls.join([(marks.remove(part), index % 2 == 1) for index, part in enumerate(parts) if part], template)
 
     @classmethod
-    def join(cls, sections: Iterable[tuple[str, bool]], template: str) -> "RenderedChat":
+    def join(cls, sections: Iterable[tuple[str, bool]], template: str | None = None) -> "RenderedChat":
         sections = tuple(section for section in sections if section[0])
         chat = cls("".join(text for text, _ in sections))
         chat.sections, chat.template = sections, template
@@ -90,10 +90,10 @@ class EncodedChat(NamedTuple):
     sections: list[tuple[str, Encoding]]
 
     @classmethod
-    def of(cls, chat: RenderedChat, backends: ChatBackends) -> "EncodedChat":
+    def of(cls, chat: RenderedChat, backends: ChatBackends, normal_form: Callable[[str], str]) -> "EncodedChat":
         # What is no control token of these backends is text: another tokenizer may have rendered the chat.
         is_control = [known and backends.control_ids.token_to_id(text) is not None for text, known in chat.sections]
-        texts = [text for text, _ in chat.sections]
+        texts = [normal_form(text) for text, _ in chat.sections]
         plain_texts = list(compress(texts, map(not_, is_control)))
         plain = iter(backends.plain.encode_batch(plain_texts, add_special_tokens=False))
         encodings = [

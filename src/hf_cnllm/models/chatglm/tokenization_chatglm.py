@@ -13,10 +13,10 @@ from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
-from ...tokenization.rendered_chat import RenderedChat
+from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
-from .tool_calls import as_chatglm3_messages, as_chatglm3_tools
+from .tool_calls import ASSISTANT, Answer, as_chatglm3_messages, as_chatglm3_tools
 from .vocabulary_chatglm import (
     ICE_TEXT,
     IMAGE_TOKENS,
@@ -317,7 +317,17 @@ class ChatGLMTokenizer(ChatTokenizer):
         return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self._tokenizer.decoder.decode(mend_bytes(tokens))
+        text = self._tokenizer.decoder.decode(mend_bytes(tokens))
+        if self.generation != "chatglm3" or ASSISTANT not in tokens:
+            return text
+        # Decoding depends on what stands around a token, so the turns are parted in the text of all of them.
+        (mark,) = unused_characters(text)
+        marked = [mark if token == ASSISTANT else token for token in tokens]
+        return Answer.of(self._tokenizer.decoder.decode(mend_bytes(marked)).split(mark))
+
+    def clean_up_tokenization(self, text: str) -> str:
+        clean_up = super().clean_up_tokenization
+        return Answer.of(map(clean_up, text.turns)) if isinstance(text, Answer) else clean_up(text)
 
     def chat_control_pieces(self) -> Iterable[str]:
         return [*self._version.control, "</s>"]

@@ -15,12 +15,14 @@ import json
 import keyword
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 from ..._compat import get_json_schema
 from ...tokenization.chat_sections import plain_messages
+
+ASSISTANT = "<|assistant|>"
 
 
 class ToolCallError(ValueError):
@@ -86,19 +88,41 @@ def format_tool_call(arguments: Mapping[str, Any]) -> str:
     return f"```python\n{code}\n```"
 
 
+class Answer(str):
+    """Decoded text of ChatGLM3 that knows its turns: they are parted by `<|assistant|>` where that was a token, not where
+    the model wrote its name. What is made of it (a slice, `strip()`) is ordinary text, which has no turns."""
+
+    turns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, turns: Iterable[str]) -> "Answer":
+        turns = tuple(turns)
+        answer = cls(ASSISTANT.join(turns))
+        answer.turns = turns
+        return answer
+
+
 def read_answer(
-    output: str, history: Sequence[Mapping[str, Any]]
+    output: str | Sequence[str], history: Sequence[Mapping[str, Any]]
 ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
     """What ChatGLM3 generated after `<|assistant|>`, as (response, history with the turns in it added).
 
     The response is the last turn: its text or, for a tool call, `{"name": …, "parameters": {…}}` if `history` begins
     with a system message that has tools, else `{"name": …, "content": …}`.
 
+    Args:
+        output: what the tokenizer decoded, which knows where `<|assistant|>` was generated; or its turns, one by one. Any other
+            string is one turn: a role's name in it is text.
+
     Raises:
         ToolCallError: the history has tools, and the last turn is a malformed call of one.
     """
+    if isinstance(output, str):
+        output = getattr(output, "turns", (output,))
+    if not output:
+        raise ValueError("an answer has at least one turn, but here is none.")
     turns = [dict(deepcopy(message)) for message in history]
-    for text in output.split("<|assistant|>"):
+    for text in output:
         metadata, _, content = text.partition("\n") if "\n" in text else ("", "", text)
         name = metadata.strip()
         content = content if name else content.strip()
