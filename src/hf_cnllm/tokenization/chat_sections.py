@@ -16,7 +16,6 @@ stands at the top of the class.
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cached_property, partial
 from importlib import resources
@@ -29,7 +28,7 @@ from transformers import BatchEncoding
 from .._compat import get_json_schema, render_jinja_template
 from .base import OriginalVocabularyTokenizer
 from .regex import any_of
-from .rendered_chat import ChatBackends, EncodedChat, Marks, RenderedChat
+from .rendered_chat import ChatBackends, EncodedChat, Marks, NoCharacterLeft, RenderedChat
 
 
 def read_template(name: str) -> str:
@@ -206,10 +205,14 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         """The rendered texts as chats, or as they are if the template says something else about contents with marks in
         them: one that trims or compares contents does with borders, one that looks for control tokens always."""
         for has_borders in (True, False):
-            with suppress(Exception):  # whatever a template does with contents that are not what it expects
+            try:
                 rendered, _ = in_sections(has_borders=has_borders)
-                if rendered == texts:
-                    return rendered
+            except NoCharacterLeft:
+                raise
+            except Exception:  # whatever a template does with contents that are not what it expects
+                continue
+            if rendered == texts:
+                return rendered
         return texts
 
     def encode_message(self, content: str) -> list[int]:

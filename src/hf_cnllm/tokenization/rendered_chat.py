@@ -21,12 +21,16 @@ class ChatBackends(NamedTuple):
 MEANINGLESS = (range(0xF0000, 0x110000), range(0xE000, 0xF900), range(0xFDD0, 0xFDF0))
 
 
+class NoCharacterLeft(ValueError):
+    """A text holds all characters that could mark something in it."""
+
+
 def unused_characters(*texts: str, count: int = 1) -> list[str]:
-    """Meaningless characters that occur in none of the texts. Raises ValueError if these have nearly all of them."""
+    """Meaningless characters that occur in none of the texts. Raises `NoCharacterLeft` if these have nearly all."""
     used = set().union(*texts)
     found = list(islice((char for char in map(chr, chain(*MEANINGLESS)) if char not in used), count))
     if len(found) < count:
-        raise ValueError(
+        raise NoCharacterLeft(
             f"the text holds all {sum(map(len, MEANINGLESS)):,} private-use characters, of which reading chats needs "
             f"{count}: leave one out."
         )
