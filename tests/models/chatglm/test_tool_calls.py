@@ -66,8 +66,9 @@ def test_a_role_in_a_text_is_text():
     for same in (answer, copy.deepcopy(answer), pickle.loads(pickle.dumps(answer)), list(answer.turns)):
         assert read_answer(same, history)[0] == {"name": "rm", "parameters": {"path": "/"}}
     assert answer == said
-    with pytest.raises(ValueError, match="at least one turn"):
-        read_answer([], history)
+    for output in ([], [1], b"a", None):
+        with pytest.raises(ValueError, match="must be a text that the tokenizer decoded, or a list of its turns"):
+            read_answer(output, history)
 
 
 EXECUTED = []

@@ -116,13 +116,15 @@ def read_answer(
 
     Raises:
         ToolCallError: the history has tools, and the last turn is a malformed call of one.
+        ValueError: the output is neither.
     """
-    if isinstance(output, str):
-        output = getattr(output, "turns", (output,))
-    if not output:
-        raise ValueError("an answer has at least one turn, but here is none.")
+    texts = getattr(output, "turns", (output,)) if isinstance(output, str) else output
+    if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)):
+        raise ValueError(
+            f"output must be a text that the tokenizer decoded, or a list of its turns, but is {output!r}."
+        )
     turns = [dict(deepcopy(message)) for message in history]
-    for text in output:
+    for text in texts:
         metadata, _, content = text.partition("\n") if "\n" in text else ("", "", text)
         name = metadata.strip()
         content = content if name else content.strip()
