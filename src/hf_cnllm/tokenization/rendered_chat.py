@@ -63,9 +63,7 @@ class RenderedChat(str):
     column of a data set) is ordinary text: whether a control token in it was a user's words, nobody can tell any more.
     """
 
-    sections: tuple[
-        tuple[str, bool], ...
-    ] = ()  # a text that is encoded by itself, and whether it is one control token
+    sections: tuple[tuple[str, bool], ...] = ()  # what is encoded by itself, and whether it is one control token
     template: str | None = None  # that wrote it; None is the tokenizer's own
 
     @classmethod
