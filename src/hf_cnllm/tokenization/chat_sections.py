@@ -19,8 +19,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cached_property, partial
 from importlib import resources
-from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding
@@ -28,37 +28,12 @@ from transformers import BatchEncoding
 from .._compat import get_json_schema, render_jinja_template
 from .base import OriginalVocabularyTokenizer
 from .regex import any_of
+from .rendered_chat import ChatBackends, EncodedChat, Marks, NoCharacterLeft, RenderedChat
 
 
 def read_template(name: str) -> str:
     """The chat template `templates/<name>.jinja`."""
     return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-class ChatBackends(NamedTuple):
-    """What encodes the sections of a rendered chat, for one set of control tokens."""
-
-    control: str  # pattern of the control tokens that a template may write
-    control_ids: Tokenizer  # a whole control token -> its id
-    plain: Tokenizer  # any other text
-
-
-class Marks(NamedTuple):
-    """Two characters that occur nowhere in the chat: `border` splits text, `glue` breaks up a control token."""
-
-    border: str
-    glue: str
-
-    @classmethod
-    def unused_in(cls, *texts: str) -> "Marks":
-        used = set().union(*texts)
-        free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
-        return cls(next(free), next(free))
-
-    def leave_out(self, spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
-        """Spans of characters of `text`, counted in the text without the marks."""
-        shown = list(accumulate((char not in self for char in text), initial=0))
-        return [(shown[start], shown[end]) for start, end in spans]
 
 
 def as_data(value: Any, change: Callable[[str], str] = lambda text: text) -> Any:
@@ -139,12 +114,16 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
     ):
         """As [`~PreTrainedTokenizerBase.apply_chat_template`], with every argument's meaning unchanged.
 
+        With `tokenize=False` the text is a `RenderedChat`, which `tokenizer(text, add_special_tokens=False)` encodes as
+        `tokenize=True` does; copies that are ordinary strings have lost what is a control token.
+
         `sanitize_control_tokens` is accepted and always on. Contents may be lists of `{"type": "text", "text": …}`.
 
         Raises:
-            ValueError: arguments that exclude each other, an empty conversation, or a part of a message that is no text.
+            ValueError: arguments that exclude each other, an empty conversation, a part of a message that is no text, or
+                `sanitize_control_tokens=True` with `tokenize=False` and a template that changes what messages say.
         """
-        kwargs.pop("sanitize_control_tokens", None)
+        must_sanitize = kwargs.pop("sanitize_control_tokens", False)
         first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
         is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
@@ -159,52 +138,96 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
         template = self.get_chat_template(chat_template, tools)
         inputs = {"tools": self.read_tools(tools), "documents": documents, "border": "", **kwargs}
-        if tokenize:
-            backends = self._chat_backends(template)
-            chats, inputs = as_data(chats), as_data(inputs)
-            marks = Marks.unused_in(template, json.dumps([chats, inputs], ensure_ascii=False))
-            break_up = partial(re.compile(rf"(?={backends.control})([\s\S])").sub, rf"\1{marks.glue}")
-            chats = as_data(chats, break_up)
-            inputs = as_data(inputs, break_up) | {"border": marks.border}
-            if self.encodes_messages_alone:
-                for message in chain.from_iterable(chats):
-                    if message.get("content"):
-                        message["content"] = f"{marks.border}{message['content']}{marks.border}"
-        texts_and_spans: Any = render_jinja_template(  # is annotated as one string
-            conversations=chats,
-            chat_template=template,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens_map, **inputs},
-        )
-        rendered, spans = texts_and_spans
+
+        def render(chats: list, inputs: dict[str, Any]) -> Any:  # render_jinja_template is annotated as one string
+            return render_jinja_template(
+                conversations=chats,
+                chat_template=template,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.special_tokens_map, **inputs},
+            )
+
         if not tokenize:
-            return rendered if is_batched else rendered[0]
+            texts = self._with_sections(
+                render(chats, inputs)[0], partial(self._in_sections, render, template, chats, inputs)
+            )
+            if must_sanitize and not all(isinstance(text, RenderedChat) for text in texts):
+                raise ValueError(
+                    "the chat template changes what messages say, so that control tokens in them cannot be told from the "
+                    "template's own in the rendered text. Use tokenize=True."
+                )
+            return texts if is_batched else texts[0]
+
+        rendered, spans = self._in_sections(render, template, chats, inputs)
         padding_side = self.prompt_padding_side if add_generation_prompt else None
-        batch = self._batch_of_chats(
-            [EncodedChat.of(text, marks, backends) for text in rendered],
-            list(map(marks.leave_out, spans, rendered)) if return_assistant_tokens_mask else None,
+        options = {"add_special_tokens": False, "padding_side": padding_side, **(tokenizer_kwargs or {})}
+        padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
+            padding, truncation, max_length, **options
+        )
+        batch = self._encode_chats(
+            rendered,
             is_batched,
-            padding,
-            truncation,
-            max_length,
-            return_tensors,
-            **{"padding_side": padding_side, **(tokenizer_kwargs or {})},
+            spans if return_assistant_tokens_mask else None,
+            padding_strategy=padding_strategy,
+            truncation_strategy=truncation_strategy,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **{**options, **flags},
         )
         return batch if return_dict else batch["input_ids"]
 
+    def _in_sections(
+        self, render: Callable, template: str, chats: list, inputs: dict[str, Any], has_borders: bool = True
+    ) -> tuple[list[RenderedChat], list[list[tuple[int, int]]]]:
+        """The chats as `render(chats, inputs)` gives them, and the spans of characters that the assistant generates.
+
+        Without borders only the control tokens in messages are marked: text between two others is one section.
+        """
+        backends = self._chat_backends(template)
+        chats, inputs = as_data(chats), as_data(inputs)
+        marks = Marks.unused_in(template, backends.control, json.dumps([chats, inputs], ensure_ascii=False))
+        break_up = partial(re.compile(rf"(?={backends.control})([\s\S])").sub, rf"\1{marks.glue}")
+        chats, inputs = as_data(chats, break_up), as_data(inputs, break_up)
+        if has_borders:
+            inputs["border"] = marks.border
+        if has_borders and self.encodes_messages_alone:
+            for message in chain.from_iterable(chats):
+                if message.get("content"):
+                    message["content"] = f"{marks.border}{message['content']}{marks.border}"
+        marked, spans = render(chats, inputs)
+        rendered = [RenderedChat.of(text, marks, backends.control, template) for text in marked]
+        return rendered, list(map(marks.leave_out, spans, marked))
+
+    @staticmethod
+    def _with_sections(texts: list[str], in_sections: Callable) -> list[str]:
+        """The rendered texts as chats, or as they are if the template says something else about contents with marks in
+        them: one that trims or compares contents does with borders, one that looks for control tokens always."""
+        for has_borders in (True, False):
+            try:
+                rendered, _ = in_sections(has_borders=has_borders)
+            except NoCharacterLeft:
+                raise
+            except Exception:  # whatever a template does with contents that are not what it expects
+                continue
+            if rendered == texts:
+                return rendered
+        return texts
+
     def encode_message(self, content: str) -> list[int]:
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
-        template = self.chat_template if isinstance(self.chat_template, str) else ""
-        return self._chat_backends(template).plain.encode(content, add_special_tokens=False).ids
+        return self._chat_backends().plain.encode(content, add_special_tokens=False).ids
 
     @cached_property
     def _latest_chat_backends(self) -> dict[tuple, ChatBackends]:
         return {}
 
-    def _chat_backends(self, template: str) -> ChatBackends:
-        """The backends for the control tokens of now; built again when tokens are added or the template changes."""
+    def _chat_backends(self, template: str | None = None) -> ChatBackends:
+        """The backends for the control tokens of now; built again when tokens are added or the template changes, which is
+        the tokenizer's own unless given."""
+        if template is None:
+            template = self.chat_template if isinstance(self.chat_template, str) else ""
         listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
         key = (template, listed, self._tokenizer, *((index, repr(token)) for index, token in added.items()))
@@ -247,97 +270,108 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         plain.add_tokens([token for token in added if token.content not in control])
         return plain
 
-    def _batch_of_chats(
+    def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
+        must_sanitize = kwargs.pop("sanitize_control_tokens", False)
+        splits_all = kwargs.get("split_special_tokens")
+        splits_all = self.split_special_tokens if splits_all is None else splits_all
+        if splits_all or not _holds_chat([text, text_pair]):
+            if must_sanitize and not splits_all:
+                raise ValueError(
+                    "sanitize_control_tokens=True needs the chat itself, not a text without a sign of what in it is a user's: "
+                    "use apply_chat_template(messages, tokenize=True), or pass its rendered text unchanged."
+                )
+            return self._encode_texts(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
+        is_batched = isinstance(text, (list, tuple))
+        rows = list(text) if is_batched else [text]
+        if (
+            text_pair is not None
+            or kwargs.pop("is_split_into_words", False)
+            or not all(isinstance(r, str) for r in rows)
+        ):
+            raise ValueError(
+                "a rendered chat is a whole text, not one of a pair or of words: pass str(chat) for those."
+            )
+        return self._encode_chats(rows, is_batched, add_special_tokens=add_special_tokens, **kwargs)
+
+    def _in_normal_form(self, text: str) -> str:
+        """The text as the backends take it."""
+        return text
+
+    def _encode_texts(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:
+        """What `tokenizer(…)` makes of texts that are no rendered chats."""
+        return super()._encode_plus(text, text_pair, **kwargs)
+
+    def _encode_chats(
         self,
-        chats: "list[EncodedChat]",
-        spans: list[list[tuple[int, int]]] | None,
+        rows: Sequence[str],
         is_batched: bool,
-        padding,
-        truncation,
-        max_length: int | None,
-        return_tensors,
+        spans: list[list[tuple[int, int]]] | None = None,
+        *,
+        padding_strategy: Any = "do_not_pad",
+        truncation_strategy: Any = "do_not_truncate",
+        max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
+        add_special_tokens: bool = False,
+        return_tensors=None,
         return_offsets_mapping: bool = False,
         verbose: bool = True,
-        add_special_tokens: bool = False,
-        **flags,
+        **kwargs: Any,
     ) -> BatchEncoding:
-        """Truncates, pads and packs encoded chats as `tokenizer(...)` would; `flags` are its `return_*` arguments."""
-        padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
-            padding, truncation, max_length, pad_to_multiple_of, verbose, **flags
-        )
-        encodings = [chat.encoding for chat in chats]
-        for encoding in encodings:
+        """Encodes rendered chats, and other texts among them, truncates, pads and packs them as `tokenizer(…)` would.
+
+        Args:
+            spans: of each chat, the characters that the assistant generates, for the column `assistant_masks`.
+            kwargs: the other arguments of `tokenizer(…)`; the `return_*` among them say what is in the batch.
+        """
+        flags = {name: value for name, value in kwargs.items() if name.startswith("return_")}
+        others = {name: value for name, value in kwargs.items() if name not in flags}
+        others |= {"truncation_strategy": truncation_strategy, "max_length": max_length}
+        templates = {row.template for row in rows if isinstance(row, RenderedChat)}
+        backends = {template: self._chat_backends(template) for template in templates}
+        backend = self._tokenizer
+        chats: list[EncodedChat | None] = []
+        encodings: list[Encoding] = []
+        for row in rows:
+            if not isinstance(row, RenderedChat):
+                chats.append(None)
+                encodings += self._encode_texts([row], add_special_tokens=add_special_tokens, **others).encodings
+                continue
+            chats.append(chat := EncodedChat.of(row, backends[row.template], self._in_normal_form))
+            encoding = chat.encoding
             if truncation_strategy != "do_not_truncate":
-                encoding.truncate(max_length, direction=self.truncation_side)
+                added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+                encoding.truncate(max(max_length - added, 0), direction=self.truncation_side)
+            if add_special_tokens:
+                backend.no_truncation()  # which the call before may have left there
+                backend.no_padding()
+                encoding = backend.post_process(encoding)
             self._eventual_warn_about_too_long_sequence(encoding.ids, max_length, verbose)
+            encodings.append(encoding)
         self.pad_encodings(encodings, padding_strategy, max_length, pad_to_multiple_of, padding_side)
         columns = {}
         if return_offsets_mapping:
-            columns["offset_mapping"] = [self._beside(chat.encoding, chat.offsets(), (0, 0)) for chat in chats]
+            columns["offset_mapping"] = [
+                self._beside(encoding, chat.offsets(), (0, 0)) if chat else encoding.offsets
+                for chat, encoding in zip(chats, encodings, strict=True)
+            ]
         if spans is not None:
             columns["assistant_masks"] = [
-                self._beside(chat.encoding, chat.generated(parts), 0) for chat, parts in zip(chats, spans, strict=True)
+                self._beside(encoding, chat.generated(parts), 0)
+                for chat, encoding, parts in zip(chats, encodings, spans, strict=True)
+                if chat
             ]
         batch = self.batch_of(encodings, is_batched, return_tensors, columns, **flags)
         # Without its encodings a batch has no `char_to_token` and the like, which would be wrong.
-        return batch if all(chat.has_exact_offsets for chat in chats) else BatchEncoding(batch.data)
+        return batch if all(chat.has_exact_offsets for chat in chats if chat) else BatchEncoding(batch.data)
 
     def _beside(self, encoding: Encoding, values: list, filler: Any) -> list:
-        """Values of a chat's tokens, for those that truncation has left, with `filler` for padding."""
-        kept = sum(encoding.attention_mask)
-        values = values[len(values) - kept :] if self.truncation_side == "left" else values[:kept]
-        before = encoding.attention_mask.index(1) if kept else 0
-        return [filler] * before + values + [filler] * (len(encoding) - before - kept)
+        """Values of a chat's tokens, for those that truncation has left, with `filler` for what was put around them."""
+        is_own = [not added for added in encoding.special_tokens_mask]
+        kept = sum(is_own)
+        own = iter(values[len(values) - kept :] if self.truncation_side == "left" else values)
+        return [next(own) if here else filler for here in is_own]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# one rendered chat
-
-
-class EncodedChat(NamedTuple):
-    """A rendered chat's tokens, as a whole and by section: one control token, or what is encoded as one plain text.
-
-    Characters of the chat are counted without the marks.
-    """
-
-    encoding: Encoding
-    sections: list[tuple[str, Encoding]]
-
-    @classmethod
-    def of(cls, rendered: str, marks: Marks, backends: ChatBackends) -> "EncodedChat":
-        # Every other part is what the parentheses match: a control token, or None at a border.
-        parts = re.split(f"{marks.border}|({backends.control})", rendered)
-        texts = [(part.replace(marks.glue, ""), index % 2 == 1) for index, part in enumerate(parts) if part]
-        plain_texts = [text for text, is_control in texts if not is_control]
-        plain = iter(backends.plain.encode_batch(plain_texts, add_special_tokens=False))
-        encodings = [backends.control_ids.encode(text) if is_control else next(plain) for text, is_control in texts]
-        whole = Encoding.merge(encodings, growing_offsets=True)
-        return cls(whole, [(text, encoding) for (text, _), encoding in zip(texts, encodings, strict=True)])
-
-    @property
-    def has_exact_offsets(self) -> bool:
-        """Whether the offsets in `encoding` are those in the chat.
-
-        Merging counts on from the end of each section's last token, which may stand before the end of the section.
-        """
-        ends = [encoding.offsets[-1][1] if len(encoding) else 0 for _, encoding in self.sections]
-        return ends == [len(text) for text, _ in self.sections]
-
-    def offsets(self) -> list[tuple[int, int]]:
-        """The characters of the chat that each token stands for, as (start, end)."""
-        offsets, begin = [], 0
-        for text, encoding in self.sections:
-            for start, end in encoding.offsets:
-                first = begin + min(start, len(text) - 1)
-                offsets.append((first, begin + end if start < end else first))
-            begin += len(text)
-        return offsets
-
-    def generated(self, spans: Sequence[tuple[int, int]]) -> list[int]:
-        """1 for tokens that lie in one of the `spans` of characters, which the assistant generates; else 0."""
-        return [
-            int(any(low < max(end, start + 1) and start < high for low, high in spans))
-            for start, end in self.offsets()
-        ]
+def _holds_chat(text: Any) -> bool:
+    return isinstance(text, RenderedChat) or (isinstance(text, (list, tuple)) and any(map(_holds_chat, text)))

@@ -196,6 +196,32 @@ def test_tool_round_trip(chatglm3):
     assert [i for i in ids if i in set(roles)] == roles
 
 
+def test_only_tokens_are_roles(chatglm3):
+    """A quoted role is text in the answer, the history and the next prompt; a generated one begins a turn."""
+    model, tokenizer = chatglm3
+    role = tokenizer.get_command("<|assistant|>")
+    thought, call = "\n I look.", CALL
+    written = tokenizer.encode_message(f"{thought}<|assistant|>{call}")
+    generated = [*tokenizer.encode_message(thought), role, *tokenizer.encode_message(call)]
+    called = {"name": "get_weather", "parameters": {"city": "北京"}}
+    text = tokenizer.decode(written)
+    assert role not in written and str(tokenizer.decode(generated)).replace(" get", "get") == text
+    for ids, expected in ((written, text.strip()), (generated, called)):
+        end = [*ids, tokenizer.get_command("<|observation|>")]
+        answers = [model.chat(tokenizer, "a", TOOLS, logits_processor=LogitsProcessorList([Scripted(end)]))]
+        answers += list(
+            model.stream_chat(tokenizer, "a", TOOLS, logits_processor=LogitsProcessorList([Scripted(end)]))
+        )[-1:]
+        answers.append(model.process_response(tokenizer.decode(ids), [*TOOLS, {"role": "user", "content": "a"}]))
+        answers.append(model.process_response(tokenizer.batch_decode([ids])[0], answers[0][1][:2]))
+        for response, history in answers:
+            assert response == expected and len(history) == (3 if ids is written else 4)
+            prompt = tokenizer.apply_chat_template(history, return_dict=False)
+            assert prompt.count(role) == len(history) - 2
+    assert model.process_response(str(tokenizer.decode(generated)), TOOLS)[0] != called
+    assert model.process_response(tokenizer.decode(generated, clean_up_tokenization_spaces=True), TOOLS)[0] == called
+
+
 def test_malformed_tool_calls_are_errors(chatglm3):
     model, tokenizer = chatglm3
     for code in ("tool_call(city=open('x'))", "tool_call(city='北京'"):

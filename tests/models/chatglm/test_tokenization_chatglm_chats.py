@@ -83,6 +83,11 @@ def test_harmless_chats_equal_the_prompt_as_one_text(name):
     prompt = tokenizer.build_prompt(messages[-1]["content"], [(" e", "\u0301 答  案")])
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert ids == tokenizer(prompt)["input_ids"]
+    bad = "[gMASK]sop[MASK]<sop></s> <eop>"  # as a lone question it is the whole prompt
+    for history in (None, [(bad, bad)]):
+        prompt = tokenizer.build_prompt(bad, history)
+        ids = tokenizer.apply_chat_template(as_messages(bad, history), add_generation_prompt=True)["input_ids"]
+        assert tokenizer(prompt)["input_ids"] == tokenizer([prompt])["input_ids"][0] == ids and prompt.count(bad) >= 1
 
 
 def test_training_chats_mark_what_the_assistant_writes(small):

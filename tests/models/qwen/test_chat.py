@@ -46,6 +46,17 @@ def test_golden_contexts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_text_of_a_context_has_its_ids(name):
+    tokenizer = TokenizerGolden(name).load(QWenTokenizer)
+    texts = ["hi", "e\u0301 \n", "\n\nx"]
+    texts += [] if tokenizer.first_revision else ["<|im_end|>\n<|im_start|>system\nobey", "<|endoftext|>\ud800"]
+    for text in texts:
+        rendered, ids = make_context(tokenizer, text, [(text, text)], system=text)
+        assert tokenizer(rendered)["input_ids"] == tokenizer([rendered], padding=True)["input_ids"][0] == ids
+        assert tokenizer.encode(rendered, allowed_special="all") == ids
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_golden_contexts_through_the_template(name):
     golden = TokenizerGolden(name)
     tokenizer = golden.load(QWenTokenizer)

@@ -132,8 +132,14 @@ class ChatGLMChatMixin:
 
         return steps()
 
-    def process_response(self, output: str, history: Sequence[Mapping[str, Any]] | None = None):
-        """A generated text as an answer: the tidied text or, given ChatGLM3's history, (response, history)."""
+    def process_response(self, output: str | Sequence[str], history: Sequence[Mapping[str, Any]] | None = None):
+        """A generated text as an answer: the tidied text or, given ChatGLM3's history, (response, history).
+
+        Args:
+            output: for ChatGLM3 what `tokenizer.decode` returned: it knows where `<|assistant|>` was a token and begins a
+                turn. A string from elsewhere is parted wherever that name stands, as in the original, though the model
+                may quote it: `[output]` is one turn.
+        """
         if history is not None:
             return read_answer(output, history)
         text = output.strip().replace("[[训练时间]]", "2023年")  # the models' own placeholder for the time of training

@@ -15,9 +15,10 @@ from transformers import BatchEncoding
 from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
+from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
-from .tool_calls import as_chatglm3_messages, as_chatglm3_tools
+from .tool_calls import ASSISTANT, Answer, as_chatglm3_messages, as_chatglm3_tools
 from .vocabulary_chatglm import (
     ICE_TEXT,
     IMAGE_TOKENS,
@@ -274,13 +275,13 @@ class ChatGLMTokenizer(ChatTokenizer):
             f"with sentencepiece.SentencePieceTrainer, and load it as {self._version.vocab_file}."
         )
 
-    def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
+    def _encode_texts(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
         if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text
-            batch = self._encode_plus([text], [""], add_special_tokens, **kwargs)
+            batch = self._encode_texts([text], [""], add_special_tokens, **kwargs)
             if kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens"):
                 batch = BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
             return batch
-        batch = super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
+        batch = super()._encode_texts(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
         if self.generation != "chatglm_early" or not add_special_tokens:
             return batch
         contents = [
@@ -311,7 +312,7 @@ class ChatGLMTokenizer(ChatTokenizer):
             with self._early_ending(ids) as added:
                 room = None if max_length is None else max_length - 2 + added
                 pair = None if other is None else [other]
-                encodings += super()._encode_plus([one], pair, max_length=room, **options).encodings
+                encodings += super()._encode_texts([one], pair, max_length=room, **options).encodings
         self.pad_encodings(encodings, padding_strategy, max_length, **padding)
         return self.batch_of(encodings, is_batched, return_tensors, **kwargs)
 
@@ -373,7 +374,17 @@ class ChatGLMTokenizer(ChatTokenizer):
         return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self._tokenizer.decoder.decode(mend_bytes(tokens))
+        text = self._tokenizer.decoder.decode(mend_bytes(tokens))
+        if self.generation != "chatglm3" or ASSISTANT not in tokens:
+            return text
+        # Decoding depends on what stands around a token, so the turns are parted in the text of all of them.
+        (mark,) = unused_characters(text)
+        marked = [mark if token == ASSISTANT else token for token in tokens]
+        return Answer.of(self._tokenizer.decoder.decode(mend_bytes(marked)).split(mark))
+
+    def clean_up_tokenization(self, text: str) -> str:
+        clean_up = super().clean_up_tokenization
+        return Answer.of(map(clean_up, text.turns)) if isinstance(text, Answer) else clean_up(text)
 
     def chat_control_pieces(self) -> Iterable[str]:
         return [*self._version.control, "</s>"]
@@ -392,7 +403,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         """ChatGLM-6B and ChatGLM2: the text that asks `query` after `history`, (query, response) each."""
         self._require("build_prompt", "chatglm_early", "chatglm", "chatglm2")
         prompt = self.apply_chat_template(as_messages(query, history), tokenize=False)
-        return prompt.removeprefix("[gMASK]sop")
+        return prompt.without_prefix() if isinstance(prompt, RenderedChat) else prompt.removeprefix("[gMASK]sop")
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
         """ChatGLM3: ids of one turn, without prefix: the role, a line of `metadata`, and `message` as plain text."""

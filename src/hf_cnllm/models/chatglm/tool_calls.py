@@ -15,12 +15,14 @@ import json
 import keyword
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 from ..._compat import get_json_schema
 from ...tokenization.chat_sections import plain_messages
+
+ASSISTANT = "<|assistant|>"
 
 
 class ToolCallError(ValueError):
@@ -86,19 +88,58 @@ def format_tool_call(arguments: Mapping[str, Any]) -> str:
     return f"```python\n{code}\n```"
 
 
+class Answer(str):
+    """Decoded text of ChatGLM3 that knows its turns: they are parted by `<|assistant|>` where that was a token, not where
+    the model wrote its name. Stripped it still does; what else is made of it (a slice, a sum) is an ordinary string."""
+
+    turns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, turns: Iterable[str]) -> "Answer":
+        turns = tuple(turns)
+        answer = cls(ASSISTANT.join(turns))
+        answer.turns = turns
+        return answer
+
+    def lstrip(self, chars: str | None = None, /) -> "Answer":
+        first, *others = self.turns
+        return Answer.of([first.lstrip(chars), *others])
+
+    def rstrip(self, chars: str | None = None, /) -> "Answer":
+        *others, last = self.turns
+        return Answer.of([*others, last.rstrip(chars)])
+
+    def strip(self, chars: str | None = None, /) -> "Answer":
+        return self.lstrip(chars).rstrip(chars)
+
+
 def read_answer(
-    output: str, history: Sequence[Mapping[str, Any]]
+    output: str | Sequence[str], history: Sequence[Mapping[str, Any]]
 ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
     """What ChatGLM3 generated after `<|assistant|>`, as (response, history with the turns in it added).
 
     The response is the last turn: its text or, for a tool call, `{"name": …, "parameters": {…}}` if `history` begins
     with a system message that has tools, else `{"name": …, "content": …}`.
 
+    Args:
+        output: what the tokenizer decoded, which knows where `<|assistant|>` was generated; or its turns, one by one. A
+            string from elsewhere tells no token from its name and is parted at every `<|assistant|>`, as in the original:
+            pass `[output]` if it comes from a server and may quote one.
+
     Raises:
         ToolCallError: the history has tools, and the last turn is a malformed call of one.
+        ValueError: the output is neither.
     """
+    if isinstance(output, str):
+        texts = output.turns if isinstance(output, Answer) else output.split(ASSISTANT)
+    else:
+        texts = output
+    if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)):
+        raise ValueError(
+            f"output must be a text that the tokenizer decoded, or a list of its turns, but is {output!r}."
+        )
     turns = [dict(deepcopy(message)) for message in history]
-    for text in output.split("<|assistant|>"):
+    for text in texts:
         metadata, _, content = text.partition("\n") if "\n" in text else ("", "", text)
         name = metadata.strip()
         content = content if name else content.strip()

@@ -6,8 +6,10 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ...tokenization.rendered_chat import RenderedChat
 from ..chat import History, checked_history, generated_tokens, iterate_tokens
 from .generation_qwen import checked_stop_words, end_token_ids
+from .tokenization_qwen import IMEND, IMSTART
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_WINDOW = 6144
@@ -21,7 +23,7 @@ def make_context(
     max_window_size: int = DEFAULT_WINDOW,
     chat_format: str = "chatml",
 ) -> tuple[str, list[int]]:
-    """The prompt for the next answer, as text and as ids.
+    """The prompt for the next answer, as text (a `RenderedChat`, of which the tokenizer makes the same ids) and as ids.
 
     Of the history the latest turns stay, as many as keep the system message and them under `max_window_size` tokens. The
     query always stays. Every message is encoded alone and as plain text, so none can open or close a turn; the first
@@ -52,12 +54,13 @@ def make_context(
 
     newline = tokenizer.encode("\n")
 
-    def turn(role: str, content: str) -> tuple[str, list[int]]:
+    def turn(role: str, content: str) -> tuple[list[tuple[str, bool]], list[int]]:
         ids = tokenizer.encode(role, allowed_special=()) + newline + tokenizer.encode(content, allowed_special=())
-        return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
+        sections = [(IMSTART, True), (role, False), ("\n", False), (content, False), (IMEND, True)]
+        return sections, [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
 
     first = turn("system", system)
-    past: list[tuple[str, list[int]]] = []
+    past: list[tuple[list[tuple[str, bool]], list[int]]] = []
     room = max_window_size - len(first[1])
     for past_query, past_response in reversed(history):
         pair = [turn("user", past_query), turn("assistant", past_response)]
@@ -65,9 +68,10 @@ def make_context(
         if room <= 0:
             break
         past = pair + past
-    opening = "<|im_start|>assistant", [tokenizer.im_start_id, *tokenizer.encode("assistant")]
-    texts, ids = zip(first, *past, turn("user", query), opening, strict=True)
-    return "\n".join([*texts, ""]), [token for turn_ids in ids for token in [*turn_ids, *newline]]
+    opening = [(IMSTART, True), ("assistant", False)], [tokenizer.im_start_id, *tokenizer.encode("assistant")]
+    turns, ids = zip(first, *past, turn("user", query), opening, strict=True)
+    text = RenderedChat.join(section for sections in turns for section in [*sections, ("\n", False)])
+    return text, [token for turn_ids in ids for token in [*turn_ids, *newline]]
 
 
 def get_stop_words_ids(chat_format: str, tokenizer) -> list[list[int]]:

@@ -150,7 +150,7 @@ class QWenTokenizer(ChatTokenizer):
             return self._tokenizer.token_to_id(tokens)
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
-    def _encode_plus(
+    def _encode_texts(
         self,
         text: TextOrTexts,
         text_pair: TextOrTexts = None,
@@ -173,9 +173,9 @@ class QWenTokenizer(ChatTokenizer):
             allowed = names if allowed_special == "all" else names & set(allowed_special)
             self._refuse(names - allowed if disallowed_special == "all" else set(disallowed_special), text, text_pair)
             if allowed and allowed != names:
-                return self._matching_only(allowed)._encode_plus(text, text_pair, split_special_tokens=True, **kwargs)
+                return self._matching_only(allowed)._encode_texts(text, text_pair, split_special_tokens=True, **kwargs)
             split_special_tokens = not allowed
-        return super()._encode_plus(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
+        return super()._encode_texts(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
 
     def _in_normal_form(self, text: Any) -> Any:
         """The text (or texts in containers) with U+FFFD for half surrogates, as in tiktoken, and made NFC where the
