@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
@@ -199,6 +200,12 @@ class GenerationHooks:
     def generate(self, *args, **kwargs):
         if (cache := pop_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype != torch.bool and (mask > 1).any():
+            raise ValueError(
+                "`attention_mask` holds numbers of packed sequences, but `generate` continues one sequence in each row: "
+                "give each a row of its own, padded on the left, with a mask of 0 and 1."
+            )
         return super().generate(*args, **kwargs)
 
     @functools.wraps(_GenerationMixin.prepare_inputs_for_generation)
