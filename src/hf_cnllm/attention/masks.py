@@ -234,7 +234,9 @@ def largest_number(attention_mask: torch.Tensor, most: int) -> int | None:
     if attention_mask.dtype == torch.bool:
         return 1
     if attention_mask.is_complex():
-        raise ValueError(f"`attention_mask` is of dtype {attention_mask.dtype}, but must be bool, whole numbers or floats.")
+        raise ValueError(
+            f"`attention_mask` is of dtype {attention_mask.dtype}, but must be bool, whole numbers or floats."
+        )
     if not _is_readable(attention_mask):
         return None
     if not attention_mask.is_floating_point():
@@ -257,7 +259,7 @@ def _check_biases(biases: torch.Tensor) -> None:
         return
     smallest, largest = (value.item() for value in biases.aminmax())
     if not largest < torch.inf:
-        raise ValueError(f"`attention_mask` of 4 dimensions holds {largest}, but it is added to scores.")
+        raise ValueError(f"`attention_mask` holds {largest}, but one of 4 dimensions is added to scores.")
     if (smallest, largest) == (0, 1) and ((biases == 0) | (biases == 1)).all():
         raise ValueError(
             "a 4-D `attention_mask` of floats is added to scores, but this one is of 0 and 1: pass `attention_mask.bool()`."
@@ -380,7 +382,9 @@ def make_mask(
         and_mask_function=same,
     )
     if backend == "eager" and inputs_embeds.dtype == torch.float64:
-        made = made.clamp(min=LOWEST)  # transformers' is −inf once softmax makes it fp32, and NaN where all of a row is
+        made = made.clamp(
+            min=LOWEST
+        )  # transformers' is −inf once softmax makes it fp32, and NaN where all of a row is
     return made
 
 

@@ -273,9 +273,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Returns:
             `hidden_states`, if asked for, are the embeddings and each layer's output, before the final norm.
         """
-        cache = validate_inputs(
-            self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs
-        )
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         length = inputs_embeds.shape[1]

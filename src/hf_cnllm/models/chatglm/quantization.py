@@ -110,7 +110,9 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def check_weights(self, model: PreTrainedModel) -> None:
         """Refuses weights that cannot be quantised, before any is."""
-        refuse_unfit_weights({f"{name}.weight": module.weight for module, name in self._find_modules(model)[0].items()})
+        refuse_unfit_weights(
+            {f"{name}.weight": module.weight for module, name in self._find_modules(model)[0].items()}
+        )
 
     def _find_modules(self, model: PreTrainedModel):
         """The modules that the method quantises, with their names, and which of them are embedding and head."""

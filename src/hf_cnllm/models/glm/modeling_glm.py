@@ -30,7 +30,7 @@ from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import POSITIONS, positions_and_context
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
-from ..validation import validate_inputs
+from ..validation import cached_length, validate_inputs
 from .configuration_glm import GLMConfig
 
 
@@ -272,8 +272,8 @@ class GLMModel(GLMPreTrainedModel):
         """From the forms that are not 2-D: the 4-D mask, or which tokens are context, (batch, length)."""
         batch, length = inputs_embeds.shape[:2]
         if attention_mask.ndim <= 1 and attention_mask.numel() in (1, batch):
-            # Behind a cache, where only new tokens count, the context may be longer than they are.
-            largest_number(attention_mask, length if cache is None else self.config.max_sequence_length + 1)
+            past = cached_length(cache)  # behind which only new tokens count: the context may be longer than they are
+            largest_number(attention_mask, length + past if isinstance(past, int) else self.config.max_sequence_length)
             context = torch.arange(length, device=inputs_embeds.device) < attention_mask.reshape(-1, 1)
             return None, context.expand(batch, -1)
         if attention_mask.ndim == 4:

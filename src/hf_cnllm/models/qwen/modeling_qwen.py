@@ -209,9 +209,7 @@ class QWenModel(QWenPreTrainedModel):
             `[batch]`, tokens in the prompt of each row, from which dynamic NTK takes its factor. By default the number
             of tokens at prefill. `generate` sets it; a loop without a cache should.
         """
-        cache = validate_inputs(
-            self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs
-        )
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         length = inputs_embeds.shape[1]
