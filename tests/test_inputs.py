@@ -91,7 +91,7 @@ def test_values_that_no_mask_has_are_refused_in_the_same_words(row, wrong, place
     mask = torch.ones(1, 9, dtype=torch.float64 if isinstance(wrong, float) else torch.int64)
     mask[0, place] = wrong
     with pytest.raises(
-        ValueError, match="`attention_mask` holds .*, but must hold 0 for what is not seen and 1 for what is"
+        ValueError, match=r"`attention_mask` holds .*, but must hold 0 for what is not seen and 1 for what is"
     ):
         model(row, backend)(ids, attention_mask=mask)
 

@@ -243,7 +243,7 @@ def largest_number(attention_mask: torch.Tensor, most: int) -> int | None:
         attention_mask = attention_mask.long()  # of unsigned numbers torch knows no smallest
     smallest, largest = (value.item() for value in attention_mask.aminmax())
     whole = not attention_mask.is_floating_point() or bool((attention_mask == attention_mask.trunc()).all())
-    if whole and 0 <= smallest and largest <= most:
+    if whole and smallest >= 0 and largest <= most:
         return int(largest)
     wrong = ~((attention_mask == attention_mask.trunc()) & (attention_mask >= 0) & (attention_mask <= most))
     packed = f", or, for sequences packed into a row, numbers from 1 to its length ({most})" if most > 1 else ""

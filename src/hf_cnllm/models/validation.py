@@ -17,7 +17,6 @@ from .._compat import (
     update_as_others,
 )
 
-
 # What embedding tables take.
 ID_DTYPES = (torch.int64, torch.int32)
 # From here on fp32, in which angles are computed, rounds neighbouring positions to the same number.
@@ -80,8 +79,7 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
     _check_tensor("input_ids", input_ids, "[batch, length]", 2, ID_DTYPES)
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
         return
-    smallest, largest = input_ids.aminmax()
-    smallest, largest = smallest.item(), largest.item()
+    smallest, largest = (value.item() for value in input_ids.aminmax())
     if smallest < 0 or largest >= vocab_size:
         row, column = ((input_ids < 0) | (input_ids >= vocab_size)).nonzero()[0].tolist()
         raise ValueError(
@@ -108,8 +106,7 @@ def check_positions(position_ids: Any, batch_size: int, length: int, has_blocks:
         )
     if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    smallest, largest = position_ids.aminmax()
-    smallest, largest = smallest.item(), largest.item()
+    smallest, largest = (value.item() for value in position_ids.aminmax())
     first = -POSITION_LIMIT if has_blocks is None else 0
     if smallest < first or largest > POSITION_LIMIT:
         raise ValueError(

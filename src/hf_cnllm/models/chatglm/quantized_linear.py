@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 # How far rounding may move a scale, relatively: 127 times this is less than half, which leaves q within its range.
 ROUNDING = 2.0**-9
 # The distance between half precision's smallest numbers.
