@@ -249,6 +249,12 @@ class GenerationHooks:
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         if (cache := pop_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.dtype != torch.bool and (mask > 1).any():
+            raise ValueError(
+                "`attention_mask` holds numbers of packed sequences, but `generate` continues one sequence in each row: "
+                "give each a row of its own, padded on the left, with a mask of 0 and 1."
+            )
         check = _LogitsCheck()
         processors = LogitsProcessorList([check, *(logits_processor or ())])
         output = super().generate(inputs, generation_config, processors, *args, **kwargs)

@@ -279,6 +279,20 @@ def test_fp16_gradients_do_not_underflow_under_loss_scaling():
     assert max(map(relative_error, actual, expected)) < TOLERANCES[torch.float16]
 
 
+@pytest.mark.parametrize("row_norm", [1.0, 300.0, 30_000.0])
+def test_large_rows_of_a_norm_head_stay_finite_in_fp16(row_norm):
+    hidden_states, weight, _, labels = make_head_batch(hidden=64, dtype=torch.float16)
+    with torch.no_grad():
+        hidden_states *= 20
+        weight *= row_norm / weight.float().norm(dim=-1, keepdim=True)
+    options = {"normalize": True, "z_loss_weight": 1e-4, "scale": 2.0**8}
+    actual = loss_and_gradients(chunked_causal_lm_loss, hidden_states, weight, None, labels, **options, chunk_size=4)
+    expected = loss_and_gradients(reference_causal_lm_loss, *in_fp64(hidden_states, weight), None, labels, **options)
+    assert all(tensor.isfinite().all() for tensor in actual)
+    for index in (0, 1, 2) if row_norm <= 300 else (0, 1):  # the weight's own gradient is below fp16's smallest number
+        assert relative_error(actual[index], expected[index]) < 2 * TOLERANCES[torch.float16]
+
+
 def test_backward_twice():
     hidden_states, weight, _, labels = make_head_batch()
     loss = chunked_causal_lm_loss(hidden_states, weight, labels, normalize=True, z_loss_weight=0.1)

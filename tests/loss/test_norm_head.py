@@ -131,3 +131,43 @@ def test_new_rows_lie_around_the_mean_of_the_normalised_ones(count):
     torch.testing.assert_close(along, mean.square().sum().expand(count))
     if count > 1:
         torch.testing.assert_close(normalize_rows(rows).mean(dim=0), mean, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("norm", [1e-2, 1.0, 300.0, 30_000.0])
+@pytest.mark.parametrize("length", [1.0, 1000.0])
+def test_large_rows_and_states_stay_finite_in_fp16(norm, length, autocast):
+    """‖h‖ ‖w‖ is up to 500 times what fp16 holds; the logits are not."""
+    torch.manual_seed(0)
+    head = NormHead(64, 50)
+    with torch.no_grad():
+        head.raw_weight.copy_(F.normalize(torch.randn(50, 64)) * norm)
+        head.raw_weight[0] = 0.0
+    hidden = F.normalize(torch.randn(3, 5, 64)) * length
+    exact = F.linear(hidden.half().double(), normalize_rows(head.raw_weight.half().double()))
+    states = hidden.half().requires_grad_()
+    if autocast:
+        with torch.autocast("cpu", torch.float16):
+            logits = head(states)
+    else:
+        logits = head.half()(states)
+    assert logits.dtype == torch.float16 and logits.isfinite().all()
+    assert (logits.double() - exact).abs().max() <= 2e-3 * length
+    (logits.float().square().mean() / length**2).backward()
+    assert states.grad.isfinite().all() and head.raw_weight.grad.isfinite().all()
+
+
+def test_ordinary_rows_are_computed_in_fp16_as_ever(head):
+    hidden = torch.randn(3, 5, 8).half()
+    raw = head.half().raw_weight
+    norms = torch.linalg.vector_norm(raw, dim=-1, dtype=torch.float32)
+    assert torch.equal(head(hidden), (F.linear(hidden, raw) * norms.reciprocal()).half())
+
+
+@pytest.mark.parametrize("norm", [1e-2, 1.0, 30_000.0])
+def test_effective_rows_in_fp16_have_length_1(norm):
+    weight = (F.normalize(torch.randn(20, 64)) * norm).half()
+    weight[0] = 0.0
+    effective = normalize_rows(weight)
+    assert effective.dtype == torch.float16 and torch.equal(effective[0], torch.zeros(64).half())
+    torch.testing.assert_close(effective[1:].float().norm(dim=-1), torch.ones(19), atol=2e-3, rtol=0)

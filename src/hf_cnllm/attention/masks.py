@@ -3,11 +3,13 @@
 | `attention_mask`                 | says                                                                               |
 |----------------------------------|------------------------------------------------------------------------------------|
 | None                             | every row is one sequence                                                          |
-| [batch, keys]                    | 0 for padding, 1 for tokens; or numbers from 1, one for each sequence packed into a row |
+| [batch, keys]                    | 0 for padding on any side, 1 for tokens; or numbers from 1 to the row's length, one for |
+|                                  | each sequence packed into a row; in any dtype                                           |
 | [batch, queries, keys]           | 0/1, 1 where a query sees a key, if it is not after it (ALiBi only)                |
 | [batch or 1, 1, queries, keys]   | bool or 0/1, True where a query sees a key; or additive: this says everything      |
 
-Keys are those in the cache and the new ones. Sequences may also be packed without a mask, by `position_ids` that restart.
+Everything else is refused, in the same words for all models; values are read where that needs no look of its own (see
+[`check_mask`]). Keys are those in the cache and the new ones. Sequences may also be packed without a mask, by `position_ids` that restart.
 Flash attention, which takes no mask for single queries and keys, knows packing only like that.
 """
 
@@ -38,6 +40,8 @@ from .flex import fixed_size, make_block_mask
 EVERYONES = -1
 # What is added to a score to hide its key: this or less, for all of which softmax gives 0.
 HIDES = -1e4
+# What eager attention, whose softmax is in fp32, can add at most.
+LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,12 @@ def read_mask(
     mask = AttentionMask(batch, queries, keys, past, inputs_embeds.device)
     if attention_mask is None:
         return mask
-    check_mask(attention_mask, batch, past - learned_keys, queries, keys, forms)
+    packed = check_mask(attention_mask, batch, past - learned_keys, queries, keys, forms)
     attention_mask = attention_mask.to(mask.device)
     if attention_mask.ndim == 2:
-        packed = is_packed(attention_mask)
-        everyones = True if attention_mask.dtype == torch.bool else EVERYONES
+        everyones: bool | int = True
+        if attention_mask.dtype != torch.bool:
+            attention_mask, everyones = attention_mask.long(), EVERYONES
         return replace(mask, sequences=F.pad(attention_mask, (learned_keys, 0), value=everyones), packed=packed)
     is_causal = attention_mask.ndim == 3
     if is_causal or not attention_mask.is_floating_point():
@@ -169,18 +174,23 @@ def check_mask(
     queries: int,
     keys: int | None = None,
     forms: tuple[int, ...] = (2, 4),
-) -> None:
-    """Refuses a mask of another shape than the inputs have. What `generate` made of one passes.
+) -> bool | None:
+    """Refuses a mask of another shape than the inputs have, or of values that no mask has. What `generate` made of one
+    passes.
 
     Args:
         past: number of tokens in the cache. A static cache counts in a tensor, which is not looked at.
         keys: length of what attention functions get, which a mask of 3 or 4 dimensions may have too.
 
+    Returns:
+        Whether it is 2-D with the numbers of several sequences; None while tracing, where values cannot be read. That is
+        the one question that accelerators are asked (and waited for): the answer tells wrong values by the way.
+
     Raises:
-        ValueError: naming both shapes.
+        ValueError: naming both shapes, or the first value that is wrong.
     """
     if not isinstance(attention_mask, torch.Tensor):
-        return
+        return False
     shape = list(attention_mask.shape)
     tokens = past + queries if isinstance(past, int) else shape[-1] if shape else queries
     wanted = {2: [batch, tokens], 3: [batch, queries, tokens], 4: [batch, 1, queries, tokens]}
@@ -194,12 +204,76 @@ def check_mask(
             f"`attention_mask` has shape {shape}, but the inputs are {batch} sequences of {tokens} tokens, those in "
             f"`cache` included. Pass a mask of shape {' or '.join(str(wanted[form]) for form in forms)}."
         )
+    if attention_mask.ndim == 2:
+        return is_packed(attention_mask)
+    if attention_mask.ndim == 4 and attention_mask.is_floating_point():
+        _check_biases(attention_mask)
+    elif queries > 1:
+        largest_number(attention_mask, 1)
+    return False
+
+
+def is_packed(attention_mask: object) -> bool | None:
+    """Whether a 2-D mask holds the numbers of several sequences; None while tracing, where values cannot be read.
+
+    Raises:
+        ValueError: it holds what are no such numbers.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return False
+    largest = largest_number(attention_mask, attention_mask.shape[1])
+    return None if largest is None else largest > 1
+
+
+def largest_number(attention_mask: torch.Tensor, most: int) -> int | None:
+    """The largest number in a mask of whole numbers from 0 to `most`; None while tracing, where values cannot be read.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    if attention_mask.dtype == torch.bool:
+        return 1
+    if attention_mask.is_complex():
+        raise ValueError(
+            f"`attention_mask` is of dtype {attention_mask.dtype}, but must be bool, whole numbers or floats."
+        )
+    if not _is_readable(attention_mask):
+        return None
+    if not attention_mask.is_floating_point():
+        attention_mask = attention_mask.long()  # of unsigned numbers torch knows no smallest
+    smallest, largest = (value.item() for value in attention_mask.aminmax())
+    whole = not attention_mask.is_floating_point() or bool((attention_mask == attention_mask.trunc()).all())
+    if whole and smallest >= 0 and largest <= most:
+        return int(largest)
+    wrong = ~((attention_mask == attention_mask.trunc()) & (attention_mask >= 0) & (attention_mask <= most))
+    packed = f", or, for sequences packed into a row, numbers from 1 to its length ({most})" if most > 1 else ""
+    raise ValueError(
+        f"`attention_mask` holds {attention_mask[wrong][0].item()}, but must hold 0 for what is not seen and 1 for what "
+        f"is{packed}. What is added to scores has shape [batch, 1, queries, keys]."
+    )
+
+
+def _check_biases(biases: torch.Tensor) -> None:
+    """Refuses an additive mask that holds NaN or +inf, or that is none, being of 0 and 1."""
+    if biases.shape[2] == 1 or not _is_readable(biases) or biases.device.type != "cpu":
+        return
+    smallest, largest = (value.item() for value in biases.aminmax())
+    if not largest < torch.inf:
+        raise ValueError(f"`attention_mask` holds {largest}, but one of 4 dimensions is added to scores.")
+    if (smallest, largest) == (0, 1) and ((biases == 0) | (biases == 1)).all():
+        raise ValueError(
+            "a 4-D `attention_mask` of floats is added to scores, but this one is of 0 and 1: pass `attention_mask.bool()`."
+        )
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    return not (is_tracing(tensor) or tensor.device.type == "meta" or tensor.numel() == 0)
 
 
 def _refuse_inverted(pairs: torch.Tensor, mask: AttentionMask) -> None:
     """Refuses a 4-D bool mask in which no query sees itself: the original ChatGLM-6B's masks were True where a key is
     hidden. Its padding was hidden from all, so rows that are True throughout tell nothing."""
-    if pairs.dtype != torch.bool or mask.queries == 1 or is_tracing(pairs) or pairs.device.type == "meta":
+    if pairs.dtype != torch.bool or mask.queries == 1 or not _is_readable(pairs):
         return
     itself = pairs.gather(-1, mask.query_positions.expand(*pairs.shape[:2], -1)[..., None])[..., 0]
     tells = ~pairs.all(-1)
@@ -210,13 +284,18 @@ def _refuse_inverted(pairs: torch.Tensor, mask: AttentionMask) -> None:
         )
 
 
-def is_packed(attention_mask: object) -> bool | None:
-    """Whether a 2-D mask holds the numbers of several sequences; None while tracing, where values cannot be read."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or attention_mask.dtype == torch.bool:
-        return False
-    if is_tracing(attention_mask) or attention_mask.device.type == "meta":
-        return None
-    return bool((attention_mask > 1).any())
+def positions_in_sequences(attention_mask: torch.Tensor) -> torch.Tensor:
+    """[batch, keys] places of a 2-D mask's tokens in their sequences, from 0; padding has any that is not negative. No value
+    is looked at: 0/1 and numbers are told apart by what they come to."""
+    tokens = attention_mask != 0
+    count = tokens.cumsum(-1)
+    if attention_mask.dtype != torch.bool:
+        # From where each number is met first.
+        length = attention_mask.shape[1]
+        numbers = attention_mask.long().clamp(0, length)
+        first = count.new_full((len(count), length + 1), length + 1).scatter_reduce(1, numbers, count, "amin")
+        count = count - first.gather(1, numbers) + 1
+    return (count - 1).clamp(min=0)
 
 
 def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cache: Cache | None) -> AttentionMask:
@@ -293,7 +372,7 @@ def make_mask(
     if window is not None:
         config = _OneWindow(backend, window)  # type: ignore[assignment]
         make = _compat.create_sliding_window_causal_mask
-    return make(
+    made = make(
         config,
         inputs_embeds,
         sequences,
@@ -302,6 +381,11 @@ def make_mask(
         or_mask_function=or_mask_function,
         and_mask_function=same,
     )
+    if backend == "eager" and inputs_embeds.dtype == torch.float64:
+        made = made.clamp(
+            min=LOWEST
+        )  # transformers' is −inf once softmax makes it fp32, and NaN where all of a row is
+    return made
 
 
 # --- windows, a size of its own for each layer ------------------------------------------------------------------------
@@ -417,7 +501,7 @@ def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask, bool or additive, as what is added to scores."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # eager attention's softmax is fp32
+    lowest = max(torch.finfo(dtype).min, LOWEST)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .norm_head import inverse_row_norms, normalize_rows
+from .norm_head import FP16_REACH, fit_into_fp16, inverse_row_norms, normalize_rows
 
 DEFAULT_CHUNK_SIZE = 512
 """Tokens whose logits are held at a time: a quarter of a gigabyte in fp32 at a vocabulary of 125,696."""
@@ -287,7 +287,7 @@ class _Chunks:
                 work.add_product(grad_weight, work.rounded(grad_logits).t(), tokens)
             if needs_hidden:
                 grad_logits = grad_logits if row_scale is None else grad_logits.mul_(row_scale)
-                grad_hidden[rows] = (work.rounded(grad_logits) @ matrix).to(hidden_states.dtype)
+                grad_hidden[rows] = work.times_matrix(grad_logits, row_scale).to(hidden_states.dtype)
 
         for rows in self._split(ignored):
             largest, argmax = work.logits(inputs[rows], row_scale, bias).max(dim=-1)
@@ -319,12 +319,17 @@ class _Workspace:
         self.exact = self.products if matrix.dtype == exact else torch.empty_like(self.products, dtype=exact)
 
     def logits(self, tokens: Tensor, row_scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        logits = self.exact[: len(tokens)]
+        logits, factors = self.exact[: len(tokens)], None
+        if row_scale is not None and tokens.dtype == torch.float16:
+            factors = fit_into_fp16(tokens, row_scale)
+            tokens = tokens * factors
         product = torch.mm(tokens, self.matrix.t(), out=self.products[: len(tokens)])
         if product.dtype != logits.dtype:
             logits.copy_(product)
         if row_scale is not None:
             logits.mul_(row_scale)
+        if factors is not None:
+            logits.div_(factors)
         if bias is not None:
             logits.add_(bias)
         return logits
@@ -334,6 +339,13 @@ class _Workspace:
         if grad_logits.dtype == self.products.dtype:
             return grad_logits
         return self.products[: len(grad_logits)].copy_(grad_logits)
+
+    def times_matrix(self, scaled_grad_logits: Tensor, row_scale: Tensor | None) -> Tensor:
+        """`scaled_grad_logits @ matrix`, where the scale is that of the matrix's rows: in fp16 it would lose small gradients."""
+        if row_scale is None or self.products.dtype != torch.float16:
+            return self.rounded(scaled_grad_logits) @ self.matrix
+        largest = row_scale.min().reciprocal().clamp(1, FP16_REACH)
+        return (self.rounded(scaled_grad_logits.mul_(largest)) @ self.matrix).float() / largest
 
     def add_product(self, result: Tensor, left: Tensor, right: Tensor) -> None:
         """`result += left @ right`, added in the precision of `result`."""

@@ -17,10 +17,14 @@ from torch.nn import functional as F
 
 # The smallest norm divided by, as in `torch.nn.functional.normalize`.
 NORM_EPSILON = 1e-12
+# What products with raw rows may reach in fp16, which ends at 65,504.
+FP16_REACH = 2.0**14
 
 
 def normalize_rows(weight: torch.Tensor) -> torch.Tensor:
     """`weight` [vocab_size, hidden_size] with every row scaled to length 1: the naive reference of [`NormHead`]."""
+    if weight.dtype == torch.float16:  # which has neither room for large norms nor an ε as small
+        return (weight * inverse_row_norms(weight)[:, None]).half()
     return F.normalize(weight, dim=-1, eps=NORM_EPSILON)
 
 
@@ -28,6 +32,13 @@ def inverse_row_norms(weight: torch.Tensor) -> torch.Tensor:
     """1 / ‖w_v‖, at least in fp32, [vocab_size]."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).clamp_min(NORM_EPSILON).reciprocal()
+
+
+def fit_into_fp16(hidden_states: torch.Tensor, inverse_norms: torch.Tensor) -> torch.Tensor:
+    """Factors [..., 1] in fp16, at most 1, for `hidden_states` [..., hidden_size], whose products with raw rows then stay in fp16's
+    range: |h·w| ≤ ‖h‖ ‖w‖. The logits, at most ‖h‖, are to be divided by them. Ordinary rows need none and get 1."""
+    norms = torch.linalg.vector_norm(hidden_states.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+    return (FP16_REACH * inverse_norms.detach().min() / norms).clamp(max=1).half()
 
 
 def rows_around_mean(weight: torch.Tensor, count: int) -> torch.Tensor:
@@ -127,8 +138,14 @@ class NormHead(nn.Linear):
         The rows' norms scale the logits, not the matrix: besides the matmul itself there is no work of size
         [vocab_size, hidden_size] while the weight does not change.
         """
-        raw_logits = F.linear(hidden_states, self.raw_weight)
-        return (raw_logits * self._inverse_row_norms()).to(raw_logits.dtype)
+        inverse_norms, device = self._inverse_row_norms(), hidden_states.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if (torch.get_autocast_dtype(device) if autocast else hidden_states.dtype) != torch.float16:
+            raw_logits = F.linear(hidden_states, self.raw_weight)
+            return (raw_logits * inverse_norms).to(raw_logits.dtype)
+        factors = fit_into_fp16(hidden_states, inverse_norms)
+        raw_logits = F.linear(hidden_states * factors, self.raw_weight)
+        return (raw_logits * inverse_norms / factors).to(raw_logits.dtype)
 
     def _inverse_row_norms(self) -> torch.Tensor:
         weight = self.raw_weight

@@ -17,32 +17,28 @@ from .._compat import (
     update_as_others,
 )
 
-
-def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuses token ids outside the vocabulary with a ValueError. On accelerators nothing is looked at, as that would wait
-    for them."""
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
-        return
-    smallest, largest = input_ids.aminmax()
-    if smallest < 0 or largest >= vocab_size:
-        row, column = ((input_ids < 0) | (input_ids >= vocab_size)).nonzero()[0].tolist()
-        raise ValueError(
-            f"`input_ids[{row}, {column}]` is {input_ids[row, column].item()}, but the model's vocabulary has ids 0 to "
-            f"{vocab_size - 1} (`vocab_size`). Is the tokenizer that of this checkpoint?"
-        )
+# What embedding tables take.
+ID_DTYPES = (torch.int64, torch.int32)
+# From here on fp32, in which angles are computed, rounds neighbouring positions to the same number.
+POSITION_LIMIT = 2**24
 
 
 def validate_inputs(
     config: PreTrainedConfig,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
     cache: Cache | None,
     kwargs: dict[str, Any],
+    has_blocks: bool | None = None,
 ) -> Cache | None:
     """Refuses what a forward pass cannot begin with, before any work, and returns its cache, see [`take_cache`].
 
     Args:
         input_ids, inputs_embeds: [batch, length] or [batch, length, hidden_size]; one of the two is given.
+        attention_mask: only its type; the rest when masks are made, see `attention.masks`.
+        position_ids, has_blocks: see [`check_positions`].
         kwargs: the forward pass's other arguments, among them perhaps the cache by its old name.
 
     Raises:
@@ -53,14 +49,79 @@ def validate_inputs(
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:
         check_token_ids(input_ids, config.vocab_size)
-    batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-    if length == 0:
-        raise ValueError("`input_ids` (or `inputs_embeds`) holds sequences of length 0; give at least one token.")
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    heads = getattr(config, "num_key_value_heads", None) or heads
-    check_cache(cache, batch_size, config.num_hidden_layers, heads, head_dim)
+        batch_size, length = input_ids.shape
+    else:
+        _check_tensor("inputs_embeds", inputs_embeds, "[batch, length, hidden_size]", 3)
+        batch_size, length = inputs_embeds.shape[:2]
+    if batch_size == 0 or length == 0:
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        what = "no sequence" if batch_size == 0 else "sequences of length 0"
+        raise ValueError(f"`{name}` holds {what}; give at least one token.")
+    if attention_mask is not None and not isinstance(attention_mask, (Tensor, dict)):  # `generate` makes dictionaries
+        raise ValueError(
+            f"`attention_mask` is of type {type(attention_mask).__name__}, but must be a tensor: pass "
+            "`torch.tensor(attention_mask)`."
+        )
+    if position_ids is not None and not isinstance(cache, PAGED_CACHES):
+        check_positions(position_ids, batch_size, length, has_blocks)
+    if cache is not None:
+        fields = vars(config)  # a step should not pay six times for a configuration's own attribute access
+        heads = fields["num_attention_heads"]
+        head_dim = fields.get("head_dim") or fields.get("kv_channels") or fields["hidden_size"] // heads
+        heads = fields.get("num_key_value_heads") or heads
+        check_cache(cache, batch_size, config.num_hidden_layers, heads, head_dim)
     return cache
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuses, with a ValueError, what is no [batch, length] tensor of token ids. Ids outside the vocabulary are looked for
+    on the CPU only: on accelerators that would wait for them."""
+    _check_tensor("input_ids", input_ids, "[batch, length]", 2, ID_DTYPES)
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    smallest, largest = (value.item() for value in input_ids.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        row, column = ((input_ids < 0) | (input_ids >= vocab_size)).nonzero()[0].tolist()
+        raise ValueError(
+            f"`input_ids[{row}, {column}]` is {input_ids[row, column].item()}, but the model's vocabulary has ids 0 to "
+            f"{vocab_size - 1} (`vocab_size`). Is the tokenizer that of this checkpoint?"
+        )
+
+
+def check_positions(position_ids: Any, batch_size: int, length: int, has_blocks: bool | None = None) -> None:
+    """Refuses, with a ValueError, position ids of another type or shape, and, where they are on the CPU, of other values
+    than positions can have: elsewhere a look would wait for them.
+
+    Args:
+        has_blocks: whether they are [batch, 2, length], positions and block positions, which count from 0; None in models
+            whose positions are relative, so that only their distances matter.
+    """
+    one_row = (length,)
+    rows = {None: (one_row,), False: (one_row, (1, length)), True: ((2, length),)}[has_blocks]
+    _check_tensor("position_ids", position_ids, str([batch_size, *rows[0]]), None, ID_DTYPES)
+    if position_ids.shape[1:] not in rows or position_ids.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, *rows[0])}: "
+            f"positions{' and block positions' if has_blocks else ''} of the {length} tokens."
+        )
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    smallest, largest = (value.item() for value in position_ids.aminmax())
+    first = -POSITION_LIMIT if has_blocks is None else 0
+    if smallest < first or largest > POSITION_LIMIT:
+        raise ValueError(
+            f"`position_ids` holds {smallest if smallest < first else largest}, but positions are numbers from {first} to "
+            f"{POSITION_LIMIT}."
+        )
+
+
+def _check_tensor(name: str, tensor: Any, form: str, ndim: int | None, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"`{name}` is of type {type(tensor).__name__}, but must be a tensor {form}.")
+    if dtypes and tensor.dtype not in dtypes:
+        raise ValueError(f"`{name}` is of dtype {tensor.dtype}, but must be whole numbers: pass `{name}.long()`.")
+    if ndim is not None and tensor.ndim != ndim:
+        raise ValueError(f"`{name}` has shape {list(tensor.shape)}, but must be {form}.")
 
 
 def take_cache(cache: object, kwargs: dict[str, Any]) -> Any:

@@ -218,7 +218,7 @@ def test_only_tokens_are_roles(chatglm3):
             assert response == expected and len(history) == (3 if ids is written else 4)
             prompt = tokenizer.apply_chat_template(history, return_dict=False)
             assert prompt.count(role) == len(history) - 2
-    assert model.process_response(str(tokenizer.decode(generated)), TOOLS)[0] != called
+    assert model.process_response([str(tokenizer.decode(generated))], TOOLS)[0] != called
     assert model.process_response(tokenizer.decode(generated, clean_up_tokenization_spaces=True), TOOLS)[0] == called
 
 

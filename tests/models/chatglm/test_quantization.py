@@ -107,6 +107,18 @@ def test_quantising_while_loading(tmp_path):
         model.quantize(8)
 
 
+@torch.no_grad()
+def test_a_model_that_cannot_be_quantised_stays_as_it_was():
+    model = load("chatglm2_6b", dtype=torch.float32)
+    model.get_submodule(LINEAR).weight[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=rf"`{LINEAR}.weight` holds NaN or infinite values \(in row 3\)"):
+        model.quantize(8)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert not getattr(model, "is_quantized", False) and model.config.quantization_bit == 0
+    model.get_submodule(LINEAR).weight[3, 2] = 0.0
+    assert model.quantize(8).is_quantized
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @torch.no_grad()
 def test_the_scripts_casts_work(dtype):

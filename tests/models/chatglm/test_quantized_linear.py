@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,6 +12,7 @@ from hf_cnllm.models.chatglm.quantized_linear import (
     dequantize_rows,
     pack_int4,
     quantize_rows,
+    refuse_unfit_weights,
     unpack_int4,
 )
 
@@ -35,13 +36,46 @@ def test_packing_round_trips(values):
     assert torch.equal(unpack_int4(pack_int4(integers)), integers)
 
 
-@given(st.integers(0, 10_000), st.sampled_from([4, 8]), st.sampled_from([torch.float16, torch.float32]))
-def test_quantised_rows_are_within_half_a_step(seed, bits, dtype):
-    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def original_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the originals make of a float weight."""
+    scale = (weight.abs().max(dim=-1).values / (2 ** (bits - 1) - 1)).half()
+    integers = torch.round(weight / scale[:, None]).to(torch.int8)
+    return (pack_int4(integers) if bits == 4 else integers), scale
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+any_bits, any_dtype = st.sampled_from([4, 8]), st.sampled_from(DTYPES)
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 10_000), any_bits, any_dtype, st.floats(-8, 5))
+def test_no_weight_is_off_by_more_than_about_half_a_step_over_13_magnitudes(seed, bits, dtype, magnitude):
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10**magnitude
+    weight = weight.clamp(-65504, 65504).to(dtype)
     quantized, scale = quantize_rows(weight, bits)
-    assert quantized.dtype == torch.int8 and quantized.shape == (5, 8 * bits // 8)
-    error = (dequantize_rows(quantized, scale, bits, torch.float32) - weight.float()).abs()
-    assert (error <= scale.float()[:, None] * 0.54 + 1e-6).all()  # row / scale is itself rounded, in fp16 to 1/16
+    assert quantized.dtype == torch.int8 and quantized.shape == (5, 8 * bits // 8) and scale.dtype == dtype
+    found, exact = dequantize_rows(quantized, scale, bits, torch.float64), weight.double()
+    largest = exact.abs().amax(dim=-1, keepdim=True)
+    bound = 0.54 * largest / (2 ** (bits - 1) - 1) + (2**-25 if dtype == torch.float16 else 0)
+    assert ((found - exact).abs() <= bound * (1 + 1e-6)).all()
+    assert (found * exact >= 0).all()
+    assert (found[(exact.abs() == largest) & (exact != 0)] != 0).all()
+
+
+@given(st.integers(0, 10_000), any_bits, st.sampled_from([torch.float16, torch.float32]), st.floats(-2, 3))
+def test_ordinary_rows_become_what_the_originals_make_of_them(seed, bits, dtype, magnitude):
+    weight = (torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)) * 10**magnitude).to(dtype)
+    for found, expected in zip(quantize_rows(weight, bits), original_rows(weight, bits), strict=True):
+        assert torch.equal(found, expected.to(found.dtype))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(wrong):
+    weight = torch.randn(5, 8)
+    refuse_unfit_weights({"a": weight})
+    weight[3, 2] = wrong
+    with pytest.raises(ValueError, match=r"`a` holds NaN or infinite values \(in row 3\), which cannot be quantised"):
+        refuse_unfit_weights({"a": weight})
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -403,3 +403,15 @@ def test_multiple_choice_asks_for_its_choices():
     outside = {"choice_ids": [[[11, 12]]], "choice_indices": [[[6]]]}
     with pytest.raises(ValueError, match="`choice_indices` has 1 places for a choice of 2 tokens"):
         model(ids, attention_mask=context, **outside)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    "field",
+    ["vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_sequence_length", "loss_chunk_size"],
+)
+def test_sizes_that_are_none_are_named(field, value):
+    with pytest.raises(Exception, match=rf"`{field}` must be a positive number, got {value}"):
+        GLMConfig(**{field: value})
+    with pytest.raises(Exception, match=r"`hidden_size` \(1024\) is not a multiple of `num_attention_heads` \(7\)"):
+        GLMConfig(num_attention_heads=7)

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from goldens import assert_close
+from hf_cnllm import QWenConfig, QWenLMHeadModel
 from hf_cnllm._compat import CACHE
 from qwen_models import LENGTHS, NEW_TOKENS, WAYS_OF_GENERATING, WIDTH, generate, load
 
@@ -220,3 +221,24 @@ def test_continuous_batching_refuses_what_it_cannot_do_right():
     model = load(use_dynamic_ntk=False, window_sizes=[4, 8])
     with pytest.raises(ValueError, match="`window_sizes` holds several"):
         model.generate_batch([[5] * 9], generation_config=CONTINUOUS)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@torch.no_grad()
+def test_sequences_packed_by_a_mask_count_for_themselves(backend):
+    """Beyond the trained length of 8 tokens, LogN and NTK used to take the whole row for one sequence."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    config = QWenConfig(vocab_size=60, seq_length=8, use_dynamic_ntk=True, use_logn_attn=True, **sizes)
+    config._attn_implementation = backend
+    model = QWenLMHeadModel(config).eval()
+    rows = [torch.randint(1, 60, (1, length)) for length in (20, 5, 11, 8)]
+    numbers = torch.cat([torch.full_like(row, number) for number, row in enumerate(rows, start=1)], dim=1)
+    ids, mask = (torch.nn.functional.pad(tensor, (3, 2)) for tensor in (torch.cat(rows, dim=1), numbers))
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    for number, row in enumerate(rows, start=1):
+        torch.testing.assert_close(logits[mask == number], model(row).logits[0], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="pass `use_cache=False`"):
+        model(ids, attention_mask=mask)
+    short = torch.cat([rows[1], rows[3]], dim=1)
+    logits = model(short, attention_mask=torch.tensor([[1] * 5 + [2] * 8])).logits[0]
+    torch.testing.assert_close(logits[5:], model(rows[3]).logits[0], atol=1e-5, rtol=0)

@@ -190,7 +190,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             padded rows too, the rotation being relative. ALiBi has no use for them, except that without mask and cache
             a restart begins a packed sequence, as everywhere in transformers.
         """
-        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]

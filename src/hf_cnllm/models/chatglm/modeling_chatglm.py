@@ -23,7 +23,7 @@ from ..._compat import (
 )
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
-from ..glm_line.blank_positions import positions_and_context
+from ..glm_line.blank_positions import POSITIONS, positions_and_context
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..rotary import rotate_half
 from ..validation import validate_inputs
@@ -233,7 +233,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Raises:
             ValueError: `input_ids` are not as said, or `position_ids` have the wrong shape.
         """
-        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
+        cache = validate_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            kwargs.get(POSITIONS, position_ids),
+            cache,
+            kwargs,
+            has_blocks=self.config.position_encoding_2d,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and cache is None:

@@ -24,7 +24,7 @@ from ..._compat import (
     slice_logits_to_keep,
     takes_cache,
 )
-from ...attention.masks import create_causal_mask
+from ...attention.masks import create_causal_mask, positions_in_sequences
 from ...loss.head import loss_and_logits
 from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
@@ -264,14 +264,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            attention_mask: (batch, past + length), 1 for tokens and 0 for padding, or a 4-D mask as transformers'
-                mask functions make it. A P-tuning prefix is not counted in the 2-D form.
-            position_ids: (batch, length). Without mask and cache, a restart from 0 begins a packed sequence.
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding, or equal numbers from 1 for the
+                tokens of one packed sequence; a P-tuning prefix is not counted. Or a 4-D mask as transformers' mask
+                functions make it.
+            position_ids: (batch, length). By default each sequence counts from 0. Without mask and cache, a restart
+                begins a packed sequence.
 
         Returns:
             `hidden_states`, if asked for, are the embeddings and each layer's output, before the final norm.
         """
-        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         length = inputs_embeds.shape[1]
@@ -324,9 +326,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         self, length: int, device: torch.device, attention_mask: torch.Tensor | None, past: Cache | None
     ) -> torch.Tensor:
         """Positions of the last `length` tokens, (1 or batch, length), as the original's tokenizer gives them: padding
-        and a P-tuning prefix do not count. (Next to a prefix, which is not rotated, a shift of the row would matter.)"""
-        if attention_mask is not None and len(attention_mask.shape) == 2:
-            return ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        and a P-tuning prefix do not count, and packed sequences count for themselves. (Next to a prefix, which is not
+        rotated, a shift of the row would matter.)"""
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return positions_in_sequences(attention_mask)[:, -length:].to(device)
         past_length = past.get_seq_length() - (self.config.pre_seq_len or 0) if past is not None else 0
         return (torch.arange(length, device=device) + past_length).unsqueeze(0)
 

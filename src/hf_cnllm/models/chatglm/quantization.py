@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..._compat import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
-from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows
+from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows, refuse_unfit_weights
 
 QUANT_METHOD = "chatglm"
 # What the originals quantise in each layer; embeddings, norms, biases and heads stay floats.
@@ -96,6 +96,7 @@ class ChatGLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         config = self.quantization_config
         if not self.pre_quantized:
+            self.check_weights(model)
             self._replace(model, with_weights=True)
             self.pre_quantized = True
             model.tie_weights(recompute_mapping=False)
@@ -107,20 +108,30 @@ class ChatGLMQuantizer(HfQuantizer):
                 module.requires_grad_(False)  # loading makes every float a trainable parameter
         return model
 
-    def _replace(self, model: PreTrainedModel, with_weights: bool):
-        """Puts a quantised module, empty or with the same weights, in the place of each that the method quantises."""
-        bits, embedding, head = self.quantization_config.bits, None, None
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Refuses weights that cannot be quantised, before any is."""
+        refuse_unfit_weights(
+            {f"{name}.weight": module.weight for module, name in self._find_modules(model)[0].items()}
+        )
+
+    def _find_modules(self, model: PreTrainedModel):
+        """The modules that the method quantises, with their names, and which of them are embedding and head."""
+        embedding, head = None, None
         if self.quantization_config.quantize_embeddings:
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        names = {}
-        for name, module in list(model.named_modules()):
-            if module is embedding and isinstance(module, nn.Embedding):
-                quantized: QuantizedRows = QuantizedEmbedding.like(module, bits)
-            elif isinstance(module, nn.Linear) and (module is head or name.rpartition(".")[2] in LAYER_LINEARS):
-                quantized = QuantizedLinear.like(module, bits)
-            else:
-                continue
-            names[module] = name
+        names: dict[nn.Linear | nn.Embedding, str] = {}
+        for name, module in model.named_modules():
+            is_linear = isinstance(module, nn.Linear) and name.rpartition(".")[2] in LAYER_LINEARS
+            if is_linear or module is embedding or module is head:
+                names[module] = name
+        return names, embedding, head
+
+    def _replace(self, model: PreTrainedModel, with_weights: bool):
+        """Puts a quantised module, empty or with the same weights, in the place of each that the method quantises."""
+        bits, (names, embedding, head) = self.quantization_config.bits, self._find_modules(model)
+        for module, name in names.items():
+            quantized_class = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedEmbedding
+            quantized: QuantizedRows = quantized_class.like(module, bits)  # type: ignore[arg-type]
             if with_weights and module is not head:
                 quantized.quantize_from(module)
             model.set_submodule(name, quantized)
@@ -169,7 +180,8 @@ def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = Fals
     """Quantises a loaded float model in place and returns it.
 
     Raises:
-        ValueError: `bits` is not 4 or 8, or the model is quantised in another way already.
+        ValueError: `bits` is not 4 or 8, the model is quantised in another way already, or holds NaN or infinite
+            weights, and is left as it was.
     """
     config = ChatGLMQuantizationConfig(bits=bits, quantize_embeddings=quantize_embeddings)
     if getattr(model, "is_quantized", False):
@@ -178,6 +190,7 @@ def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = Fals
             return model
         raise ValueError(f"this model is quantised already ({found.to_dict()}); call model.dequantize() first")
     quantizer = ChatGLMQuantizer(config, pre_quantized=False)
+    quantizer.check_weights(model)
     model.is_quantized = True  # type: ignore[assignment]  # torch declares tensors and modules only
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     model.hf_quantizer = quantizer  # type: ignore[assignment]

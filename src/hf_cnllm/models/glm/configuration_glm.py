@@ -24,6 +24,8 @@ VOCABULARIES = {
     },
 }
 
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_sequence_length", "loss_chunk_size")
+
 
 @strict
 class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
@@ -104,11 +106,8 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})"
-            )
+        self.check_positive(*SIZES)
+        self.check_whole_heads()
         if self.relative_encoding:
             raise ValueError("`relative_encoding` must be False: no published GLM has relative positions")
 

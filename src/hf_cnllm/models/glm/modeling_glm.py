@@ -24,12 +24,13 @@ from ..._compat import (
     slice_logits_to_keep,
     takes_cache,
 )
+from ...attention.masks import largest_number
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import POSITIONS, positions_and_context
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
-from ..validation import validate_inputs
+from ..validation import cached_length, validate_inputs
 from .configuration_glm import GLMConfig
 
 
@@ -232,7 +233,16 @@ class GLMModel(GLMPreTrainedModel):
             ValueError: a text is longer than the table of positions; `attention_mask` or `position_ids` have the wrong
                 form; positions cannot be worked out.
         """
-        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
+        cache = validate_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            kwargs.get(POSITIONS, position_ids),
+            cache,
+            kwargs,
+            has_blocks=self.config.block_position_encoding,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and cache is None:
@@ -244,7 +254,7 @@ class GLMModel(GLMPreTrainedModel):
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, cache, kwargs, is_text
         )
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 2:
-            attention_mask, context = self._read_mask(attention_mask, inputs_embeds)
+            attention_mask, context = self._read_mask(attention_mask, inputs_embeds, cache)
         mask = create_prefix_lm_mask(self.config, inputs_embeds, attention_mask, cache, context)
         self._check_positions(position_ids)
 
@@ -257,11 +267,13 @@ class GLMModel(GLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
     def _read_mask(
-        self, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor
+        self, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor, cache: Cache | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """From the forms that are not 2-D: the 4-D mask, or which tokens are context, (batch, length)."""
         batch, length = inputs_embeds.shape[:2]
         if attention_mask.ndim <= 1 and attention_mask.numel() in (1, batch):
+            past = cached_length(cache)  # behind which only new tokens count: the context may be longer than they are
+            largest_number(attention_mask, length + past if isinstance(past, int) else self.config.max_sequence_length)
             context = torch.arange(length, device=inputs_embeds.device) < attention_mask.reshape(-1, 1)
             return None, context.expand(batch, -1)
         if attention_mask.ndim == 4:
@@ -269,6 +281,7 @@ class GLMModel(GLMPreTrainedModel):
                 raise ValueError(
                     "a 4-D `attention_mask` must be 0/1 or bool here, 1 where a query sees a key; not additive"
                 )
+            largest_number(attention_mask, 1)
             return attention_mask != 0, None
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be (batch,) context lengths, (batch, "
@@ -278,7 +291,9 @@ class GLMModel(GLMPreTrainedModel):
     def _check_positions(self, position_ids: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or position_ids.device.type == "meta" or position_ids.numel() == 0:
             return
-        last = int(position_ids.max())
+        smallest, last = (int(value) for value in position_ids.aminmax())
+        if smallest < 0:
+            raise ValueError(f"`position_ids` holds {smallest}, but positions count from 0.")
         if last > self.config.max_sequence_length:
             raise ValueError(
                 f"the text is too long: it has position {last}, but the learned positions end at `max_sequence_length` = "

@@ -54,7 +54,7 @@ def positions_and_context(
 
     Args:
         attention_mask: in 2-D form it tells padding, and the texts of a packed row, from each other.
-        position_ids: what the caller gave.
+        position_ids: what the caller gave, as `check_positions` wants it.
         kwargs: the forward pass's other arguments; the positions that `generate` puts there come before `position_ids`.
         is_text: whether there is a context to be found. If not, missing positions count from the cache's length.
 
@@ -62,8 +62,8 @@ def positions_and_context(
         Positions [batch or 1, rows, length], and context [batch, length], or None if nothing tells.
 
     Raises:
-        ValueError: the positions have another shape, cannot be worked out, or were shifted by PEFT's prefix tuning; or
-            continuous batching asks, which knows neither 2-D positions nor a prefix.
+        ValueError: the positions cannot be worked out, or were shifted by PEFT's prefix tuning; or continuous batching
+            asks, which knows neither 2-D positions nor a prefix.
     """
     if isinstance(cache, PAGED_CACHES):
         raise ValueError(
@@ -90,11 +90,6 @@ def positions_and_context(
         return find_positions(config, input_ids, tokens, checkable, start_needed)
     if rows == 1 and position_ids.ndim == 2:
         position_ids = position_ids[:, None]
-    if position_ids.shape[1:] != (rows, length) or position_ids.shape[0] not in (1, batch):
-        raise ValueError(
-            f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch, rows, length)}: "
-            f"positions{' and block positions' if rows == 2 else ''} of the {length} tokens."
-        )
     context = None
     if rows == 2:
         if from_generate is None and input_ids is not None and cache is not None and length > 1:
@@ -153,8 +148,12 @@ def find_positions(
     text = attention_mask.to(input_ids.device, torch.long)
     token = text != 0
     texts = 1
-    if attention_mask.dtype != torch.bool:
-        texts = length if torch.compiler.is_compiling() else int(text.max())
+    if torch.compiler.is_compiling():
+        texts = length
+    elif attention_mask.dtype != torch.bool:
+        smallest, texts = (int(value) for value in text.aminmax())
+        if smallest < 0 or texts > 1 or attention_mask.is_floating_point():
+            check_mask(attention_mask, batch, 0, length)
     missing = length + 1  # larger than any index
 
     def first(where: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

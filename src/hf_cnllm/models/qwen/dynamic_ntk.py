@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ...attention.masks import is_packed
+
 DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
 
 
@@ -115,6 +117,13 @@ class DynamicNtkRotaryEmbedding(nn.Module):
             return self.plain_inv_freq
         elif cache is None:
             lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
+        elif is_packed(attention_mask):
+            if (true_lengths(inputs_embeds, attention_mask) > self.seq_length).any():
+                raise ValueError(
+                    "`attention_mask` packs sequences longer than `seq_length` into a row, each with an NTK factor of its "
+                    "own, which a cache cannot carry: pass `use_cache=False`."
+                )
+            return self.plain_inv_freq
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
             # A static cache counts in a tensor, hence no `if`.
@@ -137,13 +146,17 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
 
     Args:
         inputs_embeds: (batch, length, hidden).
-        attention_mask: (batch, length), 0 for padding; or (batch, 1, length, keys), boolean (True = visible) or
+        attention_mask: (batch, length), 0 for padding, perhaps with numbers of packed sequences; or (batch, 1, length, keys), boolean (True = visible) or
             additive (0 = visible), in which the query that sees most sees its whole row; or None.
         position_ids: given without a mask, a restart begins a packed document, whose tokens all get its length.
 
     Raises:
         ValueError: the mask does not tell.
     """
+    if is_packed(attention_mask):
+        numbers = attention_mask[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device).long()
+        sizes = numbers.new_zeros(len(numbers), attention_mask.shape[1] + 1)
+        return sizes.scatter_add_(1, numbers, torch.ones_like(numbers)).gather(1, numbers)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return (attention_mask != 0).sum(-1, keepdim=True).to(inputs_embeds.device)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:

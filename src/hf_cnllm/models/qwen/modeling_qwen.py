@@ -31,7 +31,7 @@ from ..._compat import (
 )
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.logn import logn_scale
-from ...attention.masks import create_window_masks, mask_name
+from ...attention.masks import create_window_masks, is_packed, mask_name, positions_in_sequences
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
@@ -203,6 +203,9 @@ class QWenModel(QWenPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
+        attention_mask (`torch.Tensor`, *optional*):
+            `[batch, past + length]`, 0 for padding, 1 for tokens; or numbers from 1, one for each sequence packed into the
+            row, which then see, and dynamic NTK and LogN then count, their own tokens only.
         position_ids (`torch.LongTensor`, *optional*):
             `[batch, length]`, 0-based. RoPE rotates by them and LogN counts by them. By default they count columns,
             padding included, as in the original; RoPE is relative, so only LogN can tell the difference.
@@ -210,17 +213,17 @@ class QWenModel(QWenPreTrainedModel):
             `[batch]`, tokens in the prompt of each row, from which dynamic NTK takes its factor. By default the number
             of tokens at prefill. `generate` sets it; a loop without a cache should.
         """
-        cache = validate_inputs(self.config, input_ids, inputs_embeds, cache, kwargs)
+        cache = validate_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         length = inputs_embeds.shape[1]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        past_length = cached_length(cache)
+        past_length, by_columns = cached_length(cache), position_ids is None
         # How far the positions reach, where that is known without looking at tensors.
-        reach = past_length + length if position_ids is None and isinstance(past_length, int) else None
-        if position_ids is None:
+        reach = past_length + length if by_columns and isinstance(past_length, int) else None
+        if by_columns:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         masks: Any = attention_mask
         if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
@@ -238,7 +241,10 @@ class QWenModel(QWenPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         query_scale = None
         if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
-            query_scale = logn_scale(position_ids, self.config.seq_length).to(inputs_embeds.dtype)
+            counted = position_ids
+            if by_columns and is_packed(attention_mask):
+                counted = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
+            query_scale = logn_scale(counted, self.config.seq_length).to(inputs_embeds.dtype)
         too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
         if too_far and not torch.compiler.is_compiling():
             logger.warning_once(
