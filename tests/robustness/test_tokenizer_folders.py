@@ -70,9 +70,9 @@ TEXTS = (
 OTHER_PIECES = "a vocabulary of the right kind with other pieces or scores: it has no checksum"
 
 
-def answers(folder: Path) -> list[Any]:
+def answers(folder: Path, **options: Any) -> list[Any]:
     """Ids and decoded texts, and the control ids, of whatever AutoTokenizer makes of a folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     return [
         ids,
@@ -130,9 +130,10 @@ def sweep(tally, tmp_path, sources):
     def run(name: str, row: str, cases_of: Callable[[Path], Iterable[Case]], count: int, whole: bool) -> None:
         """Judges `count` of the cases of every layout, or all, on copies of its folder."""
         tally.part, tally.name = PART, row
-        cases = [(layout, *case) for layout in LAYOUTS for case in cases_of(sources(name, layout))]
-        for layout in LAYOUTS:
-            tally.undamaged(lambda: answers(sources(name, layout)))  # noqa: B023
+        layouts = [layout for layout in LAYOUTS if (sources(name, layout) / VOCABULARIES[name]).exists()]
+        cases = [(layout, *case) for layout in layouts for case in cases_of(sources(name, layout))]
+        for layout in layouts:
+            assert tally.undamaged(lambda: answers(sources(name, layout))) == truth(name)  # noqa: B023
         for layout, case, damage, unknowable in sample(cases, count, whole):
             folder = fresh(sources(name, layout), tmp_path / "damaged")
             damage(folder)
