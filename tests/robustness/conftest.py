@@ -1,6 +1,7 @@
 import pytest
 import transformers
 
+import hf_cnllm  # noqa: F401  # registers the families
 from robustness.tally import Tally
 
 

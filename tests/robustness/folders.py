@@ -11,7 +11,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-import hf_cnllm  # noqa: F401  # registers the families
 from goldens import GOLDENS
 from robustness.tally import SEED
 

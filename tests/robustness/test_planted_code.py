@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hf_cnllm
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig, pipeline
+
+import hf_cnllm
 from goldens import GOLDENS
 from robustness.folders import MODELS, copy_model, fresh, read_json, write_json
 from robustness.test_model_folders import forward_inputs, is_true
 from robustness.test_tokenizer_folders import MODEL_OF, VOCABULARIES, answers, truth
-from safetensors.torch import load_file
 from tokenizer_goldens import FIXTURES
-from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig, pipeline
 
 PART = "planted code"
 TRUST = (None, False, True)

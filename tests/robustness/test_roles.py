@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoTokenizer, GenerationConfig
+
 from hf_cnllm import FAMILIES, encode_conversation, with_system_in_question
 from hf_cnllm.auto import Shape
 from robustness.attacks import ATTACKS, HARMLESS
 from robustness.tally import sample, sample_or_whole
 from tokenizer_goldens import FIXTURES
-from transformers import AutoTokenizer, GenerationConfig
 
 PART = "role attack"
 # Vocabulary -> the architecture of the model that chats with it, and the token that ends its answers.
