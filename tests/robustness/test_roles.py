@@ -399,3 +399,27 @@ def test_stop_words(whole, tally):
                 lambda found: found[0].endswith("and left."),
             )
     tally.check()
+
+
+@every_chat
+def test_private_use_characters(name, tally):
+    """The characters that chats are marked with inside may all stand in a message: no StopIteration, which ends a `map`."""
+    tally.part, tally.name = PART, "messages of private-use characters"
+    tokenizer = tokenizer_of(name)
+    planes = {"all of plane 15": range(0xF0000, 0xFFFFE), "all of plane 16": range(0x100000, 0x10FFFE)}
+    planes |= {"the basic plane's": range(0xE000, 0xF900), "all": [*range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE)]}
+    harmless = controls(name, chat(tokenizer, [message(USER, HARMLESS)]))
+    stops = []
+    for what, characters in planes.items():
+        text = "".join(map(chr, characters))
+
+        def answer(text: str = text, what: str = what) -> list[int]:
+            try:
+                return controls(name, chat(tokenizer, [message(USER, text)]))
+            except StopIteration:
+                stops.append(f"{name}, {what}")
+                raise ValueError("StopIteration") from None
+
+        tally.judge(f"{name}, {what}", answer, lambda found: found == harmless)
+    assert not stops, stops
+    tally.check()
