@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+
 from goldens import GOLDENS
 from robustness.folders import MODELS, fresh
 from robustness.tally import sample, sample_or_whole
 from robustness.test_tokenizer_folders import answers
 from tokenizer_goldens import FIXTURES
-from transformers import AutoTokenizer
 
 PART = "killed saves"
 SHARDS = "20KB"
@@ -179,9 +180,9 @@ def test_other_numbers_of_shards(golden, whole, tally, tmp_path):
     """One file over shards, and shards over one file."""
     tally.part, tally.name = PART, "one file over shards and shards over one file"
     old, new = two_models(golden)
+    folder = tmp_path / "folder"
     for before, after in (("20KB", "1GB"), ("1GB", "20KB"), ("20KB", "40KB")):
         save_sharded(old, tmp_path / before, before)
-        folder = tmp_path / "folder"
 
         def save(after: str = after) -> None:
             save_sharded(new, folder, after)
@@ -245,7 +246,7 @@ def test_tokenizer_over_another(names, whole, tally, tmp_path):
     old, new = (AutoTokenizer.from_pretrained(FIXTURES / "vocab" / name) for name in names)
     old.save_pretrained(tmp_path / "old")
     new.save_pretrained(tmp_path / "new")
-    expected = [answers(tmp_path / name) + [_chat(tmp_path / name)] for name in ("old", "new")]
+    expected = [[*answers(tmp_path / name), _chat(tmp_path / name)] for name in ("old", "new")]
     folder = tmp_path / "folder"
     fresh(tmp_path / "old", folder)
     for way, die in deaths(lambda: new.save_pretrained(folder), [1, 100, 10_000], 24, whole)[: None if whole else 10]:
@@ -253,7 +254,7 @@ def test_tokenizer_over_another(names, whole, tally, tmp_path):
         die()
         tally.judge(
             f"{names[1]} over {names[0]}, {way}",
-            lambda: answers(folder) + [_chat(folder)],
+            lambda: [*answers(folder), _chat(folder)],
             lambda found: found in expected,
             MIXED_TOKENIZER,
         )
