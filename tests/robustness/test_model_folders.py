@@ -173,6 +173,8 @@ def _config_cases(golden: str, tmp_path: Path, values: tuple) -> Iterator[tuple]
         if key in NOTES:
             continue
         for value in values:
+            if value == 10**6 and "layers" in key:
+                value = 99  # a million layers take minutes to be found too many
             shown = "dropped" if value is DROPPED else f"= {value!r}"
             unknowable = LEGAL_VALUE if key in OPTIONS and values is SELDOM_A_VALUE else None
             yield f"config.json: {key} {shown}", set_key("config.json", key, value), unknowable
