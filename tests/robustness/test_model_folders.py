@@ -51,7 +51,7 @@ OPTIONS = {
     *("mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
 NEVER_A_VALUE = ("nonsense", -1, -(10**6), float("nan"), float("inf"), -float("inf"), [], {}, [1, 2], {"a": 1})
-SELDOM_A_VALUE = (DROPPED, None, 0, 1, 3, 1.5, 10**6, True, False, "3", "")
+SELDOM_A_VALUE = (DROPPED, None, 0, 1, 3, 1.5, 10_000, True, False, "3", "")
 NOTES = {"transformers_version", "_name_or_path", "onnx_safe"}
 
 
@@ -173,8 +173,8 @@ def _config_cases(golden: str, tmp_path: Path, values: tuple) -> Iterator[tuple]
         if key in NOTES:
             continue
         for value in values:
-            if value == 10**6 and "layers" in key:
-                value = 99  # a million layers take minutes to be found too many
+            if value == 10_000 and "layers" in key:
+                value = 99  # layers take their time to be found too many
             shown = "dropped" if value is DROPPED else f"= {value!r}"
             unknowable = LEGAL_VALUE if key in OPTIONS and values is SELDOM_A_VALUE else None
             yield f"config.json: {key} {shown}", set_key("config.json", key, value), unknowable
