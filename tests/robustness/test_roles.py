@@ -226,21 +226,13 @@ def model_of(name: str) -> Any:
     tokenizer = tokenizer_of(name)
     architecture, _ = CHATS[name]
     family = next(family for family in FAMILIES if architecture in family.architectures)
-    ids = {}
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     if architecture == "chatglm":
-        ids = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "max_sequence_length": 2048,
-        }
-        ids |= {f"{m}_token_id": tokenizer.convert_tokens_to_ids(f"[{s}]") for m, s in MASKS.items()}
+        ids |= {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"[{text}]") for key, text in MASKS.items()}
+        ids["max_sequence_length"] = 2048
     config = family.make_config(architecture, Shape(16, 1, 2, 16, len(tokenizer)), **ids)
-
-    return (
-        getattr(transformers, next(m for m in family.models if m in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")))
-        .from_config(config)
-        .eval()
-    )
+    auto_class = next(name for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") if name in family.models)
+    return getattr(transformers, auto_class).from_config(config).eval()
 
 
 MASKS = {"mask": "MASK", "gmask": "gMASK"}
