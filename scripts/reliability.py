@@ -72,7 +72,7 @@ def report(records: list[dict[str, Any]], options: str) -> str:
         rows.setdefault((record["part"], record["name"]), Counter()).update({o: record[o] for o in OUTCOMES})
         reasons.update(record["reasons"])
     titles, rule = " | ".join(OUTCOMES), "---:|" * (len(OUTCOMES) - 1) + "---:"
-    lines = [_row(part, name, counts) for (part, name), counts in rows.items()]
+    lines = [_row(part, name, counts) for (part, name), counts in sorted(rows.items(), key=lambda row: row[0])]
     total = sum(rows.values(), Counter())
     lines.append(_row("**all**", "", total))
     text = HEAD.format(options=options, titles=titles, rule=rule) + "\n".join(lines) + "\n"

@@ -89,6 +89,16 @@ def padded(rows: list[list[int]], sides: list[str], more: int = 0) -> tuple[torc
     return ids, mask
 
 
+def positions_of(subject: Subject, rows: list[list[int]], mask: torch.Tensor) -> torch.Tensor:
+    """[batch, length], or [batch, 2, length] where a prompt ends in a blank: the places of its tokens, and those behind it
+    in the blank."""
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if not subject.sees_all_of_a_prompt:
+        return places
+    blanks = torch.tensor([[row.index(subject.prompt_end[0])] for row in rows])
+    return torch.stack([places.minimum(blanks), (places - blanks).clamp(min=0)], dim=1)
+
+
 def is_close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     return logits.shape == expected.shape and bool(torch.allclose(logits.float(), expected, atol=TOLERANCE, rtol=0))
 
@@ -272,7 +282,7 @@ def one_chunked_prefill(subject: Subject, generator: random.Random, tally: Tally
     )
     stops = [first, *stops] if subject.sees_all_of_a_prompt else stops
     kind, backend = generator.choice(("new", "dynamic", "static")), generator.choice(BACKENDS)
-    dtype = generator.choice(MASK_DTYPES)
+    dtype, positions = generator.choice(MASK_DTYPES), positions_of(subject, rows, mask)
     model = model_of(subject.golden, backend)
 
     @torch.no_grad()
@@ -285,7 +295,8 @@ def one_chunked_prefill(subject: Subject, generator: random.Random, tally: Tally
         logits, start = [], 0
         for stop in dict.fromkeys(stops):
             given = mask[:, :stop].to(dtype)
-            output = model(ids[:, start:stop], attention_mask=given, past_key_values=cache, use_cache=True)
+            options = {"position_ids": positions[..., start:stop]} if subject.sees_all_of_a_prompt else {}
+            output = model(ids[:, start:stop], attention_mask=given, past_key_values=cache, use_cache=True, **options)
             cache, start = output.past_key_values if cache is None else cache, stop
             logits.append(output.logits)
         return torch.cat(logits, dim=1)
@@ -416,6 +427,8 @@ def test_odd_ids(golden, tally):
 
 
 ODD_POSITIONS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "as they are": lambda positions: positions,
+    "int32": lambda positions: positions.to(torch.int32),
     "negative": lambda positions: positions - 100,
     "floats": lambda positions: positions.float(),
     "halves": lambda positions: positions + 0.5,
@@ -437,11 +450,7 @@ def test_odd_positions(golden, tally):
     subject = SUBJECTS[golden]
     row = random_row(subject, random.Random(SEED), 2)
     expected = truth(golden, row)
-    positions = torch.arange(len(row))[None]
-    if subject.sees_all_of_a_prompt:
-        end = len(row) - 3  # context and the blank, then sop and two tokens
-        blank = torch.tensor([[*range(end), *[end - 1] * 3], [*[0] * end, 1, 2, 3]])
-        positions = blank[None]
+    positions = positions_of(subject, [row], torch.ones(1, len(row), dtype=torch.long))
     for name, change in ODD_POSITIONS.items():
         tally.judge(
             f"{golden}, positions {name}",

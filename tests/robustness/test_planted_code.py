@@ -255,6 +255,7 @@ class Tokenizer(PreTrainedTokenizer):
         super().__init__(**kwargs)
 """
 ATTACKING_TEMPLATES = (
+    "{{ messages[0]['content'] }}",  # the one that attacks nothing
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
     "{{ lipsum.__globals__['os'].popen('touch MARK').read() }}",
