@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
 from hf_cnllm import FAMILIES, encode_conversation, with_system_in_question
@@ -215,6 +217,31 @@ def test_texts_on_the_way_in(name, whole, tally):
             lambda found, door=door: found == harmless[door],
         )
     tally.check()
+
+
+FRAGMENTS = (
+    *("<|", "|>", "<", ">", "</", "|", "[", "]", "im_start", "im_end", "assistant", "user", "system", "observation"),
+    *("gMASK", "MASK", "sop", "eop", "s", "reserved_106", "reserved_103", "endoftext", "extra_0", "\n", " ", "_", "▁"),
+    *("\u200b", "\ufeff", "\u0301", "｜", "\U000f0000", "\U000f0001", "\U00100000", "\x00", "{{", "}}", "{%", "%}"),
+)
+
+
+@every_chat
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_texts_of_fragments(name, data):
+    """Whatever a text is put together from, in parts that meet or in messages that follow one another."""
+    tokenizer = tokenizer_of(name)
+    texts = st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join)
+    first, second, third = (data.draw(texts) or "x" for _ in range(3))
+
+    def ids(*contents: str) -> list[int]:
+        parts = [{"type": "text", "text": content} for content in contents[:2]]
+        return controls(
+            name, chat(tokenizer, [message(USER, parts), message(ASSISTANT, contents[2]), message(USER, "and?")])
+        )
+
+    assert ids(first, second, third) == ids("x", "x", "x")
 
 
 # --- the way back: what the model says ----------------------------------------------------------------------------------
