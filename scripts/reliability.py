@@ -1,6 +1,6 @@
 """Runs the robustness tests (tests/robustness) and writes what they count into docs/reliability.md.
 
-    python scripts/reliability.py            # every case: an hour of one core
+    python scripts/reliability.py            # every case: about half an hour of one core
     python scripts/reliability.py --sample   # the cases of a plain `pytest`: a few minutes
 
 Ends with an error, and with the table written, if a case was silently wrong.

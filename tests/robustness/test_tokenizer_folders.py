@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from goldens import GOLDENS
+from hf_cnllm import FAMILIES
 from robustness.folders import (
     DROPPED,
     Damage,
@@ -310,12 +311,10 @@ def test_keys_of_json_files(name, whole, sweep):
     sweep(name, "keys of tokenizer_config.json and others", cases, 15, whole)
 
 
+OUR_CLASSES = tuple(tokenizer.__name__ for family in FAMILIES for tokenizer in family.tokenizers)
 TRANSFORMERS_CLASSES = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "LlamaTokenizer",
-    "BertTokenizer",
-    "GPT2Tokenizer",
+    *("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "BertTokenizer", "GPT2Tokenizer"),
+    *("RobertaTokenizer", "Qwen2Tokenizer"),
 )
 
 
@@ -323,15 +322,7 @@ TRANSFORMERS_CLASSES = (
 @every_vocabulary
 def test_other_tokenizer_classes(name, whole, sweep):
     """A class of another family, transformers' generic ones, or none, with and without the configuration beside."""
-    classes = ["BaichuanTokenizer", "ChatGLMTokenizer", "GLMChineseTokenizer", "GLMBertTokenizer", "QWenTokenizer"]
-    classes += [
-        "GLMGPT2Tokenizer",
-        "GLMRobertaTokenizer",
-        "PreTrainedTokenizerFast",
-        "LlamaTokenizer",
-        "NoSuchTokenizer",
-    ]
-    classes += ["TokenizersBackend", "BertTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", DROPPED, None, ""]
+    classes = (*OUR_CLASSES, *TRANSFORMERS_CLASSES, "NoSuchTokenizer", DROPPED, None, "")
     cases: list[tuple] = []
     for value in classes:
         damage = set_key("tokenizer_config.json", "tokenizer_class", value)
