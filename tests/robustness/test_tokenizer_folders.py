@@ -329,7 +329,8 @@ def test_other_tokenizer_classes(name, whole, sweep):
         shown = "none" if value is DROPPED else repr(value)
         other = OTHER_CLASS if value in TRANSFORMERS_CLASSES else None
         cases.append((f"tokenizer_class {shown}", damage, other))
-        cases.append((f"tokenizer_class {shown}, no config.json", both(damage, remove("config.json")), other))
+        nameless = NO_FAMILY if value in (DROPPED, None, "", "NoSuchTokenizer") else other
+        cases.append((f"tokenizer_class {shown}, no config.json", both(damage, remove("config.json")), nameless))
         bare = both(damage, set_key("tokenizer_config.json", "auto_map", DROPPED))
         cases.append((f"tokenizer_class {shown}, no auto_map", bare, other))
     cases.append(("no tokenizer_config.json", remove("tokenizer_config.json"), None))
