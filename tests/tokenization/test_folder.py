@@ -261,6 +261,13 @@ def test_other_settings(name, value):
         check_settings("Tokenizer", {name: value})
 
 
+@every_vocabulary
+def test_a_switch_that_ends_in_token(name, folder):
+    change(folder / "tokenizer_config.json", add_bos_token="nonsense")
+    with pytest.raises(ValueError, match="`add_bos_token` must be true or false"):
+        AutoTokenizer.from_pretrained(folder)
+
+
 def test_a_checkpoint_whose_setting_means_nothing(tmp_path):
     folder = shutil.copytree(VOCAB / "glm_gpt2_small", tmp_path / "gpt2")
     change(folder / "tokenizer_config.json", add_prefix_space="yes")

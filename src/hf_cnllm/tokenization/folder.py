@@ -102,7 +102,9 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the setting, its value and what it must be.
     """
-    for name, value in settings.items():
+    # transformers takes every text whose name ends in `_token`, that of add_bos_token too, for a token of the model's own.
+    more = settings.get("model_specific_special_tokens")
+    for name, value in {**(more if isinstance(more, dict) else {}), **settings}.items():
         what, is_valid = SETTINGS.get(name, ("", None))
         if is_valid and value is not None and not is_valid(value):
             raise ValueError(f"{owner}: `{name}` must be {what}, got {value!r}. Correct it in tokenizer_config.json.")
