@@ -231,6 +231,9 @@ class GenerationHooks:
     def before_prefill(self, input_ids: Tensor, arguments: dict[str, Any], generation_config) -> None:
         """As `add_generation_arguments`, but with a row for each beam or sample, and not in assisted decoding."""
 
+    not_for_assistants: tuple[str, ...] = ()
+    """Arguments of the steps that an assistant, which gets copies of all, might not know: they end where there is one."""
+
     def prepare_cache(self, arguments: dict[str, Any], is_assisted: bool) -> None:
         """Sees the cache, `arguments[CACHE]`, before the first step."""
 
@@ -297,7 +300,10 @@ class GenerationHooks:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        self.prepare_cache(model_kwargs, generation_mode == GenerationMode.ASSISTED_GENERATION)
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        for name in self.not_for_assistants if is_assisted else ():
+            model_kwargs.pop(name, None)
+        self.prepare_cache(model_kwargs, is_assisted)
 
     def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
         return super()._prepare_static_cache(*args, max_cache_len=max_cache_len + self.learned_keys, **kwargs)

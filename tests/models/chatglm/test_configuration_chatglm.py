@@ -115,7 +115,7 @@ def test_the_derived_sizes_are_in_the_dictionary_that_peft_reads():
         ({**V2, "pre_seq_len": 0}, "`pre_seq_len` must be a positive number, got 0"),
         ({**V2, "kv_channels": -8}, "`kv_channels` must be a positive number, got -8"),
         ({**V2, "quantization_bit": 3}, "`quantization_bit` must be 0, 4 or 8"),
-        ({**V2, "num_key_value_heads": 4}, "set `multi_query_attention` and `multi_query_group_num`"),
+        ({**V2, "num_key_value_heads": 4}, r"`num_key_value_heads` \(4\) contradicts .* `multi_query_group_num`"),
         ({**V2, "ffn_hidden_size": "wide"}, "ffn_hidden_size"),
         ({"model_type": "baichuan"}, "`model_type`"),
     ],
@@ -124,3 +124,30 @@ def test_bad_values_are_named(values, complaint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises((ValueError, StrictDataclassError), match=complaint):
         ChatGLMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sizes"),
+    [
+        ("chatglm_6b_3layer", {"num_attention_heads": 2}, (24, 2)),
+        ("chatglm_6b_3layer", {"hidden_size": 96}, (24, 4)),
+        ("chatglm2_6b", {"kv_channels": 24}, (24, 2)),
+        ("chatglm2_6b", {"multi_query_group_num": 1}, (8, 1)),
+        ("chatglm2_6b", {"multi_query_attention": False}, (8, 6)),
+    ],
+)
+def test_sizes_follow_the_fields_that_say_them(name, changes, sizes, tmp_path):
+    config = AutoConfig.from_pretrained(GOLDENS / name)
+    config.save_pretrained(tmp_path)
+    config.update(changes)
+    made = copy.deepcopy(config)
+    config.save_pretrained(tmp_path / "changed")
+    for same in (
+        config,
+        made,
+        AutoConfig.from_pretrained(tmp_path / "changed"),
+        AutoConfig.from_pretrained(tmp_path, **changes),
+        AutoConfig.from_pretrained(GOLDENS / name, **changes),
+    ):
+        assert (same.head_dim, same.num_key_value_heads) == sizes
+        assert "_follows" not in same.to_dict()

@@ -71,7 +71,7 @@ def test_positions_are_continued_as_if_worked_out_anew(family, overrides, side, 
     find = generation.find_positions
     monkeypatch.setattr(generation, "find_positions", lambda *args, **kwargs: calls.append(1) or find(*args, **kwargs))
     generated = model.generate(prompts, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert len(calls) == 2  # the prompt is checked, and then its positions are found for all steps
+    assert len(calls) == 1  # the prompt's positions are found, and continued in all steps
     expected = prompts
     for _ in range(5):
         positions = model.positions_of_prompt(expected, mask)

@@ -27,6 +27,16 @@ EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
 FIRST_CONTROL_ID = {EARLY_VOCAB_SIZE: 150000, LATE_VOCAB_SIZE: 130000}
 CONTROL_TOKENS = {"mask_token_id": 0, "gmask_token_id": 1, "smask_token_id": 2, "bos_token_id": 4, "eos_token_id": 5}
 
+# Whoever changes one of these changes what follows from it.
+SIZES_FOLLOW_FROM = (
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "multi_query_attention",
+    "multi_query_group_num",
+)
+SIZES = ("head_dim", "num_key_value_heads")
+
 POSITIVE_FIELDS = (
     "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "ffn_hidden_size",
     "kv_channels", "multi_query_group_num", "max_sequence_length", "seq_length", "rope_ratio", "pre_seq_len",
@@ -107,12 +117,28 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             }
         super().__post_init__(**kwargs)
 
-    def _derive(self, field: str, value: int, from_fields: str):
-        if getattr(self, field) not in (None, value):
-            raise ValueError(
-                f"`{field}` ({getattr(self, field)}) contradicts what it follows from ({value}): set {from_fields}"
-            )
-        setattr(self, field, value)
+    def sizes_that_follow(self) -> dict[str, int]:
+        """`head_dim` and `num_key_value_heads`, from the fields that say them."""
+        raise NotImplementedError
+
+    def _derive_sizes(self):
+        for field, value in self.sizes_that_follow().items():
+            if getattr(self, field) not in (None, value):
+                raise ValueError(
+                    f"`{field}` ({getattr(self, field)}) contradicts what it follows from ({value}): set "
+                    f"{' or '.join(f'`{name}`' for name in SIZES_FOLLOW_FROM if hasattr(self, name))}"
+                )
+            setattr(self, field, value)
+        self._follows = True
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in SIZES_FOLLOW_FROM and getattr(self, "_follows", False) and self.num_attention_heads:
+            for field, size in self.sizes_that_follow().items():
+                super().__setattr__(field, size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_follows"}
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
@@ -130,6 +156,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             # Overrides take part in the decisions, so they must be there when the configuration is built.
             names = {field.name for field in fields(config_class)} - {"dtype"}
             config_dict = config_dict | {name: value for name, value in kwargs.items() if name in names}
+            if not kwargs.keys().isdisjoint(SIZES_FOLLOW_FROM):  # what a saved file says of them gives way
+                config_dict = {k: v for k, v in config_dict.items() if k in kwargs or k not in SIZES}
         return super(ChatGLMConfig, config_class).from_dict(config_dict, **kwargs)
 
 
@@ -183,9 +211,11 @@ class ChatGLM1Config(ChatGLMConfig):
             for field, offset in CONTROL_TOKENS.items():
                 if getattr(self, field) is None:
                     setattr(self, field, first_id + offset)
-        sizes = "`hidden_size` and `num_attention_heads`"
-        self._derive("head_dim", self.hidden_size // (self.num_attention_heads or 1), sizes)
-        self._derive("num_key_value_heads", self.num_attention_heads, "`num_attention_heads`")
+        self._derive_sizes()
+
+    def sizes_that_follow(self):
+        head_dim = self.hidden_size // (self.num_attention_heads or 1)
+        return {"head_dim": head_dim, "num_key_value_heads": self.num_attention_heads}
 
     def validate_architecture(self):
         super().validate_architecture()
@@ -247,9 +277,11 @@ class ChatGLM2Config(ChatGLMConfig):
             name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
             self.rope_ratio_type = "linear" if "chatglm2" in str(name).lower() else "base"
         super().__post_init__(**kwargs)
-        self._derive("head_dim", self.kv_channels, "`kv_channels`")
+        self._derive_sizes()
+
+    def sizes_that_follow(self):
         heads = self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
-        self._derive("num_key_value_heads", heads, "`multi_query_attention` and `multi_query_group_num`")
+        return {"head_dim": self.kv_channels, "num_key_value_heads": heads}
 
     def validate_architecture(self):
         super().validate_architecture()

@@ -375,8 +375,10 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         text = self._tokenizer.decoder.decode(mend_bytes(tokens))
-        if self.generation != "chatglm3" or ASSISTANT not in tokens:
+        if self.generation != "chatglm3":
             return text
+        if ASSISTANT not in tokens:
+            return Answer.of([text])
         # Decoding depends on what stands around a token, so the turns are parted in the text of all of them.
         (mark,) = unused_characters(text)
         marked = [mark if token == ASSISTANT else token for token in tokens]

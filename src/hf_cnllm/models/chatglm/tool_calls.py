@@ -130,10 +130,9 @@ def read_answer(
         ToolCallError: the history has tools, and the last turn is a malformed call of one.
         ValueError: the output is neither.
     """
+    texts: Sequence[str] = output
     if isinstance(output, str):
         texts = output.turns if isinstance(output, Answer) else output.split(ASSISTANT)
-    else:
-        texts = output
     if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)):
         raise ValueError(
             f"output must be a text that the tokenizer decoded, or a list of its turns, but is {output!r}."

@@ -97,7 +97,11 @@ def positions_and_context(
         if is_text:
             context = (position_ids[:, 1] == 0).expand(batch, length)
             context = context if tokens is None else context & (tokens != 0)
-    elif is_text and input_ids is not None and length > 1:
+    elif is_text and length > 1:
+        if input_ids is None:
+            raise ValueError(
+                "with one row of positions only `input_ids` tell where the context ends: pass them instead of `inputs_embeds`"
+            )
         context = find_positions(config, input_ids, tokens, check=False)[1]
     return position_ids, context
 

@@ -20,6 +20,7 @@ class PrefixLMGenerationMixin(GenerationHooks):
     """Stands in front of `GenerationMixin`; the backbone takes its positions from `positions_and_context`."""
 
     counts_positions = False
+    not_for_assistants = ("found_position_ids",)
 
     def positions_of_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool = False, more: int = 0
@@ -42,15 +43,24 @@ class PrefixLMGenerationMixin(GenerationHooks):
             if embeds is not None and input_ids.shape[1] > 0:
                 raise ValueError("pass `input_ids` or `inputs_embeds` together with `position_ids`, not both")
             position_ids = position_ids.expand(input_ids.shape[0], *position_ids.shape[1:])
-            if position_ids.ndim == 3:
-                step = torch.tensor([[0], [1]], device=position_ids.device)[: position_ids.shape[1]]
+            length = input_ids.shape[1] if embeds is None else embeds.shape[1]
+            if position_ids.shape[-1] < length:
+                raise ValueError(
+                    f"`position_ids` has shape {tuple(position_ids.shape)}, but the prompt has {length} tokens: give each "
+                    "its positions."
+                )
+            if position_ids.ndim == 3 and position_ids.shape[1] == 2:
+                step = torch.tensor([[0], [1]], device=position_ids.device)
             else:  # positions of one row go on as they ended: still, or counting
                 step = (F.pad(position_ids, (1, 0), value=-1)[..., -2:].diff() == 1).long()
             arguments["prompt_position_ids"] = torch.cat([position_ids, position_ids[..., -1:] + step], dim=-1)
         elif embeds is not None:
             raise ValueError(NEED_POSITIONS)
-        elif arguments.get(CACHE) is None or int(arguments[CACHE].get_seq_length()) == 0:
-            self.positions_of_prompt(input_ids, arguments.get("attention_mask"), check=True)
+        else:
+            is_start = arguments.get(CACHE) is None or int(arguments[CACHE].get_seq_length()) == 0
+            # The two after the prompt tell how the positions go on.
+            found = self.positions_of_prompt(input_ids, arguments.get("attention_mask"), check=is_start, more=2)
+            arguments["found_position_ids"] = found
 
     def before_prefill(self, input_ids, arguments, generation_config):
         if (generation_config.prefill_chunk_size or input_ids.shape[1]) < input_ids.shape[1]:
@@ -58,10 +68,6 @@ class PrefixLMGenerationMixin(GenerationHooks):
                 "`prefill_chunk_size` is not possible here: the context of a prefix language model sees all of itself, so "
                 "it must be computed at once."
             )
-        if arguments.get("prompt_position_ids") is None:
-            # The next two tell how the positions go on.
-            mask = arguments.get("attention_mask")
-            arguments["prompt_position_ids"] = self.positions_of_prompt(input_ids, mask, more=2)
 
     def prepare_inputs_for_generation(
         self,
@@ -71,11 +77,13 @@ class PrefixLMGenerationMixin(GenerationHooks):
         generation_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         prompt_position_ids: torch.Tensor | None = None,
+        found_position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
         """Takes GLM's tokenizer's `build_inputs_for_generation` too: positions and a 0/1 mask,
         `generation_attention_mask` (batch, 1, n, n), of the prompt and what is to be generated."""
         length = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
+        prompt_position_ids = found_position_ids if prompt_position_ids is None else prompt_position_ids
         if prompt_position_ids is None:
             position_ids = self.positions_of_prompt(input_ids, attention_mask)
         else:
