@@ -199,7 +199,7 @@ def test_queries_of_another_dtype_than_the_cache_are_refused():
 @given(data=st.data())
 def test_any_padding_and_packing_matches_reference(backend, data):
     length = data.draw(st.integers(2, 24), label="length")
-    rows = st.lists(st.integers(0, 3), min_size=length, max_size=length)
+    rows = st.lists(st.integers(0, min(3, length)), min_size=length, max_size=length)
     mask = torch.tensor([data.draw(rows, label="sequences") for _ in range(2)])
     if backend == "flash_attention_2":
         mask = mask.sort(dim=1, descending=data.draw(st.booleans(), label="padding on the right")).values

@@ -20,10 +20,9 @@ import transformers
 SEED = 20240217
 OUTCOMES = ("refused", "warned", "right", "listed", "silent")
 
-# A sweep runs as a sample of fixed seed, and as a whole behind `slow`.
-sample_or_whole = pytest.mark.parametrize(
-    "whole", [pytest.param(False, id="sample"), pytest.param(True, id="whole", marks=pytest.mark.slow)]
-)
+# A sweep runs as a sample of fixed seed, and as a whole behind `slow` and `sweep`.
+WHOLE = pytest.param(True, id="whole", marks=[pytest.mark.slow, pytest.mark.sweep])
+sample_or_whole = pytest.mark.parametrize("whole", [pytest.param(False, id="sample"), WHOLE])
 
 
 def sample(cases: Sequence[Any], count: int, whole: bool) -> list[Any]:

@@ -222,6 +222,8 @@ def test_what_is_no_mask(golden, tally):
     ids, mask = padded(rows, ["left", "left"])
     for backend in BACKENDS:
         for name, change in NO_MASKS.items():
+            if (golden, name) == ("glm", "a scalar"):
+                continue  # one length of context for all rows, as in the original
 
             @torch.no_grad()
             def answer(change: Callable = change, backend: str = backend) -> torch.Tensor:

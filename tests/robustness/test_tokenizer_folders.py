@@ -69,6 +69,7 @@ TEXTS = (
 
 # What no reader can know.
 OTHER_PIECES = "a vocabulary of the right kind with other pieces or scores: it has no checksum"
+OWN_PAIR = "a model of a size of its own may have either of Baichuan's vocabularies"
 FEWER_PIECES = "a whole vocabulary with fewer pieces, and no file beside it that gives the id of a token behind them"
 NO_FAMILY = "neither tokenizer_config.json nor config.json: nothing in the folder names a family"
 OTHER_CLASS = "tokenizer_class names a class of transformers' own: nothing of this package is asked"
@@ -219,7 +220,8 @@ def test_foreign_files(name, whole, sweep, sources):
             yield f"the vocabulary of {other}", replace(VOCABULARIES[name], folder / vocabulary), None
             for file in names_in(source):
                 if file not in (VOCABULARIES[name], "config.json") and (folder / file).exists():
-                    yield f"{file} of {other}", replace(file, folder / file), None
+                    own = file == "tokenizer.json" and {other, name} == {"baichuan1_small", "baichuan2_small"}
+                    yield f"{file} of {other}", replace(file, folder / file), OWN_PAIR if own else None
 
     sweep(name, "files of another tokenizer", cases, 10, whole)
 

@@ -3,7 +3,7 @@
 Kernels differ in what they give there: zeros, a mean, NaN, and gradients of any size. Nothing real ever reads such a row,
 but the loss does: under left padding, the last of them predicts the first token, and max-z counts them all. The original
 models added their dtype's minimum to masked scores, which levels all scores of such a row: it got the plain mean of values.
-Every backend here gives the same.
+In Baichuan and Qwen every backend gives the same.
 """
 
 from typing import NamedTuple

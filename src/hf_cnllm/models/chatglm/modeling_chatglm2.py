@@ -277,7 +277,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         length = inputs_embeds.shape[1]
-        if length > self.config.seq_length:
+        if length > self.config.seq_length and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"
             )
