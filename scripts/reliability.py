@@ -40,16 +40,9 @@ REASONS = """
 SAVING = """
 ## Saving over an older checkpoint
 
-Plain `save_pretrained` is transformers' own: it writes into the folder file by file. If its process is killed while it saves
-shards over older shards of the same names, old and new ones lie together, have the right names and shapes, and load. Save
-into a new folder and rename it when it is complete:
-
-```python
-model.save_pretrained("checkpoint.new")
-tokenizer.save_pretrained("checkpoint.new")
-os.rename("checkpoint", "checkpoint.old")
-os.rename("checkpoint.new", "checkpoint")
-```
+A `save_pretrained` of these models that is killed while it replaces older shards leaves a folder that does not load and says
+why; [security.md](security.md) has what each way of saving leaves. A folder that is always whole is a new one, renamed when it
+is complete, which is what `hf_cnllm.hub.saving.staged_folder` does.
 """
 
 
