@@ -110,15 +110,17 @@ def heard_warnings() -> Iterator[list[str]]:
 
     ear = Ear(level=logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("transformers", "hf_cnllm")]
-    handlers = [list(logger.handlers) for logger in loggers]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
     transformers.logging.get_logger("transformers").warning_once.__func__.cache_clear()  # it speaks once a process
-    for logger in loggers:
+    for logger in loggers:  # an earlier test or command may have silenced them
         logger.handlers = [ear]
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield heard
         heard += [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
     finally:
-        for logger, before in zip(loggers, handlers, strict=True):
-            logger.handlers = before
+        for logger, (handlers, level) in zip(loggers, before, strict=True):
+            logger.handlers = handlers
+            logger.setLevel(level)
