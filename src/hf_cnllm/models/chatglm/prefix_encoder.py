@@ -4,7 +4,6 @@ The prefix is not rotated, every token attends to it, and it does not count in t
 key/value cache like any other past; a forward pass without a cache hands it to the layers.
 """
 
-import copy
 from pathlib import Path
 
 import torch
@@ -66,7 +65,7 @@ class PrefixEncoder(nn.Module):
         prefix = self(len(inputs_embeds), inputs_embeds.dtype)
         if cache is None:
             return prefix, write_prefix(DynamicCache(), prefix[:1])
-        return None, with_fixed_length(write_prefix(cache, prefix))
+        return None, write_prefix(cache, prefix)
 
 
 def is_empty(cache: Cache) -> bool:
@@ -80,16 +79,6 @@ def write_prefix(cache: Cache, prefix: list[tuple[Tensor, Tensor]]) -> Cache:
     for layer_idx, (keys, values) in enumerate(prefix):
         cache.update(keys, values, layer_idx)
     return cache
-
-
-def with_fixed_length(cache: Cache) -> Cache:
-    """A view that keeps its present length: flex attention asks for it when the layers have already moved it on."""
-    view = copy.copy(cache)
-    view.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in view.layers:
-        if isinstance(length := getattr(layer, "cumulative_length", None), Tensor):
-            layer.cumulative_length = length.clone()
-    return view
 
 
 def load_prefix_encoder(model: PreTrainedModel, checkpoint: str | Path) -> None:
