@@ -79,3 +79,41 @@ def test_positions_are_continued_as_if_worked_out_anew(family, overrides, side, 
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     assert torch.equal(generated, expected)
+
+
+ONE_ROW = {"chatglm": {"position_encoding_2d": False}, "glm": {"block_position_encoding": False}}
+
+
+def one_row_model(family):
+    model_class, config = FAMILIES[family]
+    config = config()
+    config.update(ONE_ROW[family])
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+def test_positions_of_one_row_go_on_in_both_of_their_shapes():
+    model, prompt = one_row_model("chatglm"), PROMPTS[:1]
+    positions = model.positions_of_prompt(prompt, None)
+    assert positions.shape == (1, 1, 6) and positions[0, 0].tolist() == list(range(6))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, **options)
+    for given in (positions, positions[:, 0]):
+        assert torch.equal(model.generate(prompt, position_ids=given, **options), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_do_not_reach_the_prompts_end_are_refused(family):
+    model_class, config = FAMILIES[family]
+    model = model_class(config()).eval()
+    positions = model.positions_of_prompt(PROMPTS[:1], None)[..., :-1]
+    with pytest.raises(ValueError, match=r"`position_ids` has shape \(1, 2, 5\), but the prompt has 6 tokens"):
+        model.generate(PROMPTS[:1], position_ids=positions, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_with_one_row_of_positions_do_not_tell_the_context(family):
+    model = one_row_model(family)
+    embeds = model.get_input_embeddings()(PROMPTS[:1])
+    with pytest.raises(ValueError, match="only `input_ids` tell where the context ends"):
+        model.generate(inputs_embeds=embeds, position_ids=torch.arange(6)[None, None], max_new_tokens=2)
