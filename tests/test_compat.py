@@ -13,7 +13,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+)
 
 import hf_cnllm
 from goldens import GOLDENS
@@ -135,6 +142,16 @@ def change_the_masks(monkeypatch):
     monkeypatch.setattr(_compat, "create_causal_mask", lambda config, inputs, mask, cache, **kwargs: mask)
 
 
+def forget_the_configuration(monkeypatch):
+    """`AutoTokenizer` decides without the configuration beside the tokenizer, which is where ours looks at the files."""
+    original = AutoTokenizer.from_pretrained.__func__
+
+    def from_pretrained(cls, name, *args, config=None, **kwargs):
+        return original(cls, name, *args, config=None if config is None else PreTrainedConfig(), **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", classmethod(from_pretrained))
+
+
 CHANGES = {
     rename_the_cache_of_generate: "as `kv`",
     rename_the_cache_of_the_masks: "kv|cache|past_key_values",
@@ -142,6 +159,7 @@ CHANGES = {
     drop_a_call: "no longer calls _prepare_cache_for_generation",
     change_a_signature: "_prefill takes",
     change_the_masks: "mask",
+    forget_the_configuration: "no longer asks the configuration for its model_name",
 }
 
 

@@ -9,6 +9,7 @@ included. It takes a few hundredths of a second. The same check is a test, and p
 import contextlib
 import functools
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -225,6 +227,31 @@ def _generation() -> Iterator[str]:
             yield f"`generate` drops `{name}`"
 
 
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+class _Asked(Exception):
+    """The configuration was asked for the attribute of that name."""
+
+
+def _auto_tokenizer_asks_the_configuration() -> Iterator[str]:
+    """What `_compat.TokenizerHooks` checks, it checks when these attributes are read, before any code could run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("model_name", "tokenizer_class"):
+            probe = type("_AskedConfig", (_ProbeConfig,), {name: property(_raise_asked, lambda self, value: None)})
+            try:
+                AutoTokenizer.from_pretrained(folder, config=probe())
+            except _Asked:
+                continue
+            except (ValueError, OSError, KeyError):
+                pass
+            yield f"AutoTokenizer no longer asks the configuration for its {name}"
+
+
+def _raise_asked(config: PreTrainedConfig) -> None:
+    raise _Asked
+
+
 # --- layers, masks, attention, outputs --------------------------------------------------------------------------------
 
 
@@ -286,6 +313,7 @@ def _outputs_hold_the_cache() -> Iterator[str]:
 PROMISES: tuple[Callable[[], Iterator[str]], ...] = (
     _signatures,
     _generation,
+    _auto_tokenizer_asks_the_configuration,
     _checkpointed_layers_drop_the_cache,
     _masks,
     _attention_functions,

@@ -170,6 +170,13 @@ class ChatGLMTokenizer(ChatTokenizer):
         engine, ids = self._tokenizer.model, self._tokenizer.get_vocab(with_added_tokens=False)
         if self._version.vocab_file == ICE_TEXT:
             is_ours = isinstance(engine, Unigram) and "<n>" in ids and ids.get("<unk>") == self.num_image_tokens
+            embeddings = config.get("vocab_size")
+            if self.num_image_tokens and isinstance(embeddings, int) and len(ids) > embeddings:
+                raise ValueError(
+                    f"num_image_tokens is {self.num_image_tokens} in tokenizer_config.json, but config.json beside it is that of "
+                    f"a model without so many ids (vocab_size {embeddings}). Set it to that checkpoint's: 0, or "
+                    f"{IMAGE_TOKENS} in the early revision."
+                )
         else:
             is_ours = isinstance(engine, BPE) and engine.byte_fallback and ids.get("<unk>") == 0
             is_ours = is_ours and (ROLES[0] in ids) == (self.generation == "chatglm3")
