@@ -91,7 +91,9 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if tokenizer_file is not None:
             try:
                 return Tokenizer.from_file(os.fspath(tokenizer_file))
-            except Exception as error:  # the Rust side raises bare Exceptions
+            except BaseException as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
+                if isinstance(error, KeyboardInterrupt):
+                    raise
                 raise ValueError(f"{tokenizer_file} is damaged ({error}). Delete it or save it again.") from error
         if vocab_file is None:
             names = " nor ".join(self.vocab_files_names.values())
@@ -100,8 +102,8 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
             return self.build_backend(vocab_file)
         except FileNotFoundError:
             raise
-        except Exception as error:
-            if isinstance(error, ValueError) and vocab_file in str(error):
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or (isinstance(error, ValueError) and vocab_file in str(error)):
                 raise
             raise ValueError(f"{vocab_file} is damaged: {error} Download it again.") from error
 
