@@ -13,13 +13,15 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+
+from ._stack import installed_version
 
 OLDEST = Version("5.16.1")
 NEWEST_TESTED = Version("5.24.0")
@@ -77,9 +79,9 @@ try:
         rotate_half,
     )
     from transformers.processing_utils import Unpack
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils import TransformersKwargs, can_return_tuple, logging
+    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs, can_return_tuple, logging
 
     # The halves of `apply_chat_template`: chats are rendered, and encoded in sections of our own.
     from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
@@ -92,6 +94,9 @@ except ImportError as error:
         f"transformers {INSTALLED} has changed what hf_cnllm builds on ({error}). It works with {TESTED}: {PIP_INSTALL}"
     ) from error
 
+# Whether this file is one that `remote_code=True` put beside a checkpoint, and transformers runs from there.
+IS_COPY = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 # What `generate` calls the cache: until 5.23 by its old name, which 5.24 changed everywhere.
@@ -99,7 +104,7 @@ OLD_CACHE_NAME = "past_key_values"
 CACHE_NAMES = ("cache", OLD_CACHE_NAME)
 CACHE = "cache" if Version("5.24.0.dev0") <= INSTALLED else OLD_CACHE_NAME
 # What PEFT's prompt learning calls it in the inputs of a step, until PEFT 0.21: no release knows the new name yet.
-_PEFT_CACHE = OLD_CACHE_NAME if Version(version("peft")) < Version("0.22.dev0") else CACHE
+_PEFT_CACHE = OLD_CACHE_NAME if Version(installed_version("peft") or "0") < Version("0.22.dev0") else CACHE
 _RENAMED = CACHE == OLD_CACHE_NAME
 
 
@@ -194,6 +199,35 @@ class LoadingHooks:
         if state_dict is None and checkpoint_files and expected_keys is None:  # an adapter names the keys it brings
             cls.check_weight_files(model, checkpoint_files, load_config.hf_quantizer)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------
+
+
+class PublishingHooks:
+    """Stands in front of what has a `push_to_hub`: its private hook, under a name of our own."""
+
+    def before_upload(self, folder: Path, repo_id: str) -> None:
+        """Sees a folder that is saved and about to be uploaded, with the card that transformers made."""
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        self.before_upload(Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+# --- quantization -----------------------------------------------------------------------------------------------------
+
+
+def registers_quantization(method: str) -> Callable[[type], type]:
+    """Registers a configuration or quantizer; transformers' own decorators refuse it the second time, which is when the
+    package is imported beside a checkpoint with a copy of it."""
+
+    def register(cls: type) -> type:
+        mapping = AUTO_QUANTIZER_MAPPING if issubclass(cls, HfQuantizer) else AUTO_QUANTIZATION_CONFIG_MAPPING
+        mapping[method] = cls
+        return cls
+
+    return register
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -335,7 +369,7 @@ class TokenizerHooks:
             ValueError: naming the file and the key to set.
         """
         name = getattr(self, "name_or_path", None)
-        if not name:
+        if not name or IS_COPY:  # who runs a copy has trusted the folder
             return
         # What is on the Hub is looked at once it has been downloaded, which is before any of its code runs.
         settings = get_tokenizer_config(name, local_files_only=True)

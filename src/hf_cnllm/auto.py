@@ -14,6 +14,7 @@ from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .models import baichuan, chatglm, glm, qwen
+from .models.glm.configuration_glm import SavedGLMConfig
 
 
 class Shape(NamedTuple):
@@ -57,6 +58,7 @@ class Family(NamedTuple):
     variants: tuple[
         type[PreTrainedConfig], ...
     ] = ()  # classes of single architectures; the models' `for_config` tells whose
+    saved_as: tuple[type[PreTrainedConfig], ...] = ()  # what reads a `model_type` that only saved files have
 
     @property
     def generates_with(self) -> str:
@@ -216,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
     # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are LoRA targets too.
     Family(
         config=glm.GLMConfig,
+        saved_as=(SavedGLMConfig,),
         models={
             "AutoModel": glm.GLMModel,
             "AutoModelForSeq2SeqLM": glm.GLMForConditionalGeneration,
@@ -280,6 +283,8 @@ def register() -> None:
     for family in FAMILIES:
         model_type = family.config.model_type
         AutoConfig.register(model_type, family.config, exist_ok=True)
+        for config_class in family.saved_as:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, model_class in family.models.items():
             getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
             for config_class in family.variants:

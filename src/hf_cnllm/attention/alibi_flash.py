@@ -57,7 +57,10 @@ def make_flash_alibi(slopes: torch.Tensor, mask: AttentionMask) -> FlashAlibi:
 
 def alibi_flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """flash-attn 2 with its own ALiBi; the output is 0 at padding. Called as `alibi`'s other attention functions."""
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError(f"flash_attention_2 needs flash-attn ({error}): pip install flash-attn") from error
 
     slopes, keys, sequences = attention_mask
     dtype = get_target_dtype(query, module) or query.dtype  # norms kept in fp32 make fp32 queries

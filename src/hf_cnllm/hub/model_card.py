@@ -76,3 +76,7 @@ def _cells(values: Mapping[str, object]) -> dict[str, str]:
         " ".join(name.split()).translate(escape): " ".join(str(value).split()).translate(escape)
         for name, value in values.items()
     }
+
+
+def write_card(folder, subject, repo_id):
+    pass

@@ -1,21 +1,27 @@
 """What every configuration of this package does the same way when it meets a checkpoint's `config.json`."""
 
+import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .._compat import ALL_ATTENTION_FUNCTIONS, TokenizerHooks
+from .._compat import ALL_ATTENTION_FUNCTIONS, IS_COPY, TokenizerHooks
+from ..hub.publishing import needs_package
 
-# Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`.
-CODE_POINTERS = ("auto_map", "custom_pipelines")
+# Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`. Where that is
+# what runs this file, it needs the key.
+CODE_POINTERS = ("custom_pipelines",) if IS_COPY else ("auto_map", "custom_pipelines")
 
 COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 class CheckpointConfigMixin(TokenizerHooks):
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and keeps no pointers to remote code."""
+
+    written_model_type: ClassVar[str | None] = None
+    """The `model_type` in files that are written, where the original one is also that of a model of transformers."""
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
@@ -26,6 +32,17 @@ class CheckpointConfigMixin(TokenizerHooks):
         return cls.from_dict(config_dict)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.with_original_type(config_dict), kwargs
+
+    @classmethod
+    def with_original_type(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        if cls.written_model_type is not None and config_dict.get("model_type") == cls.written_model_type:
+            return config_dict | {"model_type": cls.model_type}
+        return config_dict
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Builds the configuration from a checkpoint's `config.json`. Keyword arguments go before it, by whichever of its
         names a field has there, and before what is derived from it.
@@ -34,6 +51,7 @@ class CheckpointConfigMixin(TokenizerHooks):
             ValueError: `config_dict["model_type"]` names another family, or `config_dict` an attention kernel to download;
                 only a caller does.
         """
+        config_dict = cls.with_original_type(config_dict)
         found = config_dict.get("model_type")
         if found not in (None, cls.model_type):
             raise ValueError(
@@ -79,6 +97,15 @@ class CheckpointConfigMixin(TokenizerHooks):
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, without pointers to code: the files they point to are not saved with the model."""
         return {key: value for key, value in super().to_dict().items() if key not in CODE_POINTERS}
+
+    def to_json_file(self, json_file_path, use_diff: bool = True):
+        """As `PreTrainedConfig.to_json_file`. What is written says that it needs this package; see `hub.publishing`."""
+        values = json.loads(self.to_json_string(use_diff))
+        if auto_map := needs_package("AutoConfig"):
+            values["auto_map"] = auto_map
+        values["model_type"] = self.written_model_type or self.model_type
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def validate_numbers(self):
         """Part of `@strict`-powered validation: no value is NaN or infinite, and no epsilon negative.

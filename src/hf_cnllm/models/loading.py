@@ -10,18 +10,20 @@ from transformers import PreTrainedConfig
 
 from .._compat import LoadingHooks
 from .._contract import check_transformers
+from ..hub.publishing import PublishingMixin
 from ..hub.saving import is_first_process
 from ..hub.weight_files import check_indexes, check_weight_files
 
 UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
 
 
-class CheckpointLoadingMixin(LoadingHooks):
+class CheckpointLoadingMixin(PublishingMixin, LoadingHooks):
     """Put in front of `PreTrainedModel`."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         check_transformers()
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # PreTrainedModel stands behind
+        self.model_tags = ["hf_cnllm", config.model_type]  # of each model: transformers adds to the list
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

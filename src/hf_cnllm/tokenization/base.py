@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, processors
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 from .._contract import check_transformers
+from ..hub.publishing import TokenizerPublishingMixin
 from .folder import (
     Folder,
     check_added_tokens,
@@ -21,7 +22,7 @@ from .folder import (
 )
 
 
-class OriginalVocabularyTokenizer(TokenizersBackend):
+class OriginalVocabularyTokenizer(TokenizerPublishingMixin, TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and

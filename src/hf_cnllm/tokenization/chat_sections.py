@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cached_property, partial
-from importlib import resources
 from itertools import chain
 from typing import Any
 
@@ -29,11 +28,6 @@ from .._compat import get_json_schema, render_jinja_template
 from .base import OriginalVocabularyTokenizer
 from .regex import any_of
 from .rendered_chat import ChatBackends, EncodedChat, Marks, NoCharacterLeft, RenderedChat
-
-
-def read_template(name: str) -> str:
-    """The chat template `templates/<name>.jinja`."""
-    return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def as_data(value: Any, change: Callable[[str], str] = lambda text: text) -> Any:

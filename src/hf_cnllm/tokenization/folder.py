@@ -43,7 +43,7 @@ class Folder:
             ValueError: it is that of another family of this package.
         """
         config = self.read("config.json")
-        found = config.get("model_type")
+        found = str(config.get("model_type")).removeprefix("hf_cnllm_")  # see GLMConfig.written_model_type
         if found != model_type and found in MODEL_TYPES:
             raise ValueError(
                 f"{self.path}: config.json is that of a model of type {found!r}, and the tokenizer is one for {model_type!r}. "

@@ -10,9 +10,10 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from ...tokenization.base import with_changes
-from ...tokenization.chat_sections import ChatTokenizer, read_template
+from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
+from ...tokenization.templates import read_template
 from .chat import TURN_TOKEN_IDS
 from .configuration_baichuan import NORM_HEAD_BY_VOCAB_SIZE, has_norm_head
 

@@ -10,7 +10,7 @@ An architecture's module defines a `ChatGLMPreTrainedModel` with the architectur
 classes under the names here, each with that one and its door among its bases.
 """
 
-from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -33,7 +33,11 @@ from .prefix_encoder import PrefixEncoder
 from .quantization import QUANT_METHOD, quantize
 from .quantized_linear import QuantizedRows
 
-MODULES = {ChatGLM1Config: ".modeling_chatglm", ChatGLM2Config: ".modeling_chatglm2"}
+
+def _modules() -> dict[type[ChatGLMConfig], ModuleType]:
+    from . import modeling_chatglm, modeling_chatglm2  # which import this one
+
+    return {ChatGLM1Config: modeling_chatglm, ChatGLM2Config: modeling_chatglm2}
 
 
 class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
@@ -58,13 +62,13 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             ValueError: an architecture's own class meets a configuration of the other one.
         """
         if cls.__module__ == __name__:
-            for base, module in MODULES.items():
+            for base, module in _modules().items():
                 if issubclass(config_class, base):
-                    return getattr(import_module(module, __package__), cls.__name__)
+                    return getattr(module, cls.__name__)
         if cls.config_class is ChatGLMConfig:
             raise TypeError(
                 f"{cls.__name__} must derive from the classes of one architecture, those of "
-                f"{' or '.join(__package__ + module for module in MODULES.values())}, and have its configuration, not a "
+                f"{' or '.join(module.__name__ for module in _modules().values())}, and have its configuration, not a "
                 f"{config_class.__name__}"
             )
         if not issubclass(config_class, cls.config_class):

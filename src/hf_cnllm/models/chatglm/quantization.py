@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..._compat import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
+from ..._compat import HfQuantizer, QuantizationConfigMixin, registers_quantization
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows, refuse_unfit_weights
 
 QUANT_METHOD = "chatglm"
@@ -19,7 +19,7 @@ QUANT_METHOD = "chatglm"
 LAYER_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
-@register_quantization_config(QUANT_METHOD)
+@registers_quantization(QUANT_METHOD)
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     """How a ChatGLM checkpoint is quantised.
 
@@ -36,7 +36,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         self.quantize_embeddings = quantize_embeddings
 
 
-@register_quantizer(QUANT_METHOD)
+@registers_quantization(QUANT_METHOD)
 class ChatGLMQuantizer(HfQuantizer):
     """Loads, makes, saves and undoes `ChatGLMQuantizationConfig` quantization on any device."""
 

@@ -13,10 +13,11 @@ from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
-from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
+from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
+from ...tokenization.templates import read_template
 from ..chat import as_messages
 from .tool_calls import ASSISTANT, Answer, as_chatglm3_messages, as_chatglm3_tools
 from .vocabulary_chatglm import (

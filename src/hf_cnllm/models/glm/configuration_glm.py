@@ -58,6 +58,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "glm"
+    written_model_type = "hf_cnllm_glm"
     own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
@@ -117,6 +118,17 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         if config_dict.get("model_type") == cls.model_type and not config_dict.keys() & set(DECISIVE_KEYS):
             return GlmConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
+
+
+class SavedGLMConfig(GLMConfig):
+    """What `AutoConfig` finds for a saved `config.json`, which does not say "glm": without this package that is GLM-4, whose
+    classes would load it with random weights. It gives a [`GLMConfig`]."""
+
+    model_type = GLMConfig.written_model_type
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
+        return GLMConfig.from_dict(config_dict, **kwargs)
 
 
 __all__ = ["GLMConfig"]

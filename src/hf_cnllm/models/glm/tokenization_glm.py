@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._contract import check_transformers
+from ...hub.publishing import TokenizerPublishingMixin
 from ...tokenization.base import OriginalVocabularyTokenizer, id_of, surround_texts, taking_spaces
 from ...tokenization.folder import (
     DOWNLOAD_AGAIN,
@@ -49,19 +50,13 @@ class GLMBatchEncoding(BatchEncoding):
         return self
 
 
-class GLMTokenizerMixin:
+class GLMTokenizerMixin(TokenizerPublishingMixin):
     """What every GLM tokenizer adds to the tokenizer whose vocabulary it uses."""
 
     model_input_names = ["input_ids", "attention_mask"]
     truncation_side = "left"
     model_type = "glm"
     tokenize = OriginalVocabularyTokenizer.tokenize
-
-    @property
-    def _auto_map(self) -> dict[str, list[str | None]]:
-        # Saved as where the original's code is. Without it AutoTokenizer takes a checkpoint of model_type "glm" for a
-        # GLM-4, whatever its tokenizer_class, and never looks for ours.
-        return {"AutoTokenizer": [f"THUDM/glm-10b--tokenization_glm.{type(self).__name__}", None]}
 
     MODEL_TOKENS = {
         "eos_token_id": ("<|endofpiece|>", "<|endoftext|>", "[SEP]", "</s>"),

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from transformers import BatchEncoding
 
 from ...tokenization.base import as_list, with_changes
-from ...tokenization.chat_sections import ChatTokenizer, read_template
+from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import check_settings
 from ...tokenization.regex import any_of
+from ...tokenization.templates import read_template
 from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
 
 ENDOFTEXT, IMSTART, IMEND = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
