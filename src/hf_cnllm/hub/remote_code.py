@@ -91,7 +91,9 @@ def _write(folder: Path, entry: str, classes: Mapping[str, type], config_file: s
     auto_map = {name: [place, place] if name == "AutoTokenizer" else place for name, place in places.items()}
     copies = _copies(modules.values())
     named = sorted({f"from .{_flat(module)} import {kind.__name__}" for kind, module in modules.items()})
-    others = [f"from .{name} import __name__ as _" for name in sorted(copies.keys() - set(map(_flat, modules.values())))]
+    others = [
+        f"from .{name} import __name__ as _" for name in sorted(copies.keys() - set(map(_flat, modules.values())))
+    ]
     copies[entry] = "\n".join(
         [
             f'"""The classes that {config_file} names, of a copy of {NAME} {own_version()}."""',

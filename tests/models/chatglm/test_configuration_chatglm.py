@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from goldens import GOLDENS
 from hf_cnllm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
+from hf_cnllm.hub.publishing import needs_package
 
 HEAD = {"model_type": "chatglm", "architectures": ["ChatGLMModel"]}
 V1 = {**HEAD, "position_encoding_2d": True, "inner_hidden_size": 16384, "vocab_size": 130528, "pad_token_id": 3}
@@ -37,7 +38,7 @@ def test_the_goldens_are_recognised_and_survive_a_save(path, tmp_path):
     assert {key: saved.get(key) for key in original if key not in renamed} == {
         key: value for key, value in original.items() if key not in renamed
     }
-    assert "auto_map" not in saved
+    assert saved["auto_map"] == needs_package("AutoConfig")
 
 
 @pytest.mark.parametrize(
