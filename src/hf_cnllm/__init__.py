@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 # Imported when they are asked for: no model needs them.
 _LATER = {
     "DataCollatorForBlankInfilling": "data.blank_infilling",
+    "create_model_card": "hub.model_card",
     "encode_conversation": "data.conversations",
     "fine_tuned_model_card": "hub.model_card",
     "infill": "data.blank_infilling",

@@ -215,6 +215,13 @@ class PublishingHooks:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
+def training_summary(trainer) -> Any:
+    """What transformers' own model cards say of a Trainer's run."""
+    from transformers.modelcard import TrainingSummary
+
+    return TrainingSummary.from_trainer(trainer, license="other")  # or it would ask the Hub for the base model's
+
+
 # --- quantization -----------------------------------------------------------------------------------------------------
 
 

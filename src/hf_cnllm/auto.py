@@ -33,6 +33,7 @@ class Line(NamedTuple):
     title: str  # the authors' name for it
     license: str  # of the original weights, by name; fine-tuned weights remain under it
     paper: str  # arXiv identifier of the report that describes it
+    license_name: str  # the same in metadata
     demo: str | None = None  # folder of its tiny checkpoint in `demo/checkpoints`, if the demo has one
 
 
@@ -165,9 +166,18 @@ FAMILIES: tuple[Family, ...] = (
         lora_targets=("W_pack",),
         lines={
             "baichuan": Line(
-                "Baichuan", "Baichuan-7B License or Community License for Baichuan-13B Model", "2309.10305"
+                "Baichuan",
+                "Baichuan-7B License or Community License for Baichuan-13B Model",
+                "2309.10305",
+                "baichuan-community-license",
             ),
-            "baichuan2": Line("Baichuan 2", "Community License for Baichuan2 Model", "2309.10305", demo="baichuan"),
+            "baichuan2": Line(
+                "Baichuan 2",
+                "Community License for Baichuan2 Model",
+                "2309.10305",
+                "baichuan2-community-license",
+                demo="baichuan",
+            ),
         },
         line_of=lambda config: "baichuan2" if config.norm_head else "baichuan",
         architectures={
@@ -194,9 +204,9 @@ FAMILIES: tuple[Family, ...] = (
         tokenizers=(chatglm.ChatGLMTokenizer,),
         lora_targets=("query_key_value",),
         lines={
-            "chatglm": Line("ChatGLM-6B", "ChatGLM-6B License", "2406.12793", demo="chatglm"),
-            "chatglm2": Line("ChatGLM2-6B", "ChatGLM2-6B License", "2406.12793", demo="chatglm2"),
-            "chatglm3": Line("ChatGLM3-6B", "ChatGLM3-6B License", "2406.12793", demo="chatglm3"),
+            "chatglm": Line("ChatGLM-6B", "ChatGLM-6B License", "2406.12793", "chatglm-6b-license", "chatglm"),
+            "chatglm2": Line("ChatGLM2-6B", "ChatGLM2-6B License", "2406.12793", "chatglm2-6b-license", "chatglm2"),
+            "chatglm3": Line("ChatGLM3-6B", "ChatGLM3-6B License", "2406.12793", "chatglm3-6b-license", "chatglm3"),
         },
         line_of=_chatglm_line,
         architectures={
@@ -226,7 +236,15 @@ FAMILIES: tuple[Family, ...] = (
         },
         tokenizers=(glm.GLMChineseTokenizer, glm.GLMGPT2Tokenizer, glm.GLMBertTokenizer, glm.GLMRobertaTokenizer),
         lora_targets=("query_key_value", "q_proj", "v_proj"),
-        lines={"glm": Line("GLM", "the license stated with the original checkpoint", "2103.10360", demo="glm")},
+        lines={
+            "glm": Line(
+                "GLM",
+                "the license stated with the original checkpoint",
+                "2103.10360",
+                "see-original-checkpoint",
+                "glm",
+            )
+        },
         line_of=lambda config: "glm",
         architectures={"glm": Architecture(_glm, GLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "sop_token_id"))},
         decisions={
@@ -245,7 +263,11 @@ FAMILIES: tuple[Family, ...] = (
         },
         tokenizers=(qwen.QWenTokenizer,),
         lora_targets=("c_attn",),
-        lines={"qwen": Line("Qwen", "Tongyi Qianwen License Agreement", "2309.16609", demo="qwen")},
+        lines={
+            "qwen": Line(
+                "Qwen", "Tongyi Qianwen License Agreement", "2309.16609", "tongyi-qianwen-license-agreement", "qwen"
+            )
+        },
         line_of=lambda config: "qwen",
         architectures={"qwen": Architecture(_qwen)},
         decisions={

@@ -25,7 +25,7 @@ def test_a_card_says_what_was_done(tmp_path):
     card.save(tmp_path / "README.md")
     read = ModelCard.load(tmp_path / "README.md")
     assert read.data.base_model == "baichuan-inc/Baichuan2-7B-Base"
-    assert (read.data.license, read.data.license_name) == ("other", "community-license-for-baichuan2-model")
+    assert (read.data.license, read.data.license_name) == ("other", "baichuan2-community-license")
     assert read.data.tags == ["hf_cnllm", "baichuan2"]
     for part in (
         'from_pretrained("me/my-model")',

@@ -17,6 +17,7 @@ from .._stack import own_version
 
 COMMANDS = {
     # name: (module, what --help says)
+    "card": ("hf_cnllm.cli.card", "write the model card of a saved model or adapter"),
     "demo": ("hf_cnllm.demo", "fine-tune a tiny checkpoint, or your own, end to end"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .model_card import write_card
+from .model_card import write_card, write_tokenizer_card
 from .remote_code import write_model_code, write_tokenizer_code
 
 
@@ -19,4 +19,4 @@ def finish_tokenizer(tokenizer: Any, folder: Path, repo_id: str | None) -> None:
     if tokenizer.writes_code:
         write_tokenizer_code(tokenizer, folder)
     if repo_id is not None:
-        write_card(folder, tokenizer, repo_id)
+        write_tokenizer_card(folder, tokenizer, repo_id)
