@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 from torch import Tensor
 
@@ -202,6 +203,10 @@ class LoadingHooks:
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------
+
+
+# Of what reaches the Hub: httpx's, from huggingface_hub 2 on httpx2's.
+HTTPError = HfHubHTTPError.__bases__[0]
 
 
 class PublishingHooks:

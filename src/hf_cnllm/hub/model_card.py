@@ -172,15 +172,15 @@ def write_card(folder: Path, model: Any, repo_id: str | None) -> None:
 
 def write_tokenizer_card(folder: Path, tokenizer: Any, repo_id: str) -> None:
     """Completes the card that is about to be uploaded to `repo_id` with a tokenizer: how it is loaded, in transformers' own
-    automatic card, in whose place that of a model may come later."""
+    automatic card, in whose place that of a model comes with the model."""
     path = folder / "README.md"
     card = ModelCard.load(path)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "hf_cnllm", tokenizer.model_type]))
-    if AUTOMATIC in card.text and (loading := f'AutoTokenizer.from_pretrained("{repo_id}"') not in card.text:
+    if AUTOMATIC in card.text:
         trust = ", trust_remote_code=True" if tokenizer.writes_code else ""
         needed = "" if trust else "import hf_cnllm  # pip install hf-cnllm\n"
-        code = f"{needed}from transformers import AutoTokenizer\n\ntokenizer = {loading}{trust})"
-        card.text += f"\n\n## How to load the tokenizer\n\n```python\n{code}\n```\n"
+        code = f'{needed}from transformers import AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})'
+        card.text = f"\n# {repo_id.split('/')[-1]}\n\nA tokenizer. {AUTOMATIC}\n\n```python\n{code}\n```\n"
     card.save(path)
 
 

@@ -11,10 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._compat import IS_COPY, PublishingHooks
+from huggingface_hub.errors import HfHubHTTPError
+
+from .._compat import IS_COPY, HTTPError, PublishingHooks
 from .saving import is_first_process
 
 NEEDED = "This needs hf_cnllm: `pip install hf-cnllm`, then `import hf_cnllm` before loading (trust_remote_code does not help)"
+
+REFUSALS = {
+    401: "The Hub does not know the token (401). Run `hf auth login`, set HF_TOKEN, or pass token=…",
+    403: "The token may not write to {repo_id} (403): it is for reading only, or the name is somebody else's. Pass a token that "
+    "may write, or a name of your own",
+    409: "{repo_id} has changed while this was uploaded (409). Upload it again",
+}
 
 
 def needs_package(auto_class: str) -> Any:
@@ -32,14 +41,14 @@ class PublishingMixin(PublishingHooks):
     def save_pretrained(self, save_directory, *args, remote_code: bool | None = None, **kwargs):
         if os.path.isfile(save_directory):  # transformers logs that and goes on
             raise NotADirectoryError(f"{save_directory} is a file: name a folder to save into.")
-        with self._writing_code(remote_code):
+        with self._writing_code(remote_code), _refusals_in_a_sentence(kwargs.get("repo_id", save_directory)):
             saved = super().save_pretrained(save_directory, *args, **kwargs)
             if is_first_process() and kwargs.get("is_main_process", True):
                 self.finish(Path(save_directory))
         return saved
 
     def push_to_hub(self, repo_id: str, *args, remote_code: bool | None = None, **kwargs):
-        with self._writing_code(remote_code):
+        with self._writing_code(remote_code), _refusals_in_a_sentence(repo_id):
             return super().push_to_hub(repo_id, *args, **kwargs)
 
     def before_upload(self, folder: Path, repo_id: str) -> None:
@@ -56,11 +65,28 @@ class PublishingMixin(PublishingHooks):
         if remote_code is None:
             yield
             return
+        if remote_code:
+            from .finish import check_own_class
+
+            check_own_class(type(self))
         self.writes_code = remote_code
         try:
             yield
         finally:
             del self.writes_code
+
+
+@contextmanager
+def _refusals_in_a_sentence(repo_id: Any) -> Iterator[None]:
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if (sentence := REFUSALS.get(error.response.status_code)) is None:
+            raise
+        message = f"{sentence.format(repo_id=repo_id)}. Nothing was uploaded."
+        raise type(error)(message, response=error.response) from error
+    except HTTPError as error:
+        raise ConnectionError(f"The connection to the Hub broke off ({error}): push to {repo_id} again.") from error
 
 
 class TokenizerPublishingMixin(PublishingMixin):
