@@ -82,7 +82,13 @@ try:
     from transformers.processing_utils import Unpack
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs, can_return_tuple, logging
+    from transformers.utils import (
+        TRANSFORMERS_DYNAMIC_MODULE_NAME,
+        PushToHubMixin,
+        TransformersKwargs,
+        can_return_tuple,
+        logging,
+    )
 
     # The halves of `apply_chat_template`: chats are rendered, and encoded in sections of our own.
     from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
@@ -235,7 +241,7 @@ def registers_quantization(method: str) -> Callable[[type], type]:
     package is imported beside a checkpoint with a copy of it."""
 
     def register(cls: type) -> type:
-        mapping = AUTO_QUANTIZER_MAPPING if issubclass(cls, HfQuantizer) else AUTO_QUANTIZATION_CONFIG_MAPPING
+        mapping: dict = AUTO_QUANTIZER_MAPPING if issubclass(cls, HfQuantizer) else AUTO_QUANTIZATION_CONFIG_MAPPING
         mapping[method] = cls
         return cls
 

@@ -26,8 +26,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from transformers.utils import PushToHubMixin
-
 from . import _compat
 from ._compat import CACHE, INSTALLED, NEWEST_TESTED, PIP_INSTALL, TESTED
 from .models.validation import take_cache
@@ -120,7 +118,7 @@ METHODS: tuple[tuple[Any, ...], ...] = (
         "old_lm_head new_lm_head old_lm_head_dim old_num_tokens added_num_tokens transposed",
         "_get_resized_lm_head",
     ),
-    (PushToHubMixin, "_upload_modified_files", "working_dir repo_id", "push_to_hub"),
+    (_compat.PushToHubMixin, "_upload_modified_files", "working_dir repo_id", "push_to_hub"),
     (PreTrainedModel, "_upload_modified_files", "working_dir repo_id", "save_pretrained"),
     (PreTrainedTokenizerFast, "_encode_plus", "text text_pair add_special_tokens", "__call__"),
     (PreTrainedTokenizerFast, "_decode", "token_ids skip_special_tokens", "decode"),

@@ -1,12 +1,18 @@
 """Cards: what is rendered for a fine-tuned model, and the ones that come with the project."""
 
+import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.pipelines import get_supported_tasks
 
+import write_model_cards
 from hf_cnllm.auto import LINES
-from hf_cnllm.hub.model_card import fine_tuned_model_card
+from hf_cnllm.cli import USER_ERROR, main
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from hf_cnllm.hub.model_card import create_model_card, fine_tuned_model_card, is_repo_id
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -53,12 +59,113 @@ def test_an_unknown_family_is_refused():
         fine_tuned_model_card("x", "bloom")
 
 
-@pytest.mark.parametrize("family", sorted(LINES))
-def test_every_family_has_a_card_for_the_hub(family):
-    card = ModelCard.load(CARDS / f"{family}.md")
-    assert card.data.library_name == "transformers" and family in card.data.tags and card.data.license == "other"
-    for part in ("import hf_cnllm", "from_pretrained(path", "## Usage", "What differs", "## License", "## Limits"):
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """A Trainer after two steps, with a checkpoint of them."""
+    folder = tmp_path_factory.mktemp("trainer")
+    write_tiny_checkpoint("qwen", folder / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    model.name_or_path = "Qwen/Qwen-7B"
+    row = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
+    arguments = TrainingArguments(
+        str(folder / "run"), max_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=2, save_steps=2,
+        learning_rate=0.25, report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=[row] * 4, eval_dataset=[row])
+    trainer.train()
+    return trainer
+
+
+def test_a_trainer_fills_in_its_card(trainer):
+    card = create_model_card(
+        trainer.model, model_path="me/mine", trainer=trainer, datasets=["me/data"], evaluated_on="me/test"
+    )
+    assert card.data.base_model == "Qwen/Qwen-7B" and card.data.datasets == ["me/data"]
+    assert {result.metric_type for result in card.data.eval_results} == {"eval_loss"}
+    assert "| learning\\_rate | 0.25 |" in card.text and "| step | training loss | evaluation loss |" in card.text
+    assert "\n# mine\n" in card.text and "me/mine" in card.text
+    again = ModelCard(str(card))
+    assert again.data.eval_results == card.data.eval_results
+
+
+def test_the_command_writes_the_card_of_a_trainers_checkpoint(trainer, capsys):
+    folder = Path(trainer.args.output_dir, "checkpoint-2")
+    assert main(["card", str(folder)]) == USER_ERROR and "add --overwrite" in capsys.readouterr().err
+    options = ["--overwrite", "--base-model", "Qwen/Qwen-7B", "--result", "accuracy=0.5", "--repo", "me/mine"]
+    assert main(["card", str(folder), *options]) == 0
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "Qwen/Qwen-7B" and "| accuracy | 0.5 |" in card.text
+    assert "| steps | 2 |" in card.text and "| step | training loss | evaluation loss |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base-model", "/some/path"], "base_model must be a name on the Hub"),
+        (["--evaluated-on", "my data"], "evaluated_on must be a name on the Hub"),
+    ],
+)
+def test_what_the_command_cannot_use_is_one_line(options, message, trainer, capsys):
+    folder = Path(trainer.args.output_dir, "checkpoint-2")
+    assert main(["card", str(folder), "--overwrite", *options]) == USER_ERROR
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_no_folder_and_no_pair(tmp_path, capsys):
+    assert main(["card", str(tmp_path / "none")]) == USER_ERROR and "is not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["card", str(tmp_path), "--result", "accuracy"])
+    assert "is not NAME=VALUE" in capsys.readouterr().err
+
+
+def test_saving_leaves_somebodys_card_alone(trainer, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    trainer.model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_somebody_elses_model_has_no_card_here():
+    with pytest.raises(ValueError, match="no model of hf_cnllm"):
+        create_model_card(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)))
+
+
+# --- the cards that come with the project -----------------------------------------------------------------------------
+
+PUBLISHED = dict(write_model_cards.cards())
+
+
+def test_the_cards_are_those_that_the_script_writes():
+    assert {path.name: path.read_text() for path in CARDS.glob("*.md")} == {
+        name: str(card) for name, card in PUBLISHED.items()
+    }
+    assert {card.data.tags[1] for card in PUBLISHED.values()} == set(LINES)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_card_is_what_the_hub_takes(name):
+    card = ModelCard.load(CARDS / name)
+    assert is_repo_id(card.data.base_model) and card.data.base_model.endswith("/" + name.removesuffix(".md"))
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag in get_supported_tasks()
+    assert card.data.license == "other" and re.fullmatch(r"[a-z0-9-]+", card.data.license_name)
+    assert card.data.license_link.endswith(card.data.base_model)
+    assert set(card.data.language) <= {"zh", "en"} and len(set(card.data.tags)) == len(card.data.tags)
+    for part in ("import hf_cnllm", "## Usage", "What differs", "## License", "## Limits"):
         assert part in card.text
+
+
+EXAMPLES = {
+    "baichuan": "Baichuan2-7B-Chat", "qwen": "Qwen-7B-Chat", "chatglm": "chatglm-6b", "chatglm2": "chatglm2-6b",
+    "chatglm3": "chatglm3-6b-base", "glm": "glm-large-chinese",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", EXAMPLES)
+def test_the_usage_runs(family, tmp_path, capsys):
+    write_tiny_checkpoint(family, tmp_path / "checkpoint")
+    card = PUBLISHED[f"{EXAMPLES[family]}.md"]
     usage = card.text.split("```python\n")[1].split("```")[0]
-    compile(usage, family, "exec")
     assert len([line for line in usage.splitlines() if line.strip()]) <= 11
+    usage = usage.replace(card.data.base_model, str(tmp_path / "checkpoint"))
+    exec(compile(re.sub(r"max_new_tokens=\d+", "max_new_tokens=2", usage), family, "exec"), {})
+    assert capsys.readouterr().out

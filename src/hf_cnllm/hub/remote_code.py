@@ -110,10 +110,7 @@ def _copies(modules: Iterable[str]) -> dict[str, str]:
     while pending:
         module = pending.pop()
         if _flat(module) not in copies:
-            if module in REPLACED:
-                source, imported = REPLACED[module](), []
-            else:
-                source, imported = _flattened(module)
+            source, imported = _flattened(module)
             copies[_flat(module)] = f"# {module}, copied from {NAME} {own_version()} (Apache-2.0)\n{source}"
             pending += imported
     return copies
@@ -121,9 +118,12 @@ def _copies(modules: Iterable[str]) -> dict[str, str]:
 
 def _flattened(module: str) -> tuple[str, list[str]]:
     """A module's source with its relative imports as they are where all modules lie in one folder, and those modules."""
+    if module in REPLACED:
+        return REPLACED[module](), []
     path = _file(module)
     source = path.read_text(encoding="utf-8")
-    lines, imported = source.splitlines(), []
+    lines = source.splitlines()
+    imported: list[str] = []
     parts = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in sorted(_relative_imports(source), key=lambda node: -node.lineno):
         target = ".".join([*parts[: len(parts) - node.level + 1], *(node.module.split(".") if node.module else [])])
