@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -39,6 +39,9 @@ def week(checkpoint: str, outcomes: str) -> None:
         adapted = get_peft_model(loaded, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)).eval()
         logits = adapted(IDS).logits
         adapted.save_pretrained(folder)
+        told["PEFT's own card has the tags"] = {"hf_cnllm", "baichuan"} <= set(
+            ModelCard.load(f"{folder}/README.md").data.tags
+        )
         hf_cnllm.create_model_card(adapted, model_path="me/adapter").save(Path(folder, "README.md"))
         api = HfApi()
         api.create_repo("me/adapter")

@@ -49,6 +49,9 @@ def faults(folder: Path, again: Path | None) -> list[str]:
         "chat": expected["chat"] is None
         or tokenizer.apply_chat_template(expected["messages"], tokenize=False) == expected["chat"],
     }
+    for name in model.config.auto_map.keys() - {"AutoConfig"}:
+        other = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+        checks[name] = type(other).__module__.startswith("transformers_modules.")
     found = [f"{folder.name}: {name}" for name, holds in checks.items() if not holds]
     if again is not None:
         model.save_pretrained(again)

@@ -142,6 +142,15 @@ def test_a_class_of_somebody_else_is_refused(folders, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_adapter_alone_has_no_code_to_copy(folders, tmp_path):
+    root, _ = folders
+    model = load(root / "saved" / "qwen")
+    model._hf_peft_config_loaded = True  # `add_adapter` without PEFT, whose version may not suit transformers'
+    with pytest.raises(ValueError, match="adapter alone"):
+        model.save_pretrained(tmp_path / "new", remote_code=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_in_place_of_the_folder(folders, tmp_path):
     root, _ = folders
     (tmp_path / "model").write_text("")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .model_card import write_card, write_tokenizer_card
-from .remote_code import check_own_class as check_own_class
+from .remote_code import check_copyable as check_copyable
 from .remote_code import write_model_code, write_tokenizer_code
 
 

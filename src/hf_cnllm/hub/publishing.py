@@ -66,9 +66,9 @@ class PublishingMixin(PublishingHooks):
             yield
             return
         if remote_code:
-            from .finish import check_own_class
+            from .finish import check_copyable
 
-            check_own_class(type(self))
+            check_copyable(self)
         self.writes_code = remote_code
         try:
             yield

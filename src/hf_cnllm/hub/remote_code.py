@@ -25,7 +25,7 @@ import shutil
 from pathlib import Path
 
 
-def check_own_class(kind):
+def check_copyable(source):
     pass
 
 
@@ -38,6 +38,8 @@ def finish_tokenizer(tokenizer, folder, repo_id):
 
 
 def _finish(folder, config_file, entry):
+    if not (folder / config_file).is_file():
+        return  # an adapter alone
     here = Path(__file__).parent
     for file in here.glob("{NAME}_*.py"):
         shutil.copyfile(file, folder / file.name)
@@ -65,16 +67,22 @@ def write_tokenizer_code(tokenizer: Any, folder: Path) -> None:
     _write(folder, TOKENIZER, {"AutoTokenizer": type(tokenizer)}, "tokenizer_config.json")
 
 
-def check_own_class(kind: type) -> None:
-    """Refuses a class that no module of this package defines.
+def check_copyable(source: Any) -> None:
+    """Refuses a model or tokenizer whose code this package has not, or that is saved as an adapter, which has none.
 
     Raises:
-        ValueError: naming the class.
+        ValueError: saying so.
     """
+    kind = type(source)
     if not kind.__module__.startswith(f"{NAME}."):
         raise ValueError(
             f"remote_code=True copies the classes of {NAME}, and {kind.__name__} is defined in {kind.__module__}. Save an "
             f"object of {NAME}'s class, or put your file into the folder and name it in `auto_map` yourself."
+        )
+    if getattr(source, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "remote_code=True copies the code of a model, and this one is saved as an adapter alone, which is loaded with the "
+            "code of its base model. Leave remote_code out, or merge the adapter."
         )
 
 
@@ -93,6 +101,7 @@ def _write(folder: Path, entry: str, classes: Mapping[str, type], config_file: s
             f'"""The classes that {config_file} names, of a copy of {NAME} {own_version()}."""',
             *("", "# ruff: noqa", *named),
             *("", "# Not used here: transformers takes the files along that it sees imported.", *others),
+            *(_registration(classes) if entry == MODEL else ()),
             *("", f"AUTO_MAP = {json.dumps(auto_map, indent=4)}", ""),
         ]
     )
@@ -101,6 +110,12 @@ def _write(folder: Path, entry: str, classes: Mapping[str, type], config_file: s
     config = json.loads((folder / config_file).read_text(encoding="utf-8")) | {"auto_map": auto_map}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / config_file).write_text(text + "\n", encoding="utf-8")
+
+
+def _registration(classes: Mapping[str, type]) -> list[str]:
+    config, model = classes["AutoConfig"].__name__, classes["AutoModel"].__name__
+    register = f"AutoModel.register({config}, {model}, exist_ok=True)"
+    return ["", "from transformers import AutoModel", "", f"{register}  # with which heads make their backbone"]
 
 
 def _copies(modules: Iterable[str]) -> dict[str, str]:
