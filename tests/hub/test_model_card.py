@@ -119,6 +119,10 @@ def test_no_folder_and_no_pair(tmp_path, capsys):
     assert "is not NAME=VALUE" in capsys.readouterr().err
 
 
+def test_a_model_is_not_its_own_base(trainer):
+    assert create_model_card(trainer.model, model_path="Qwen/Qwen-7B").data.base_model is None
+
+
 def test_saving_leaves_somebodys_card_alone(trainer, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     trainer.model.save_pretrained(tmp_path)

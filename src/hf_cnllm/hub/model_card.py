@@ -85,6 +85,8 @@ def create_model_card(
             raise ValueError(f"{argument} must be a name on the Hub such as owner/name; got {name!r}")
     if base_model is not None:
         origin = origin._replace(base_model=base_model, from_scratch=False)
+    elif origin.base_model == model_path:  # pushed to where it was loaded from
+        origin = origin._replace(base_model=None)
     known = _known_of_training(source, trainer)
     line = LINES[origin.line].title
     named = f"`{origin.base_model}` ({line})" if origin.base_model else f"a checkpoint of {line}"
