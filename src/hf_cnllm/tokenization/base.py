@@ -22,7 +22,24 @@ from .folder import (
 )
 
 
-class OriginalVocabularyTokenizer(TokenizerPublishingMixin, TokenizersBackend):
+class AnyIdMixin:
+    """Put in front of a tokenizer: ids without a token, as the spare rows of a model have, are no text, as in transformers'
+    own tokenizers. Their tokens are None."""
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> Any:
+        """As in transformers. Raises OverflowError for what is no id, see [`check_ids`]."""
+        check_ids(ids)
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)  # type: ignore[misc]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
+        return super().convert_tokens_to_string(known(tokens))  # type: ignore[misc]
+
+    def _decode(self, token_ids: int | list[int], *args: Any, **kwargs: Any) -> str:
+        check_ids(token_ids)
+        return super()._decode(token_ids, *args, **kwargs)  # type: ignore[misc]
+
+
+class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and
@@ -92,7 +109,9 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, TokenizersBackend):
         if tokenizer_file is not None:
             try:
                 return Tokenizer.from_file(os.fspath(tokenizer_file))
-            except BaseException as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
+            except (
+                BaseException
+            ) as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 raise ValueError(f"{tokenizer_file} is damaged ({error}). Delete it or save it again.") from error
@@ -194,13 +213,8 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, TokenizersBackend):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs,
     ) -> str:
-        """Raises IndexError for ids that are not in the vocabulary."""
-        ids, size = as_list(token_ids), len(self)
-        foreign = next((index for index in ids if not 0 <= index < size), None)
-        if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
-        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
-        text = self.convert_tokens_to_string(list(tokens))
+        tokens = self.convert_ids_to_tokens(as_list(token_ids), skip_special_tokens=skip_special_tokens)
+        text = self.convert_tokens_to_string(tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
@@ -273,9 +287,38 @@ def taking_spaces(token: str) -> AddedToken:
     return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
 
 
+def load_sp_model(tokenizer: OriginalVocabularyTokenizer, **arguments: Any) -> Any:
+    """The original vocabulary as a `sentencepiece.SentencePieceProcessor`, for scripts that look into it."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not tokenizer.can_save_slow_tokenizer:
+        name = tokenizer.vocab_files_names["vocab_file"]
+        raise ValueError(f"sp_model needs {name}, which this tokenizer was loaded without.")
+    processor = SentencePieceProcessor(**arguments)
+    processor.Load(tokenizer.vocab_file)
+    return processor
+
+
 def id_of(token: str) -> property:
     """A tokenizer's property: the id of `token`."""
     return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
+
+
+def known(tokens: Iterable[Any]) -> list[Any]:
+    """Those of the tokens that there are: ids without a token have None."""
+    return [token for token in tokens if token is not None]
+
+
+def check_ids(token_ids: int | Iterable[int]) -> None:
+    """Refuses numbers that no id can be.
+
+    Raises:
+        OverflowError: as from transformers' own tokenizers, but naming the number.
+    """
+    for index in as_list(token_ids):
+        if not 0 <= index < 2**32:
+            advice = "Replace the padding of labels before decoding them." if index < 0 else "Is it a token id at all?"
+            raise OverflowError(f"{index} is not a token id. {advice}")
 
 
 def as_list(token_ids: int | Iterable[int]) -> list[int]:
