@@ -11,6 +11,12 @@ from .._compat import ALL_ATTENTION_FUNCTIONS, TokenizerHooks
 # Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`.
 CODE_POINTERS = ("auto_map", "custom_pipelines")
 
+# The Hub's files name the backbone in `architectures` and the model that generates in `auto_map`. Tools look up the first.
+GENERATION_MODELS = {
+    "ChatGLMModel": "ChatGLMForConditionalGeneration",
+    "GLMModel": "GLMForConditionalGeneration",
+}
+
 COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -19,6 +25,8 @@ class CheckpointConfigMixin(TokenizerHooks):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
+        if self.architectures:
+            self.architectures = [GENERATION_MODELS.get(name, name) for name in self.architectures]
 
     @classmethod
     def from_json_file(cls, json_file):
