@@ -203,9 +203,10 @@ class LoadingHooks:
 def name_in_transformers(model_class: type) -> None:
     """Makes `transformers.<name>` a class of ours, unless there is one of that name. TRL, `transformers serve`, pipelines and
     vLLM look up what a config.json has in `architectures` there, and there is no way to register a name (until 5.24)."""
-    module = sys.modules["transformers"]  # a second one, once `transformers.processing_utils` has been imported
-    if not hasattr(module, model_class.__name__):
-        setattr(module, model_class.__name__, model_class)
+    # `transformers.processing_utils` puts a second module in the place of the first, which others hold by then as we do.
+    for module in (transformers, sys.modules["transformers"]):
+        if not hasattr(module, model_class.__name__):
+            setattr(module, model_class.__name__, model_class)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ COMMANDS = {
     "demo": ("hf_cnllm.demo", "fine-tune a tiny checkpoint, or your own, end to end"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
-    "run": ("hf_cnllm.cli.run", "run another tool (trl, transformers, lm_eval, a script) with these families registered"),
+    "run": (
+        "hf_cnllm.cli.run",
+        "run another tool (trl, transformers, lm_eval, a script) with these families registered",
+    ),
 }
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
