@@ -110,6 +110,7 @@ def test_a_chat_has_the_answers_of_generate(layout, folder, server):
         messages.append({"role": "assistant", "content": answer})
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_said_in_one_line(server):
     port = server.removesuffix("/v1").rpartition(":")[2]
     process = serve(int(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -20,10 +20,10 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.usage = "hf-cnllm run [-m] COMMAND ..."
     parser.add_argument("-m", dest="is_module", action="store_true", help="COMMAND is a module, as in `python -m`")
-    parser.add_argument("command", metavar="COMMAND", help="console script, module, or path of a file in Python")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="what COMMAND gets")
+    parser.add_argument(
+        "words", metavar="COMMAND", nargs=argparse.PARSER, help="a console script, module or file, and what it gets"
+    )
 
 
 def run(args: argparse.Namespace) -> Callable[[], Any]:
@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> Callable[[], Any]:
     Raises:
         ValueError: there is no such tool.
     """
-    name = args.command
+    name, *arguments = args.words
     is_file = name.endswith(".py") or os.sep in name
     find = _module if args.is_module else _file if is_file else _console_script
     tool, path = find(name)
 
     def start() -> Any:
-        sys.argv = [path, *LAUNCHERS.get(name, list)(args.arguments)]
+        sys.argv = [path, *LAUNCHERS.get(name, list)(arguments)]
         return tool()
 
     return start
@@ -115,14 +115,18 @@ def _before_the_script(parser: argparse.ArgumentParser, arguments: list[str]) ->
     parsed = parser.parse_args(arguments)  # or says what is wrong, as the launcher would
     if parsed.no_python:
         return arguments
-    script = len(arguments) - len(parsed.training_script_args) - 1
+    rest = parsed.training_script_args
+    script = len(arguments) - len(rest) - 1
+    script -= arguments[script] == "--"  # these parsers drop one behind the script
     is_module = ["-m"] if parsed.module else []
-    return ["--module", *arguments[:script], *OURS, *is_module, *arguments[script:]]
+    return ["--module", *arguments[:script], *OURS, *is_module, parsed.training_script, *rest]
 
 
 LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
     "accelerate": _accelerate,
     "accelerate-launch": _accelerate_launch,
+    "accelerate.commands.launch": _accelerate_launch,
+    "torch.distributed.run": _torchrun,
     "torchrun": _torchrun,
     "trl": _trl,
 }
