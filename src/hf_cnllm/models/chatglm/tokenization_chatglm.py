@@ -361,11 +361,14 @@ class ChatGLMTokenizer(ChatTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """Text of the ids, without those that are negative (the padding of labels).
+        """Text of the ids, without those that are negative (the padding of labels). Special tokens are no text, as in the
+        originals, but a single one that is no list has its name: lm_eval, for one, asks for that of the end token.
 
         Raises:
             IndexError: an id has no token (ChatGLM3 passes over it, as its original does).
         """
+        if isinstance(token_ids, int) and not skip_special_tokens and token_ids in self.all_special_ids:
+            return str(self.convert_ids_to_tokens(token_ids))
         size = len(self) if self._version.ignores_unknown_ids else float("inf")
         ids = [index for index in as_list(token_ids) if 0 <= index < size]
         if skip_special_tokens and self._version.keeps_unknown:
