@@ -3,6 +3,7 @@
 nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
+nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -66,3 +67,9 @@ def prerelease(session: nox.Session) -> None:
     install(session, "--pre", "transformers")
     run_lane(session, "prerelease")
     session.run("hf-cnllm", "doctor", env=OFFLINE)
+
+
+@nox.session
+def tools(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev,eval]")
+    session.run("pytest", "tests/integrations", "tests/cli", *session.posargs, env=OFFLINE)

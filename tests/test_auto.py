@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_cnllm
 from goldens import GOLDENS
+from hf_cnllm._compat import name_in_transformers
 from hf_cnllm.auto import CONTROL_IDS, Shape, family_of
 
 VOCABULARIES = GOLDENS.parent / "tokenizers" / "vocab"
@@ -86,6 +87,28 @@ def test_every_public_name_is_there_once():
 def test_every_row_of_the_table_is_what_the_auto_classes_give(family):
     for auto_class, model_class in family.models.items():
         assert getattr(transformers, auto_class)._model_mapping[family.config] is model_class
+
+
+@pytest.mark.parametrize("family", hf_cnllm.FAMILIES, ids=lambda family: family.config.model_type)
+def test_the_names_that_are_saved_are_found_on_transformers(family):
+    for model_class in family.models.values():
+        assert getattr(transformers, model_class.__name__) is model_class
+
+
+def test_a_name_that_transformers_has_is_left_alone():
+    before = transformers.LlamaModel
+    name_in_transformers(type("LlamaModel", (), {}))
+    assert transformers.LlamaModel is before
+
+
+@pytest.mark.parametrize("golden", ["chatglm_6b_3layer", "chatglm2_6b", "chatglm3_6b", "glm"])
+def test_where_the_hub_names_the_backbone_it_is_the_model_that_generates(golden, tmp_path):
+    config = json.loads((GOLDENS / golden / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"architectures": ["GLMModel" if golden == "glm" else "ChatGLMModel"]})
+    )
+    (name,) = AutoConfig.from_pretrained(tmp_path).architectures
+    assert hasattr(getattr(transformers, name), "generate")
 
 
 @pytest.mark.parametrize("family", hf_cnllm.FAMILIES, ids=lambda family: family.config.model_type)

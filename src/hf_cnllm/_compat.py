@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,18 @@ class LoadingHooks:
         if state_dict is None and checkpoint_files and expected_keys is None:  # an adapter names the keys it brings
             cls.check_weight_files(model, checkpoint_files, load_config.hf_quantizer)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def name_in_transformers(model_class: type) -> None:
+    """Makes `transformers.<name>` a class of ours, unless there is one of that name. TRL, `transformers serve`, pipelines and
+    vLLM look up what a config.json has in `architectures` there, and there is no way to register a name (until 5.24)."""
+    # `transformers.processing_utils` puts a second module in the place of the first, which others hold by then as we do.
+    for module in (transformers, sys.modules["transformers"]):
+        if not hasattr(module, model_class.__name__):
+            setattr(module, model_class.__name__, model_class)
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import transformers
 from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from ._compat import name_in_transformers
 from .models import baichuan, chatglm, glm, qwen
 from .models.glm.configuration_glm import SavedGLMConfig
 
@@ -301,7 +302,8 @@ class TokenizerFoundByName(PreTrainedConfig):
 
 
 def register() -> None:
-    """Registers every family with transformers' auto classes and PEFT's default targets. Idempotent."""
+    """Registers every family with transformers' auto classes and PEFT's default targets, and its models by their names.
+    Idempotent."""
     for family in FAMILIES:
         model_type = family.config.model_type
         AutoConfig.register(model_type, family.config, exist_ok=True)
@@ -319,3 +321,7 @@ def register() -> None:
             peft_utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
         ):
             targets.setdefault(model_type, list(family.lora_targets))
+    for package in (baichuan, chatglm, glm, qwen):
+        for public in (getattr(package, name) for name in package.__all__):
+            if issubclass(public, PreTrainedModel):
+                name_in_transformers(public)

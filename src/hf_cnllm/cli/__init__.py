@@ -2,7 +2,7 @@
 
 A command is a module with `add_arguments(parser)` and `run(args) -> int`; only the module of the chosen command is
 imported. What the user can mend (a bad value, a missing file, a missing package) is answered with one line and exit
-code 2.
+code 2. Where `run` returns a function instead, that one gives the exit code, and errors and signals are its own.
 """
 
 import argparse
@@ -21,6 +21,10 @@ COMMANDS = {
     "demo": ("hf_cnllm.demo", "fine-tune a tiny checkpoint, or your own, end to end"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
+    "run": (
+        "hf_cnllm.cli.run",
+        "run another tool (trl, transformers, lm_eval, a script) with these families registered",
+    ),
 }
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)  # or prints the help, the version or the error, and exits
     try:
         with _clean_up_when_terminated():
-            return module.run(args)
+            result = module.run(args)
     except KeyboardInterrupt:
         print(f"\nhf-cnllm {chosen}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -54,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"hf-cnllm {chosen}: error: {message}", file=sys.stderr)
         return USER_ERROR
+    return result() if callable(result) else result
 
 
 @contextmanager

@@ -14,6 +14,12 @@ from ..hub.publishing import needs_package
 # what runs this file, it needs the key.
 CODE_POINTERS = ("custom_pipelines",) if IS_COPY else ("auto_map", "custom_pipelines")
 
+# The Hub's files name the backbone in `architectures` and the model that generates in `auto_map`. Tools look up the first.
+GENERATION_MODELS = {
+    "ChatGLMModel": "ChatGLMForConditionalGeneration",
+    "GLMModel": "GLMForConditionalGeneration",
+}
+
 COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -25,6 +31,8 @@ class CheckpointConfigMixin(TokenizerHooks):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
+        if self.architectures:
+            self.architectures = [GENERATION_MODELS.get(name, name) for name in self.architectures]
 
     @classmethod
     def from_json_file(cls, json_file):

@@ -34,7 +34,7 @@ def test_the_goldens_are_recognised_and_survive_a_save(path, tmp_path):
     # What the originals' own code reads is still there under their names.
     saved = json.loads((tmp_path / "config.json").read_text())
     original = json.loads((path / "config.json").read_text())
-    renamed = {"auto_map", "torch_dtype", "transformers_version", "_name_or_path"}
+    renamed = {"architectures", "auto_map", "torch_dtype", "transformers_version", "_name_or_path"}
     assert {key: saved.get(key) for key in original if key not in renamed} == {
         key: value for key, value in original.items() if key not in renamed
     }

@@ -155,6 +155,13 @@ def test_decoding_passes_over_label_padding(small):
     assert small.decode([-100, *small.encode("你好", add_special_tokens=False), -100]) == "你好"
 
 
+def test_a_special_token_alone_has_its_name_and_is_no_text(small, chatglm3):
+    for tokenizer in (small, chatglm3):
+        end = tokenizer.eos_token_id
+        assert tokenizer.decode(end) == tokenizer.eos_token
+        assert tokenizer.decode([end]) == tokenizer.decode(end, skip_special_tokens=True) == ""
+
+
 # ---- loading and saving ----
 
 

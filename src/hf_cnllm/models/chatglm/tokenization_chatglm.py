@@ -404,7 +404,10 @@ class ChatGLMTokenizer(ChatTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """Text of the ids, without those that are negative (the padding of labels), as in the originals."""
+        """Text of the ids, without those that are negative (the padding of labels). Special tokens are no text, as in the
+        originals, but a single one that is no list has its name: lm_eval, for one, asks for that of the end token."""
+        if isinstance(token_ids, int) and not skip_special_tokens and token_ids in self.all_special_ids:
+            return str(self.convert_ids_to_tokens(token_ids))
         ids = [index for index in as_list(token_ids) if index >= 0]
         if skip_special_tokens and self._version.keeps_unknown:
             skipped = set(self.all_special_ids) - {self.unk_token_id}
