@@ -55,7 +55,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             a checkpoint is an error, and a configuration made from nothing is `"chatglm2"`. It is saved.
         vocab_size (`int`):
             Rows of the embedding. ChatGLM2/3 call it `padded_vocab_size`; both names work and both are saved.
-        pre_seq_len (`int`, *optional*), prefix_projection (`bool`):
+        pre_seq_len, prefix_projection (`int`, *optional*, and `bool`):
             P-tuning v2: number of learned prefix positions, and whether an MLP produces them.
         prefix_dropout (`float`): (ours)
             Dropout on the learned prefix in training.
