@@ -3,6 +3,8 @@
 nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
+nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
+nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -66,3 +68,15 @@ def prerelease(session: nox.Session) -> None:
     install(session, "--pre", "transformers")
     run_lane(session, "prerelease")
     session.run("hf-cnllm", "doctor", env=OFFLINE)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", ".[docs]")
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", ".[release]", "pytest")
+    session.run("pytest", "tests/release", *session.posargs)

@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint on conversations: fully, or with LoRA.
 
-    python scripts/finetune.py --model PATH --data FILE.jsonl --output DIR [--lora] [--z-loss-weight 2e-4]
+    python -m hf_cnllm.recipes.finetune --model PATH --data FILE.jsonl --output DIR [--lora] [--z-loss-weight 2e-4]
 
 A line of the data is {"messages": [{"role": ..., "content": ...}, ...]} or {"instruction", "input", "output"}. The loss is
 on the assistant's replies only. Multi-GPU runs start with `accelerate launch` or `torchrun` as any Trainer script.
@@ -96,4 +96,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"finetune.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"finetune: error: {' '.join(str(error).split())}")
