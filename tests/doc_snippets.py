@@ -128,9 +128,18 @@ def write_hub(cache: Path) -> None:
         write_checkpoint(name, repository / "snapshots" / "0")
 
 
-def write_checkpoint(name: str, folder: Path) -> None:
+def tiny_family(name: str) -> str:
     (family,) = [family for start, family in TINY.items() if name.startswith(start)]
-    write_tiny_checkpoint(family, folder)
+    return family
+
+
+def tiny_name(code: str) -> str:
+    """Code with the names of checkpoints replaced by their families."""
+    return NAME.sub(lambda name: tiny_family(name[0]), code)
+
+
+def write_checkpoint(name: str, folder: Path) -> None:
+    write_tiny_checkpoint(tiny_family(name), folder)
     if bits := re.search(r"int([48])$", name):
         model = transformers.AutoModel.from_pretrained(folder).quantize(int(bits[1]))
         model.save_pretrained(folder)

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from doc_snippets import PAGES, ROOT, blocks_of, run_blocks, write_hub, write_working_folder
+from doc_snippets import PAGES, ROOT, blocks_of, run_blocks, tiny_name, write_hub, write_working_folder
 from huggingface_hub import constants
 
 BLOCKS = {str(page.relative_to(ROOT)): blocks_of(page) for page in PAGES}
@@ -32,17 +32,32 @@ def offline_hub(hub, tmp_path, monkeypatch):
     write_working_folder(tmp_path)
 
 
+def of_its_own(name: str) -> bool:
+    """Whether a page's examples are more than those of an earlier model card for another checkpoint of its family."""
+    code = [tiny_name(block.code) for block in BLOCKS[name]]
+    earlier = [other for other in BLOCKS if other < name and other.startswith("model_cards/")]
+    return not name.startswith("model_cards/") or all(
+        code != [tiny_name(block.code) for block in BLOCKS[other]] for other in earlier
+    )
+
+
 def english(name: str) -> str:
     return name.replace(".zh.md", ".md")
 
 
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in TRANSLATED and runnable(name, slow=False)])
+ENGLISH = [name for name in BLOCKS if name not in TRANSLATED]
+
+
+@pytest.mark.parametrize("name", [name for name in ENGLISH if runnable(name, slow=False) and of_its_own(name)])
 def test_examples_run(name, offline_hub):
     run_blocks(runnable(name, slow=False))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BLOCKS if any(block.is_slow for block in BLOCKS[name])])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ENGLISH if any(block.is_slow for block in BLOCKS[name]) or not of_its_own(name)],
+)
 def test_slow_examples_run(name, offline_hub):
     run_blocks(runnable(name, slow=True))
 
