@@ -1,6 +1,6 @@
 """Writes docs/licenses.md: the licenses of what is installed for this package, from the metadata of the packages.
 
-    python scripts/licenses.py
+python scripts/licenses.py
 """
 
 import re

@@ -1,6 +1,6 @@
 """Writes the line numbers of docs/papers.md: each `path.py:LINE` is where the name behind it is defined.
 
-    python scripts/paper_index.py
+python scripts/paper_index.py
 """
 
 import ast

@@ -62,7 +62,9 @@ class Recorder:
             self.cases[family].add(case)
 
     def table(self) -> str:
-        lines = ["| family | cases × backends | numbers compared | median of the cases' largest errors | largest of all |"]
+        lines = [
+            "| family | cases × backends | numbers compared | median of the cases' largest errors | largest of all |"
+        ]
         lines.append("|---|---:|---:|---:|---:|")
         for family in FAMILIES.values():
             errors, count = self.errors[family], len(self.cases[family])

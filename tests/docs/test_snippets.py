@@ -4,8 +4,9 @@ import re
 from collections import Counter
 
 import pytest
-from doc_snippets import PAGES, ROOT, blocks_of, run_blocks, tiny_name, write_hub, write_working_folder
 from huggingface_hub import constants
+
+from doc_snippets import PAGES, ROOT, blocks_of, run_blocks, tiny_name, write_hub, write_working_folder
 
 BLOCKS = {str(page.relative_to(ROOT)): blocks_of(page) for page in PAGES}
 TRANSLATED = [name for name in BLOCKS if name.endswith(".zh.md")]

@@ -58,9 +58,7 @@ def test_finetune_then_chat(options, written, checkpoint, data, tmp_path):
 
 def test_bad_data_is_one_line(checkpoint, tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
-    done = script(
-        "finetune", "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"
-    )
+    done = script("finetune", "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out")
     assert done.returncode == 1 and "line 1: needs the field 'messages'" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
