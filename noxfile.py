@@ -4,6 +4,8 @@ nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
 nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
+nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
+nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -27,6 +29,7 @@ LANE = {
 FOLLOW_TRANSFORMERS = ("transformers", "huggingface_hub", "tokenizers", "peft", "trl", "datasets", "accelerate")
 REPORTS = Path(".nox/reports")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
 
 
 def lane_files() -> list[str]:
@@ -73,3 +76,19 @@ def prerelease(session: nox.Session) -> None:
 def tools(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev,eval]")
     session.run("pytest", "tests/integrations", "tests/cli", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The API pages are read from the sources: neither the package nor torch is installed."""
+    session.install("-c", "constraints.txt", *EXTRAS["docs"], "pytest")
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env=env)
+    if not session.posargs:
+        session.run("pytest", "--noconftest", "tests/docs/test_site.py", env=env)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", *EXTRAS["release"], "pytest")
+    session.run("pytest", "--noconftest", "tests/release", *session.posargs)

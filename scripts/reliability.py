@@ -22,7 +22,7 @@ OUTCOMES = ("tried", "refused", "warned", "right", "listed", "silent")
 
 HEAD = """# What was broken on purpose, and what came of it
 
-Written by `python scripts/reliability.py{options}`; the cases are in [tests/robustness](../tests/robustness).
+Written by `python scripts/reliability.py{options}`; the cases are in `tests/robustness`.
 
 Each case damages a folder, attacks a chat, gives a model an odd input, or kills a process while it saves. It is *refused* (an
 error), *warned* of (a warning that the undamaged case does not give), or *right* (the answer of the undamaged case). What

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def test_the_run_command_is_the_demo_with_its_own_arguments():
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 def test_every_command_of_the_table_exists(readme):
     rows = [shlex.split(row) for row in re.findall(r"^\| `python (.+?)` \|", readme.read_text(), flags=re.M)]
-    assert {words[2] for words in rows if words[0] == "-m"} == set(cli.COMMANDS)
+    assert {words[2] for words in rows if words[:2] == ["-m", "hf_cnllm"]} == set(cli.COMMANDS)
+    assert all(find_spec(words[1]) for words in rows if words[0] == "-m")
     assert all((ROOT / words[0]).exists() for words in rows if words[0] != "-m")
 
 

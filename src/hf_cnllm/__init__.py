@@ -26,7 +26,7 @@ except Exception as error:
         raise ImportError(f"{error} ({'; '.join(unmet)})") from error
     raise
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # Imported when they are asked for: no model needs them.
 _LATER = {
     "DataCollatorForBlankInfilling": "data.blank_infilling",

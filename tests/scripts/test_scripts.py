@@ -31,7 +31,8 @@ def data(tmp_path_factory):
 
 
 def script(name, *options, **kwargs):
-    command = [sys.executable, str(SCRIPTS / name), *map(str, options)]
+    file = [str(SCRIPTS / name)] if name.endswith(".py") else ["-m", f"hf_cnllm.recipes.{name}"]
+    command = [sys.executable, *file, *map(str, options)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **kwargs)
 
@@ -46,7 +47,7 @@ def script(name, *options, **kwargs):
 )
 def test_finetune_then_chat(options, written, checkpoint, data, tmp_path):
     output = tmp_path / "out"
-    done = script("finetune.py", "--model", checkpoint, "--data", data, "--output", output, "--epochs", 1, *options)
+    done = script("finetune", "--model", checkpoint, "--data", data, "--output", output, "--epochs", 1, *options)
     assert done.returncode == 0, done.stderr
     assert (output / written).is_file() and (output / "tokenizer.model").is_file()
     source = ["--model", checkpoint, "--adapter", output] if "--lora" in options else ["--model", output]
@@ -57,9 +58,7 @@ def test_finetune_then_chat(options, written, checkpoint, data, tmp_path):
 
 def test_bad_data_is_one_line(checkpoint, tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
-    done = script(
-        "finetune.py", "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"
-    )
+    done = script("finetune", "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out")
     assert done.returncode == 1 and "line 1: needs the field 'messages'" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -71,13 +70,13 @@ def test_pretraining_glm_shows_losses_and_a_filled_blank(streamed, tmp_path):
         texts = [message["content"].replace("\n", " ") for c in load_instructions() for message in c]
         (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
         options += ["--texts", tmp_path / "texts.txt"]
-    done = script("pretrain_glm.py", "--output", tmp_path / "out", *options)
+    done = script("pretrain_glm", "--output", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     for objective in ("token", "sentence", "document"):
         assert f"| {objective} | " in done.stdout
     assert "今天[MASK]很好[MASK]。\n-> " in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    again = script("pretrain_glm.py", "--output", tmp_path / "out", *options)
+    again = script("pretrain_glm", "--output", tmp_path / "out", *options)
     assert again.returncode != 0 and "is not empty" in again.stderr
 
 

@@ -55,7 +55,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             a checkpoint is an error, and a configuration made from nothing is `"chatglm2"`. It is saved.
         vocab_size (`int`):
             Rows of the embedding. ChatGLM2/3 call it `padded_vocab_size`; both names work and both are saved.
-        pre_seq_len (`int`, *optional*), prefix_projection (`bool`):
+        pre_seq_len, prefix_projection (`int`, *optional*, and `bool`):
             P-tuning v2: number of learned prefix positions, and whether an MLP produces them.
         prefix_dropout (`float`): (ours)
             Dropout on the learned prefix in training.
@@ -232,18 +232,18 @@ class ChatGLM2Config(ChatGLMConfig):
     Configuration of ChatGLM2 and ChatGLM3: [`ChatGLMConfig`], and
 
     Args:
-        ffn_hidden_size, seq_length, kv_channels, multi_query_attention, multi_query_group_num, add_bias_linear,
-        add_qkv_bias, rmsnorm, post_layer_norm, apply_residual_connection_post_layernorm, hidden_dropout,
-        attention_dropout, classifier_dropout:
-            Width of the MLP; trained length; channels of a head; number of key/value heads; biases; norms; dropouts.
+        ffn_hidden_size, seq_length, kv_channels: Width of the MLP; trained length; channels of a head.
+        multi_query_attention, multi_query_group_num: Whether there are fewer key/value heads than heads, and how many.
+        add_bias_linear, add_qkv_bias: Biases.
+        rmsnorm, post_layer_norm, apply_residual_connection_post_layernorm: Norms.
+        hidden_dropout, attention_dropout, classifier_dropout: Dropouts.
         rope_ratio, rope_ratio_type (`"base"` or `"linear"`, *optional*, ours):
             How far the rotary positions are stretched in the long-context checkpoints, and how: `"base"` multiplies the
             rotary base (ChatGLM3 and later), `"linear"` divides the positions (chatglm2-6b-32k). `config.json` tells
             them apart by its `_name_or_path` only; left out, it is `"linear"` if that (or else the path it is loaded
             from) names chatglm2, and `"base"` otherwise.
-        original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32, bias_dropout_fusion,
-        fp32_residual_connection:
-            Kept for the originals; they do not change what is computed here.
+        original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32: Kept; they change nothing here.
+        bias_dropout_fusion, fp32_residual_connection: Likewise.
     """
 
     attribute_map = ChatGLMConfig.attribute_map | {

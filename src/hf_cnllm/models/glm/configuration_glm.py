@@ -49,9 +49,8 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
             Where `generate` stops; by default `eop_token_id`.
         loss_chunk_size (`int`, *optional*): (ours)
             Tokens per chunk of the training loss, which then never holds all logits; None computes them.
-        attention_scale, output_predict, parallel_output, relative_encoding, checkpoint_activations,
-        checkpoint_num_layers, pool_token, spell_func, spell_length:
-            Kept for the original; they do not change what is computed here.
+        attention_scale, output_predict, parallel_output, relative_encoding: Kept; they change nothing here.
+        checkpoint_activations, checkpoint_num_layers, pool_token, spell_func, spell_length: Likewise.
 
     Raises:
         ValueError: a field asks for what no checkpoint has (`relative_encoding`), or sizes do not fit.

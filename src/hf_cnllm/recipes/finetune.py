@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint on conversations: fully, or with LoRA.
 
-    python scripts/finetune.py --model PATH --data FILE.jsonl --output DIR [--lora] [--z-loss-weight 2e-4]
+    python -m hf_cnllm.recipes.finetune --model PATH --data FILE.jsonl --output DIR [--lora] [--z-loss-weight 2e-4]
 
 A line of the data is {"messages": [{"role": ..., "content": ...}, ...]} or {"instruction", "input", "output"}. The loss is
 on the assistant's replies only. Multi-GPU runs start with `accelerate launch` or `torchrun` as any Trainer script.
@@ -9,6 +9,7 @@ on the assistant's replies only. Multi-GPU runs start with `accelerate launch` o
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -48,7 +49,7 @@ def main() -> int:
     conversations = read_conversations(args.data)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto" if args.lora else torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto" if args.lora else torch.float32)
     if args.z_loss_weight is not None:
         if not hasattr(model.config, "z_loss_weight"):
             raise ValueError(f"{type(model).__name__} has no max-z loss: leave --z-loss-weight out")
@@ -96,4 +97,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"finetune.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"finetune: error: {' '.join(str(error).split())}")

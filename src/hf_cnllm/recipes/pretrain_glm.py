@@ -1,7 +1,7 @@
 """Pre-trains a small GLM by blank infilling, shows the loss of each objective before and after, and fills a blank.
 
-    python scripts/pretrain_glm.py --output pretrained                  # demo on the embedded texts: minutes on a CPU
-    python scripts/pretrain_glm.py --output pretrained --texts corpus.txt --tokenizer THUDM/glm-large-chinese \
+    python -m hf_cnllm.recipes.pretrain_glm --output pretrained                  # demo on the embedded texts: minutes on a CPU
+    python -m hf_cnllm.recipes.pretrain_glm --output pretrained --texts corpus.txt --tokenizer THUDM/glm-large-chinese \
         --hidden-size 768 --layers 12 --heads 12 --max-length 512 --steps 100000 --infill "北京是[MASK]的首都。"
 
 `--texts` are text files, one text a line; they are streamed. Without `--tokenizer` a vocabulary is trained on them.
