@@ -6,9 +6,12 @@ nox -s prerelease              the newest pre-release of transformers
 nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
 nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
 nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
+nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
+nox -s quantized               `hf-cnllm quantize` with bitsandbytes
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -92,3 +95,17 @@ def docs(session: nox.Session) -> None:
 def release(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", *EXTRAS["release"], "pytest")
     session.run("pytest", "--noconftest", "tests/release", *session.posargs)
+
+
+@nox.session
+def web(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev,web]", "playwright")
+    if shutil.which("chromium") is None:
+        session.run("playwright", "install", "chromium")
+    session.run("pytest", "tests/cli/test_chat_web.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def quantized(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes")
+    session.run("pytest", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
