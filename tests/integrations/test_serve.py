@@ -2,18 +2,14 @@
 not, on checkpoints in the Hub's layout and saved by this package."""
 
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from openai_server import running_server, start_server
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -24,49 +20,10 @@ NEW_TOKENS = 12
 QUESTIONS = ("你好", "one plus one?", "为什么？")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def serve(port: int, *arguments: str, **kwargs) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "hf_cnllm",
-        "run",
-        "transformers",
-        "serve",
-        "--device",
-        "cpu",
-        "--port",
-        str(port),
-    ]
-    return subprocess.Popen([*command, *arguments], text=True, **kwargs)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a server, which loads what a request names."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as file, serve(port, stdout=file, stderr=subprocess.STDOUT) as process:
-        try:
-            while not answers(port):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.2)
-            yield f"http://localhost:{port}/v1"
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
-    assert "Finished server process" in log.read_text()  # it got the signal, not us
-
-
-def answers(port: int) -> bool:
-    try:
-        return urllib.request.urlopen(f"http://localhost:{port}/health").status == 200
-    except OSError:
-        return False
+def server():
+    with running_server() as address:
+        yield address
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -113,7 +70,7 @@ def test_a_chat_has_the_answers_of_generate(layout, folder, server):
 @pytest.mark.slow
 def test_a_port_in_use_is_said_in_one_line(server):
     port = server.removesuffix("/v1").rpartition(":")[2]
-    process = serve(int(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = start_server(int(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     (line,) = [line for line in output.splitlines() if "address already in use" in line]

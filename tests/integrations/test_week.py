@@ -1,0 +1,194 @@
+"""A newcomer's week, in the order in which it happens, with the commands of docs/tools.md: a checkpoint as on the Hub, LoRA on
+one's own chats, DPO on what that saved, a server, an evaluation. In this process; and, slow, by the wheel outside of the
+clone. A further step is a test on the folder that it starts from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cnllm.cli import main
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from openai_server import running_server
+
+pytest.importorskip("trl")
+
+# Family -> its output head, which is random at first.
+HEADS = {"baichuan": "lm_head", "qwen": "lm_head", "chatglm2": "output_layer", "chatglm3": "output_layer"}
+FAMILIES = [pytest.param(name, marks=() if name == "baichuan" else pytest.mark.slow) for name in HEADS]
+QUESTIONS = {"你是谁？": "我是小助手。", "一加一等于几？": "二。"}
+SHARE_GPT = [
+    {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    for question, answer in QUESTIONS.items()
+]
+PREFERENCES = [
+    {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": answer}],
+        "rejected": [{"role": "assistant", "content": "不知道。"}],
+    }
+    for question, answer in QUESTIONS.items()
+]
+TRAINING = {
+    "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no",
+    "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": 2,
+}  # fmt: skip
+LORA = """
+import json, sys
+import datasets, hf_cnllm, peft, trl
+
+model, data, out, head, options = sys.argv[1:]
+roles = {"human": "user", "gpt": "assistant"}
+rows = [json.loads(line)["conversations"] for line in open(data, encoding="utf-8")]
+chats = [[{"role": roles[turn["from"]], "content": turn["value"]} for turn in row] for row in rows]
+trainer = trl.SFTTrainer(
+    model,
+    args=trl.SFTConfig(out, num_train_epochs=24, learning_rate=0.005, lr_scheduler_type="constant", assistant_only_loss=True, **json.loads(options)),
+    train_dataset=datasets.Dataset.from_list([{"messages": chat} for chat in chats]),
+    peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=[head]),
+)
+trainer.train()
+losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+assert losses[-1] < 0.1, losses
+model, tokenizer = trainer.model.merge_and_unload(), trainer.processing_class
+model.generation_config.eos_token_id = hf_cnllm.reply_end_ids(tokenizer, model.generation_config)
+model.save_pretrained(out)
+tokenizer.save_pretrained(out)
+"""
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+class Here:
+    """Commands in this process."""
+
+    environment = None
+
+    def __call__(self, *words) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [])
+            patch.setattr(sys, "path", list(sys.path))
+            assert not main([str(word) for word in words])
+
+
+class Wheel:
+    """Commands in processes that find the package in a folder which the wheel was installed into."""
+
+    def __init__(self, folder: Path):
+        root = Path(__file__).parents[2]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--target", folder / "installed", root], check=True)
+        self.folder = folder
+        self.environment = os.environ | {"PYTHONPATH": str(folder / "installed")}
+
+    def __call__(self, *words) -> None:
+        command = [sys.executable, "-m", "hf_cnllm", *map(str, words)]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, stdout=None, check=False)
+        assert done.returncode == 0
+
+
+@pytest.fixture(scope="module", params=["here", pytest.param("wheel", marks=pytest.mark.slow)])
+def hf_cnllm(request, tmp_path_factory):
+    return Here() if request.param == "here" else Wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def original(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("week") / request.param
+    write_tiny_checkpoint(request.param, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(hf_cnllm, original):
+    """What LoRA saved, merged."""
+    folder = original.parent
+    (folder / "lora.py").write_text(LORA)
+    data = write_rows(folder / "chats" / "train.jsonl", SHARE_GPT)
+    hf_cnllm("run", folder / "lora.py", original, data, folder / "tuned", HEADS[original.name], json.dumps(TRAINING))
+    return folder / "tuned"
+
+
+@pytest.fixture(scope="module")
+def aligned(hf_cnllm, tuned):
+    """What DPO made of it."""
+    data = write_rows(tuned.parent / "preferences" / "train.jsonl", PREFERENCES)
+    options = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]
+    options += ["--model_name_or_path", tuned, "--dataset_name", data.parent, "--output_dir", tuned.parent / "aligned"]
+    hf_cnllm("run", "-m", "trl.scripts.dpo", *options, "--max_steps", 1, "--learning_rate", 1e-5)
+    return tuned.parent / "aligned"
+
+
+def test_info(hf_cnllm, original, capfd):
+    hf_cnllm("info", original)
+    assert original.name in capfd.readouterr().out
+
+
+def test_lora_on_share_gpt(tuned):
+    tokenizer, model = AutoTokenizer.from_pretrained(tuned), AutoModelForCausalLM.from_pretrained(tuned)
+    for question, answer in QUESTIONS.items():
+        assert reply(tokenizer, model, question) == answer
+
+
+def without_role(text: str) -> str:
+    """ChatGLM3's replies begin with a line for the name of a tool, and end with the role of whoever is next."""
+    return text.removesuffix("<|user|>").strip()
+
+
+def reply(tokenizer, model, question: str) -> str:
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    return without_role(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_dpo_on_what_lora_saved(tuned, aligned):
+    before, after = (load_file(folder / "model.safetensors") for folder in (tuned, aligned))
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_a_server_and_its_client(hf_cnllm, aligned):
+    openai = pytest.importorskip("openai")
+    with running_server(str(aligned), env=hf_cnllm.environment, cwd=aligned) as address:
+        client = openai.OpenAI(base_url=address, api_key="none")
+        for question, answer in QUESTIONS.items():
+            completion = client.chat.completions.create(
+                model=str(aligned), messages=[{"role": "user", "content": question}], max_tokens=16, temperature=0
+            )
+            assert without_role(completion.choices[0].message.content) == answer
+
+
+def test_an_evaluation(hf_cnllm, aligned):
+    pytest.importorskip("lm_eval")
+    folder = aligned.parent
+    rows = [{"question": question, "choices": [answer, "不知道。"]} for question, answer in QUESTIONS.items()]
+    data = write_rows(folder / "task" / "test.jsonl", rows)
+    task = {
+        "task": "week",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "task" / "week.yaml").write_text(json.dumps(task))
+    words = ["--model", "hf", "--model_args", f"pretrained={aligned}", "--device", "cpu", "--apply_chat_template"]
+    words += ["--tasks", "week", "--include_path", folder / "task", "--output_path", folder / "results"]
+    hf_cnllm("run", "lm_eval", *words)
+    (path,) = (folder / "results").rglob("results_*.json")
+    assert json.loads(path.read_text())["results"]["week"]["acc,none"] == 1.0
