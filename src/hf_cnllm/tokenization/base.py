@@ -21,7 +21,24 @@ from .folder import (
 )
 
 
-class OriginalVocabularyTokenizer(TokenizersBackend):
+class AnyIdMixin:
+    """Put in front of a tokenizer: ids without a token, as the spare rows of a model have, are no text, as in transformers'
+    own tokenizers. Their tokens are None."""
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> Any:
+        """As in transformers. Raises OverflowError for what is no id, see [`check_ids`]."""
+        check_ids(ids)
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)  # type: ignore[misc]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
+        return super().convert_tokens_to_string(known(tokens))  # type: ignore[misc]
+
+    def _decode(self, token_ids: int | list[int], *args: Any, **kwargs: Any) -> str:
+        check_ids(token_ids)
+        return super()._decode(token_ids, *args, **kwargs)  # type: ignore[misc]
+
+
+class OriginalVocabularyTokenizer(AnyIdMixin, TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and
@@ -193,13 +210,8 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs,
     ) -> str:
-        """Raises IndexError for ids that are not in the vocabulary."""
-        ids, size = as_list(token_ids), len(self)
-        foreign = next((index for index in ids if not 0 <= index < size), None)
-        if foreign is not None:
-            raise IndexError(f"token id {foreign} is outside the vocabulary of {size}")
-        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
-        text = self.convert_tokens_to_string(list(tokens))
+        tokens = self.convert_ids_to_tokens(as_list(token_ids), skip_special_tokens=skip_special_tokens)
+        text = self.convert_tokens_to_string(tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
@@ -275,6 +287,23 @@ def taking_spaces(token: str) -> AddedToken:
 def id_of(token: str) -> property:
     """A tokenizer's property: the id of `token`."""
     return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))
+
+
+def known(tokens: Iterable[Any]) -> list[Any]:
+    """Those of the tokens that there are: ids without a token have None."""
+    return [token for token in tokens if token is not None]
+
+
+def check_ids(token_ids: int | Iterable[int]) -> None:
+    """Refuses numbers that no id can be.
+
+    Raises:
+        OverflowError: as from transformers' own tokenizers, but naming the number.
+    """
+    for index in as_list(token_ids):
+        if not 0 <= index < 2**32:
+            advice = "Replace the padding of labels before decoding them." if index < 0 else "Is it a token id at all?"
+            raise OverflowError(f"{index} is not a token id. {advice}")
 
 
 def as_list(token_ids: int | Iterable[int]) -> list[int]:

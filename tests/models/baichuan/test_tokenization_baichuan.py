@@ -319,14 +319,6 @@ def test_damaged_tokenizer_json(tokenizer, tmp_path):
         AutoTokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("index", [-1, -100, 10**6])
-def test_ids_outside_the_vocabulary(tokenizer, index):
-    with pytest.raises(IndexError, match=f"token id {index} is outside"):
-        tokenizer.decode([5, index])
-    with pytest.raises(IndexError):
-        tokenizer.batch_decode([[5], [index]], skip_special_tokens=True)
-
-
 @pytest.mark.parametrize("text", [None, 5, b"bytes", [1, 2], "a\ud800b", ["fine", "\udc00"]])
 def test_what_is_not_text(tokenizer, text):
     with pytest.raises((ValueError, TypeError)):

@@ -1,7 +1,7 @@
 """Tokenizer of Baichuan 1 and 2: one class, told apart by what is in `tokenizer.model`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
-from ...tokenization.base import with_changes
+from ...tokenization.base import known, with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
@@ -99,9 +99,9 @@ class BaichuanTokenizer(ChatTokenizer):
                 f"{wanted}'s (`norm_head`). {DOWNLOAD_AGAIN}."
             )
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+    def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
         parts: list[str] = []
-        for is_special, run in groupby(tokens, key=set(self.all_special_tokens).__contains__):
+        for is_special, run in groupby(known(tokens), key=set(self.all_special_tokens).__contains__):
             if is_special and parts:
                 parts.insert(-1, " ")  # in front of the text, not of the special token: the original's way
             pieces = list(run)

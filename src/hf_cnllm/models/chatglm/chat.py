@@ -72,7 +72,7 @@ class ChatGLMChatMixin:
         prompt = _prompt(tokenizer, messages)
         arguments = _generation_arguments(tokenizer, **options)
         ids = generated_tokens(self, prompt, arguments["eos_token_id"], **arguments)
-        return self._answer(tokenizer, _text(tokenizer, ids), query, history, messages)
+        return self._answer(tokenizer, tokenizer.decode(ids), query, history, messages)
 
     def stream_chat(
         self,
@@ -118,7 +118,7 @@ class ChatGLMChatMixin:
             try:
                 with closing(iterate_tokens(self, prompt, arguments["eos_token_id"], **arguments)) as answers:
                     for ids in answers:
-                        text = _text(tokenizer, ids)
+                        text = tokenizer.decode(ids)
                         if text and not text.endswith("\ufffd"):
                             with suppress(ToolCallError):
                                 now = step()
@@ -183,8 +183,3 @@ def _prompt(tokenizer, messages: list[dict[str, Any]], past: Sequence[int] = ())
     messages, skipped = (messages[-1:], len(tokenizer.get_prefix_tokens())) if past else (messages, 0)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return [*past, *ids[skipped:]]
-
-
-def _text(tokenizer, ids: list[int]) -> str:
-    """The text of generated ids. Models have more ids than there are tokens."""
-    return tokenizer.decode([index for index in ids if index < len(tokenizer)])

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
-from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
+from ...tokenization.base import as_list, id_of, known, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
@@ -368,19 +368,15 @@ class ChatGLMTokenizer(ChatTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """Text of the ids, without those that are negative (the padding of labels).
-
-        Raises:
-            IndexError: an id has no token (ChatGLM3 passes over it, as its original does).
-        """
-        size = len(self) if self._version.ignores_unknown_ids else float("inf")
-        ids = [index for index in as_list(token_ids) if 0 <= index < size]
+        """Text of the ids, without those that are negative (the padding of labels), as in the originals."""
+        ids = [index for index in as_list(token_ids) if index >= 0]
         if skip_special_tokens and self._version.keeps_unknown:
             skipped = set(self.all_special_ids) - {self.unk_token_id}
             ids, skip_special_tokens = [index for index in ids if index not in skipped], False
         return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+    def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
+        tokens = known(tokens)
         text = self._tokenizer.decoder.decode(mend_bytes(tokens))
         if self.generation != "chatglm3":
             return text

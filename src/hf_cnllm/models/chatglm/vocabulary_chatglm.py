@@ -44,7 +44,6 @@ class ChatGLMVersion(NamedTuple):
         single, pair: where the special tokens go, as templates of `tokenizers.processors.TemplateProcessing`.
         input_names: what the model takes.
         shows_control: whether decoding shows the control tokens; else they have no text.
-        ignores_unknown_ids: whether decoding passes over ids without a token; else they are an error.
         keeps_unknown: whether decoding shows the unknown token in spite of `skip_special_tokens`.
         cleans_up: default of `clean_up_tokenization_spaces`.
     """
@@ -57,7 +56,6 @@ class ChatGLMVersion(NamedTuple):
     pair: str
     input_names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
     shows_control: bool = False
-    ignores_unknown_ids: bool = False
     keeps_unknown: bool = False
     cleans_up: bool = False
 
@@ -97,9 +95,7 @@ VERSIONS = {
     ),
     "chatglm": _CHATGLM,
     "chatglm2": _CHATGLM2,
-    "chatglm3": _CHATGLM2._replace(
-        control=_CHATGLM2.control + ROLES, template="chatglm3", shows_control=True, ignores_unknown_ids=True
-    ),
+    "chatglm3": _CHATGLM2._replace(control=_CHATGLM2.control + ROLES, template="chatglm3", shows_control=True),
 }
 
 

@@ -8,7 +8,7 @@ and the place inside the piece, counted from 1, in the text 0.
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._contract import check_transformers
-from ...tokenization.base import OriginalVocabularyTokenizer, id_of, surround_texts, taking_spaces
+from ...tokenization.base import AnyIdMixin, OriginalVocabularyTokenizer, id_of, known, surround_texts, taking_spaces
 from ...tokenization.folder import (
     DOWNLOAD_AGAIN,
     Folder,
@@ -307,11 +307,11 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
     def is_settled(self, token: str) -> bool:
         return token in self.added_tokens_encoder
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+    def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
         """The texts of the tokens, and added tokens as they are, with spaces between."""
         added = self.added_tokens_encoder.keys() - {self.unk_token}
         parts: list[str] = []
-        for is_added, run in groupby(tokens, key=added.__contains__):
+        for is_added, run in groupby(known(tokens), key=added.__contains__):
             pieces = list(run)
             parts += pieces if is_added else [self._tokenizer.decoder.decode(pieces)]
         return " ".join(parts)
@@ -320,7 +320,7 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
 # ---- the English models ----
 
 
-class EnglishVocabularyMixin:
+class EnglishVocabularyMixin(AnyIdMixin):
     """Keeps the vocabulary files of GPT-2's, BERT's and RoBERTa's tokenizers, and checks what is read from them."""
 
     OWN_TOKENS: tuple[str, ...]  # that its vocabulary has

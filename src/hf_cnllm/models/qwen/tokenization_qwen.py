@@ -4,14 +4,14 @@ import copy
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from transformers import BatchEncoding
 
-from ...tokenization.base import as_list, with_changes
+from ...tokenization.base import as_list, known, with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.folder import check_settings
 from ...tokenization.regex import any_of
@@ -226,24 +226,14 @@ class QWenTokenizer(ChatTokenizer):
         errors: str | None = None,
         **kwargs,
     ) -> str:
-        """Text of the ids; `errors` as in `bytes.decode`, by default `self.errors`.
+        """Text of the ids; `errors` as in `bytes.decode`, by default `self.errors`."""
+        tokens = self.convert_ids_to_tokens(as_list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self.convert_tokens_to_string(tokens, errors)
 
-        Raises:
-            KeyError: an id is not in the vocabulary (with `skip_special_tokens` only the first revision minds).
-            OverflowError: an id is negative.
-        """
-        ids = as_list(token_ids)
-        if min(ids, default=0) < 0:
-            raise OverflowError(f"{min(ids)} is not a token id. Replace the padding of labels before decoding them.")
-        if max(ids, default=0) >= len(self) and (self.first_revision or not skip_special_tokens):
-            raise KeyError(f"Invalid token for decoding: {max(ids)} (the vocabulary has {len(self)} ids)")
-        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
-        return self.convert_tokens_to_string([token for token in tokens if token is not None], errors)
-
-    def convert_tokens_to_string(self, tokens: Sequence[str | bytes], errors: str | None = None) -> str:
+    def convert_tokens_to_string(self, tokens: Iterable[str | bytes | None], errors: str | None = None) -> str:
         """Text of the tokens: the backend's names, special tokens, or bytes as the original's."""
         added = self.added_tokens_encoder
-        pieces = (t if isinstance(t, bytes) else t.encode() if t in added else to_bytes(t) for t in tokens)
+        pieces = (t if isinstance(t, bytes) else t.encode() if t in added else to_bytes(t) for t in known(tokens))
         return b"".join(pieces).decode(errors=errors or self.errors)
 
     def write_vocabulary(self, path: str) -> None:
