@@ -148,3 +148,10 @@ def test_an_answer_that_was_begun_is_continued(tokenizer):
 def test_bad_input(tokenizer, messages, room, message):
     with pytest.raises(ValueError, match=message):
         build_chat_input(tokenizer, messages, room)
+
+
+@pytest.mark.parametrize("messages", ["你好", ["你好"], {"role": "user"}])
+def test_messages_of_another_form(messages):
+    tokenizer = TokenizerGolden("baichuan2_small").load(AutoTokenizer)
+    with pytest.raises(ValueError, match="messages must be a list such as"):
+        build_chat_input(tokenizer, messages, 100)

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -248,13 +250,17 @@ def test_golden_process_response(name):
 
 def test_bad_arguments(pair):
     model, tokenizer = pair
-    with pytest.raises(ValueError, match="role is 100, but must be a string"):
-        model.chat(tokenizer, "a", None, 100)
+    with pytest.raises(TypeError, match="1 arguments too many behind `logits_processor`: pass arguments by name"):
+        model.chat(tokenizer, "a", None, *["user"] * (tokenizer.generation == "chatglm3"), 100, 1, False, 1.0, 1.0, None, 0)
+    with pytest.raises(TypeError, match="`max_length` is given twice"):
+        model.chat(tokenizer, "a", None, *["user"] * (tokenizer.generation == "chatglm3"), 100, max_length=100)
     if tokenizer.generation == "chatglm3":
         with pytest.raises(TypeError, match="a chat is a list of messages"):
             model.chat(tokenizer, "a", [("a", "b")])
         with pytest.raises(Exception, match="not robot"):
             model.chat(tokenizer, "a", role="robot")
+        with pytest.raises(ValueError, match="role is 100, but must be a string"):
+            model.chat(tokenizer, "a", None, 100)
     else:
         with pytest.raises(ValueError, match="has no roles: only ChatGLM3 has"):
             model.chat(tokenizer, "a", role="observation")
@@ -277,3 +283,77 @@ def test_history_is_checked():
     ):
         with pytest.raises(ValueError, match=problem):
             checked_history(query, history)
+
+
+# ---- as scripts for the originals call them ----
+
+
+def test_arguments_by_position(pair):
+    model, tokenizer = pair
+    role = ["user"] * (tokenizer.generation == "chatglm3")
+    past = [None] * (tokenizer.generation != "chatglm")
+    expected = model.chat(tokenizer, "你好", [], max_length=40, do_sample=False)
+    assert model.chat(tokenizer, "你好", [], *role, 40, 1, False, 0.7, 0.95, None) == expected
+    assert list(model.stream_chat(tokenizer, "你好", [], *role, *past, 40, False, 0.7, 0.95, None))[-1] == expected
+    if past:
+        steps = list(model.stream_chat(tokenizer, "你好", [], *role, None, 40, False, 0.7, 0.95, None, True))
+        assert steps[-1][:2] == expected and isinstance(steps[-1][2], ConversationCache)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_greeting_that_nobody_asked_for(name):
+    model, tokenizer = _pair(name)
+    answer, history = model.chat(tokenizer, "a", [[None, "你好"]], max_length=60, do_sample=False)
+    assert history == [(None, "你好"), ("a", answer)]
+    assert tokenizer.build_prompt("a", [[None, "你好"]]) == tokenizer.build_prompt("a", [("", "你好")])
+    assert "None" not in tokenizer.build_prompt("a", [[None, "你好"], ["a", None]])
+
+
+@pytest.mark.parametrize("texts", (["你好"], ["你好", "a long text"]), ids=("one", "padded batch"))
+def test_stream_generate(pair, texts):
+    model, tokenizer = pair
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": [tokenizer.eos_token_id]}
+    expected = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+    steps = list(model.stream_generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id))
+    length = inputs["input_ids"].shape[1]
+    assert [step.shape[1] for step in steps] == list(range(length + 1, expected.shape[1] + 1))
+    assert torch.equal(steps[-1], expected) and torch.equal(steps[0], expected[:, : length + 1])
+
+
+def test_stream_generate_ends_with_the_token_that_ends(pair):
+    """What the server in ChatGLM3's repository relies on when it cuts the last token off."""
+    model, tokenizer = pair
+    inputs = tokenizer("你好", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    said = [*tokenizer.encode("好", add_special_tokens=False), tokenizer.eos_token_id]
+    steps = model.stream_generate(
+        **inputs, logits_processor=[Scripted(said)], eos_token_id=[tokenizer.eos_token_id], max_new_tokens=9
+    )
+    assert list(steps)[-1][0, length:].tolist() == said
+
+
+def test_stream_generate_with_a_cache(pair):
+    model, tokenizer = pair
+    inputs = tokenizer("你好", return_tensors="pt")
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
+    *_, (ids, cache) = model.stream_generate(**inputs, **options, return_past_key_values=True)
+    assert cache.get_seq_length() == ids.shape[1] - 1
+    with pytest.raises(ValueError, match="pass the ids of all turns, not of the last one alone"):
+        model.stream_generate(**inputs, **options, past_key_values=cache)
+    if tokenizer.generation != "chatglm":  # a prefix language model reads every prompt anew
+        more = torch.cat((ids, ids[:, -1:]), dim=1)
+        expected = model.generate(input_ids=more, attention_mask=torch.ones_like(more), **options)
+        mask = torch.ones_like(more)
+        *_, again = model.stream_generate(more, attention_mask=mask, **options, past_key_values=cache)
+        assert torch.equal(again, expected)
+
+
+def test_stream_generate_stops_when_closed(pair):
+    model, tokenizer = pair
+    steps = model.stream_generate(**tokenizer("你好", return_tensors="pt"), max_new_tokens=200, do_sample=True)
+    next(steps)
+    steps.close()
+    assert not any(thread.name == "streamed_tokens" for thread in threading.enumerate())
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        next(model.stream_generate(**tokenizer("你好", return_tensors="pt"), max_new_tokens=-1))

@@ -205,7 +205,7 @@ def test_window_keeps_the_latest_turns(tokenizer):
     [
         ("abc", "history must be a list of (query, response) pairs, but is of type str"),
         ([("a",)], "history[0] is ('a',)"),
-        ([("a", "b"), ["a", None]], "history[1] is ['a', None]"),
+        ([("a", "b"), ["a", 5]], "history[1] is ['a', 5]"),
         ([{"role": "user", "content": "a"}], "Messages with roles go to tokenizer.apply_chat_template"),
     ],
 )
@@ -363,11 +363,26 @@ def test_streaming_with_assisted_decoding(model, tokenizer):
 def test_a_closed_stream_ends_its_generation(model, tokenizer):
     stream = model.chat_stream(tokenizer, "你好", max_new_tokens=10_000, min_new_tokens=10_000)
     next(stream)
-    assert any(thread.name == "iterate_tokens" for thread in threading.enumerate())
+    assert any(thread.name == "streamed_tokens" for thread in threading.enumerate())
     stream.close()
-    assert not any(thread.name == "iterate_tokens" for thread in threading.enumerate())
+    assert not any(thread.name == "streamed_tokens" for thread in threading.enumerate())
 
 
 def test_errors_of_the_generating_thread_reach_the_reader(model, tokenizer):
     with pytest.raises(ValueError, match="not used by the model"):
         list(model.chat_stream(tokenizer, "你好", no_such_argument=1))
+
+
+def test_arguments_as_the_originals_had_them(tokenizer, model):
+    greeting = [[None, "你好"], ["a", None]]
+    options = {"do_sample": False, "max_new_tokens": 4}
+    answer, history = model.chat(tokenizer, "q", greeting, "s", True, **options)
+    assert history == [(None, "你好"), ("a", None), ("q", answer)]
+    assert model.chat(tokenizer, "q", [("", "你好"), ("a", "")], system="s", **options)[0] == answer
+    assert model.chat(tokenizer, "q", greeting, "s", False, **options) == (answer, history[:-1])
+    config = copy.deepcopy(model.generation_config)
+    config.update(**options)
+    *_, last = model.chat_stream(tokenizer, "q", greeting, "s", None, None, config)
+    assert last.strip() == answer
+    with pytest.raises(ValueError, match="call chat_stream for an answer as it grows"):
+        model.chat(tokenizer, "q", None, stream=True)

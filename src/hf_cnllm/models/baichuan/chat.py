@@ -1,7 +1,7 @@
 """Baichuan's own chat function: `model.chat(tokenizer, messages, stream=False, generation_config=None)`."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -40,6 +40,11 @@ def build_chat_input(
         )
     if not messages:
         raise ValueError("a chat needs at least one message.")
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(
+            f"messages must be a list such as [{{'role': 'user', 'content': '…'}}], but is of type {type(messages).__name__}"
+            f"{'' if isinstance(messages, str) else ' and holds something else'}."
+        )
     turn_tokens = {"user": user_token_id, "assistant": assistant_token_id}
     system: list[int] = []
     rounds: list[list[int]] = []

@@ -1,13 +1,16 @@
 """`model.chat` and `model.stream_chat` of ChatGLM-6B, ChatGLM2 and ChatGLM3, over `generate`."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 
-from ..chat import as_messages, generated_tokens, iterate_tokens
+from ..._compat import CACHE, pop_cache
+from ..chat import as_messages, by_name, generated_tokens, iterate_tokens, streamed_tokens
 from .tool_calls import ToolCallError, read_answer
 
 # What each generation's `chat` passes to `generate` unless told otherwise, and the tokens that end its answers.
@@ -18,6 +21,17 @@ DEFAULTS = {
     "chatglm": _CHATGLM,
     "chatglm2": (_CHATGLM2, ("<eos>",)),
     "chatglm3": (_CHATGLM2, ("<eos>", "<|user|>", "<|observation|>")),
+}
+
+# What follows `history` in the originals' `chat` and `stream_chat`, where scripts pass it by position.
+_OPTIONS = ("do_sample", "top_p", "temperature", "logits_processor")
+_CHAT_OPTIONS = ("max_length", "num_beams", *_OPTIONS)
+_STREAM_OPTIONS = ("past_key_values", "max_length", *_OPTIONS, "return_past_key_values")
+CHAT_OPTIONS = {
+    "chatglm_early": (_CHAT_OPTIONS, ("max_length", *_OPTIONS)),
+    "chatglm": (_CHAT_OPTIONS, ("max_length", *_OPTIONS)),
+    "chatglm2": (_CHAT_OPTIONS, _STREAM_OPTIONS),
+    "chatglm3": (("role", *_CHAT_OPTIONS), ("role", *_STREAM_OPTIONS)),
 }
 
 # ChatGLM-6B: these marks become Chinese beside a Chinese character.
@@ -54,35 +68,29 @@ class ChatGLMChatMixin:
     config: PreTrainedConfig
 
     def chat(
-        self, tokenizer, query: str, history: Sequence | None = None, role: str = "user", **options: Any
+        self, tokenizer, query: str, history: Sequence | None = None, *args: Any, **options: Any
     ) -> tuple[str | dict[str, Any], list]:
         """Answers `query`; returns (response, history with both added). `history` is left as it was.
 
         Args:
             tokenizer: a `ChatGLMTokenizer`.
-            role: ChatGLM3: whose words the query is.
-            options: arguments of `generate`. By default it samples, with `top_p` 0.7 and `temperature` 0.95 for ChatGLM-6B,
+            args: options by position, in the order of `CHAT_OPTIONS`.
+            options: ChatGLM3: `role`, whose words the query is, `"user"` by default; and arguments of `generate`. By default it samples, with `top_p` 0.7 and `temperature` 0.95 for ChatGLM-6B,
                 else 0.8 both; `max_length`, of prompt and answer together, is 2048 for ChatGLM-6B, else 8192.
 
         Raises:
             ValueError: a history of another shape, or an unknown role.
             ToolCallError: ChatGLM3's answer is a malformed tool call.
         """
-        messages = _messages(tokenizer, query, history, role)
+        options = by_name(CHAT_OPTIONS[tokenizer.generation][0], args, options)
+        messages = _messages(tokenizer, query, history, options.pop("role", "user"))
         prompt = _prompt(tokenizer, messages)
         arguments = _generation_arguments(tokenizer, **options)
         ids = generated_tokens(self, prompt, arguments["eos_token_id"], **arguments)
         return self._answer(tokenizer, tokenizer.decode(ids), query, history, messages)
 
     def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: Sequence | None = None,
-        role: str = "user",
-        past_key_values: ConversationCache | None = None,
-        return_past_key_values: bool = False,
-        **options: Any,
+        self, tokenizer, query: str, history: Sequence | None = None, *args: Any, **options: Any
     ) -> Iterator[tuple]:
         """Answers `query` step by step: yields (response, history) so far. Arguments as in `chat`.
 
@@ -90,12 +98,14 @@ class ChatGLMChatMixin:
         malformed in the end raises `ToolCallError`.
 
         Args:
-            past_key_values: ChatGLM2 and 3: the third value of the turn before, so that only this turn is computed.
-                (With P-tuning everything is computed anew.)
-            return_past_key_values: also yield that value, for use once the iteration has ended.
+            options: as in `chat`, and for ChatGLM2 and 3
+                `past_key_values`: the third value of the turn before, so that only this turn is computed (with P-tuning
+                everything is computed anew);
+                `return_past_key_values`: also yield that value, for use once the iteration has ended.
         """
-        messages = _messages(tokenizer, query, history, role)
-        cache = past_key_values
+        options = by_name(CHAT_OPTIONS[tokenizer.generation][1], args, options)
+        messages = _messages(tokenizer, query, history, options.pop("role", "user"))
+        cache, return_past_key_values = (options.pop(n, None) for n in ("past_key_values", "return_past_key_values"))
         if cache is None and return_past_key_values:
             cache = ConversationCache(self.config)
         if cache is not None and self.config.architecture == "chatglm":
@@ -129,6 +139,47 @@ class ChatGLMChatMixin:
                     cache.keep(prompt + ids)
             if text != shown:
                 yield step()
+
+        return steps()
+
+    def stream_generate(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence | None = None,
+        stopping_criteria: Sequence | None = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """`generate` step by step: yields the prompts and all tokens so far, [batch, length], the token that ends included.
+
+        Args:
+            return_past_key_values: yield (ids, cache) instead.
+            kwargs: as those of `generate`. A cache, `past_key_values`, is of the first tokens of `input_ids`.
+
+        Raises:
+            ValueError: the cache is longer than the prompt: the originals took the last turn's ids alone.
+        """
+        cache = pop_cache(kwargs)
+        if cache is not None and cache.get_seq_length() - (self.config.pre_seq_len or 0) >= input_ids.shape[1]:
+            raise ValueError(
+                "past_key_values holds as many tokens as input_ids: pass the ids of all turns, not of the last one alone, or "
+                "use stream_chat(…, past_key_values=…, return_past_key_values=True)."
+            )
+        cache = DynamicCache(config=self.config) if cache is None and return_past_key_values else cache
+        named = {
+            **{"generation_config": generation_config, "logits_processor": logits_processor, CACHE: cache},
+            **{"stopping_criteria": stopping_criteria, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn},
+        }
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+
+        def steps() -> Iterator[Any]:
+            with closing(streamed_tokens(self, input_ids=input_ids, **kwargs)) as answers:
+                ids = next(answers).to(input_ids.device)
+                for tokens in answers:
+                    ids = torch.cat((ids, tokens.reshape(len(ids), -1).to(ids.device)), dim=1)
+                    yield (ids, cache) if return_past_key_values else ids
 
         return steps()
 
@@ -167,7 +218,7 @@ def _generation_arguments(tokenizer, do_sample: bool = True, **options: Any) -> 
 
 def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> list[dict[str, Any]]:
     if not isinstance(role, str):
-        raise ValueError(f"role is {role!r}, but must be a string. Pass max_length and what follows it by name.")
+        raise ValueError(f"role is {role!r}, but must be a string.")
     if tokenizer.generation == "chatglm3":
         return [*(history or []), {"role": role, "content": query}]
     if role != "user":

@@ -96,28 +96,46 @@ class QWenChatMixin:
         query: str,
         history: History | None = None,
         system: str = DEFAULT_SYSTEM,
+        append_history: bool = True,
+        stream: None = None,
         stop_words_ids: Sequence[Sequence[int]] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
+    ) -> tuple[str, list[tuple[str | None, str | None]]]:
         """Answer `query`; returns (response, history with this turn added). `history` is left as it was.
 
         Args:
             history: earlier turns, (query, response) each; the oldest are left out beyond `max_window_size` tokens.
+            append_history: whether the history that is returned has this turn.
+            stream: not here, see `chat_stream`.
             stop_words_ids: token sequences that end the answer besides the end of the turn. They stay part of it.
             kwargs: `max_window_size`, or arguments of `generate`.
         """
+        if stream is not None:
+            raise ValueError("chat answers at once: call chat_stream for an answer as it grows, and leave out `stream`.")
         prompt, ends, arguments = self._chat_inputs(
             tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
         )
         response = tokenizer.decode(generated_tokens(self, prompt, ends, **arguments), errors="replace").strip()
-        return response, [*((q, r) for q, r in history or []), (query, response)]
+        turns = [(past_query, past_response) for past_query, past_response in history or []]
+        return response, [*turns, (query, response)] if append_history else turns
 
     def chat_stream(
-        self, tokenizer, query: str, history: History | None = None, system: str = DEFAULT_SYSTEM, *args, **kwargs
+        self,
+        tokenizer,
+        query: str,
+        history: History | None = None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        logits_processor: Sequence | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
     ) -> Iterator[str]:
         """Answer `query` step by step: yields the response so far. Arguments as in `chat`."""
-        prompt, ends, arguments = self._chat_inputs(tokenizer, query, history, system, *args, **kwargs)
+        prompt, ends, arguments = self._chat_inputs(
+            tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
+        )
+        arguments["logits_processor"] = logits_processor
         # A character may take several tokens: one that is not complete yet is left out.
         read = partial(tokenizer.decode, skip_special_tokens=True, errors="ignore")
         return iterate_tokens(self, prompt, ends, read, **arguments)
