@@ -24,7 +24,9 @@ def checked_history(query: Any, history: Any) -> list[tuple[str, str]]:
             f"history must be a list of (query, response) pairs, but is of type {type(history).__name__}."
         )
     for index, pair in enumerate(history or []):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str | None) for text in pair)):
+        if not (
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str | None) for text in pair)
+        ):
             raise ValueError(
                 f"history must be a list of (query, response) pairs of strings, but history[{index}] is {pair!r}. "
                 "Messages with roles go to tokenizer.apply_chat_template."

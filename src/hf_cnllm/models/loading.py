@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from .._compat import LoadingHooks
 from .._contract import check_transformers
@@ -25,7 +25,7 @@ class CheckpointLoadingMixin(LoadingHooks):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`.
+        """As `PreTrainedModel.from_pretrained`; `load_in_8bit` and `load_in_4bit` mean a `BitsAndBytesConfig`, as they did.
 
         Raises:
             OSError: a safetensors file is damaged or truncated, or a save into the folder was interrupted.
@@ -33,6 +33,10 @@ class CheckpointLoadingMixin(LoadingHooks):
                 random; or its files are not of one save, see [`check_weight_files`]. A checkpoint without weights is left to
                 transformers' report of missing ones.
         """
+        if bits := {name: True for name in ("load_in_8bit", "load_in_4bit") if kwargs.pop(name, False)}:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(f"give either {min(bits)} or quantization_config, not both.")
+            kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_indexes(folder)

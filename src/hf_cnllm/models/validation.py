@@ -21,6 +21,14 @@ from .._compat import (
 ID_DTYPES = (torch.int64, torch.int32)
 # From here on fp32, in which angles are computed, rounds neighbouring positions to the same number.
 POSITION_LIMIT = 2**24
+# Arguments of the originals that these models do not compute with.
+NOT_COMPUTED = {
+    "head_mask": "transformers' models have it no more, leave it out",
+    "encoder_hidden_states": "these models are decoders alone, leave it out",
+    "encoder_attention_mask": "these models are decoders alone, leave it out",
+    "full_attention_mask": "pass a 4-D `attention_mask`",
+    "mems": "pass `past_key_values`",
+}
 
 
 def validate_inputs(
@@ -45,6 +53,9 @@ def validate_inputs(
         ValueError: naming the argument and what to pass instead.
     """
     cache = take_cache(cache, kwargs)
+    for name, advice in NOT_COMPUTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"`{name}` has no effect here: {advice}.")
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:

@@ -251,7 +251,9 @@ def test_golden_process_response(name):
 def test_bad_arguments(pair):
     model, tokenizer = pair
     with pytest.raises(TypeError, match="1 arguments too many behind `logits_processor`: pass arguments by name"):
-        model.chat(tokenizer, "a", None, *["user"] * (tokenizer.generation == "chatglm3"), 100, 1, False, 1.0, 1.0, None, 0)
+        model.chat(
+            tokenizer, "a", None, *["user"] * (tokenizer.generation == "chatglm3"), 100, 1, False, 1.0, 1.0, None, 0
+        )
     with pytest.raises(TypeError, match="`max_length` is given twice"):
         model.chat(tokenizer, "a", None, *["user"] * (tokenizer.generation == "chatglm3"), 100, max_length=100)
     if tokenizer.generation == "chatglm3":

@@ -38,6 +38,7 @@ from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
+from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
 from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
 from ..validation import cached_length, validate_inputs
 from .chat import BaichuanChatMixin
@@ -152,6 +153,10 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
 
 class BaichuanModel(BaichuanPreTrainedModel):
+    padding_idx, n_head = FromConfig("pad_token_id"), FromConfig("num_attention_heads")
+    max_cache_pos = FromConfig("model_max_length")
+    get_alibi_mask = instead_use("attention.alibi.alibi_slopes has the slopes; the mask is made inside.")
+
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
         self.vocab_size = config.vocab_size
@@ -246,6 +251,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
 
 class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
+    quantize = QUANTIZE_WHILE_LOADING
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
-from ...tokenization.base import known, with_changes
+from ...tokenization.base import known, load_sp_model, with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
@@ -108,21 +108,21 @@ class BaichuanTokenizer(ChatTokenizer):
             parts.append("".join(pieces) if is_special else self._tokenizer.decoder.decode(mend_bytes(pieces)))
         return "".join(parts)
 
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """0 for the first text with its special tokens, 1 for the second."""
+        first = self.build_inputs_with_special_tokens(token_ids_0)
+        return [0] * len(first) + [1] * (len(self.build_inputs_with_special_tokens(token_ids_1)) if token_ids_1 else 0)
+
     def chat_control_pieces(self) -> list[str]:
         """The pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
         return [piece for piece in vocab if piece.startswith(RESERVED) or piece in ("<SEP>", "<CLS>")]
 
     @cached_property
-    def sp_model(self):
-        """The original vocabulary as a `sentencepiece.SentencePieceProcessor`, for scripts that look into it."""
-        from sentencepiece import SentencePieceProcessor
-
-        if not self.can_save_slow_tokenizer:
-            raise ValueError("sp_model needs tokenizer.model, which this tokenizer was loaded without.")
-        processor = SentencePieceProcessor(**self.sp_model_kwargs)
-        processor.Load(self.vocab_file)
-        return processor
+    def sp_model(self) -> Any:
+        return load_sp_model(self, **self.sp_model_kwargs)
 
 
 class BaiChuanTokenizer(BaichuanTokenizer):

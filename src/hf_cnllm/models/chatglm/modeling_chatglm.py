@@ -25,6 +25,7 @@ from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix
 from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import POSITIONS, positions_and_context
 from ..glm_line.generation import PrefixLMGenerationMixin
+from ..old_names import FromConfig
 from ..rotary import rotate_half
 from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
@@ -171,6 +172,14 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
+    hidden_size, num_attention_heads, vocab_size = map(
+        FromConfig, ("hidden_size", "num_attention_heads", "vocab_size")
+    )
+    inner_hidden_size, layernorm_epsilon = FromConfig("inner_hidden_size"), FromConfig("layernorm_epsilon")
+    position_encoding_2d, max_sequence_length = FromConfig("position_encoding_2d"), FromConfig("max_sequence_length")
+    hidden_size_per_attention_head = FromConfig("head_dim")
+    params_dtype = property(lambda model: model.dtype)
+
     _input_embed_layer = "word_embeddings"
     # A head's q | k | v are neighbours, so shards of the projection are whole heads.
     _tp_plan = {
@@ -191,8 +200,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         "final_layernorm": "keep_full_weight",
     }
 
-    def __init__(self, config: ChatGLM1Config):
-        super().__init__(config)
+    def __init__(self, config: ChatGLM1Config, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -280,13 +289,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 class ChatGLMForConditionalGeneration(
     PrefixLMGenerationMixin, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin
 ):
+    position_encoding_2d = FromConfig("position_encoding_2d")
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: ChatGLM1Config):
-        super().__init__(config)
+    def __init__(self, config: ChatGLM1Config, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learned_keys = config.pre_seq_len or 0

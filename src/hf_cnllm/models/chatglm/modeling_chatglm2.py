@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import BatchEncoding, Cache, DynamicCache, GenerationMixin
 
 from ..._compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -26,6 +26,8 @@ from ..._compat import (
 )
 from ...attention.masks import create_causal_mask, positions_in_sequences
 from ...loss.head import loss_and_logits
+from ..chat import History, as_messages
+from ..old_names import FromConfig, instead_use
 from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLM2Config
@@ -210,6 +212,8 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
+    multi_query_group_num, kv_channels = FromConfig("multi_query_group_num"), FromConfig("kv_channels")
+    seq_length = FromConfig("seq_length")
     output_layer: nn.Linear  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
@@ -230,8 +234,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         "encoder.final_layernorm": "keep_full_weight",
     }
 
-    def __init__(self, config: ChatGLM2Config):
-        super().__init__(config)
+    def __init__(self, config: ChatGLM2Config, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)
         self.embedding = nn.Sequential()
         self.embedding.add_module("word_embeddings", nn.Embedding(config.vocab_size, config.hidden_size))
         self.rotary_pos_emb = RotaryEmbedding(config)
@@ -336,13 +340,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin):
     transformer: ChatGLMModel
+    build_stream_inputs = instead_use("stream_chat(…, past_key_values=…) makes the input of one more turn.")
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
     _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
     _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
-    def __init__(self, config: ChatGLM2Config):
-        super().__init__(config)
+    def __init__(self, config: ChatGLM2Config, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)
         self.transformer = ChatGLMModel(config)
         # The checkpoints keep it inside the backbone, which has no use for it by itself.
         self.transformer.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -354,6 +359,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
+
+    def build_inputs(self, tokenizer, query: str, history: History | None = None) -> BatchEncoding:
+        """The input for answering `query` after `history`, on the model's device."""
+        messages = [as_messages(query, history)]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").to(self.device)
 
     @takes_cache
     @can_return_tuple
@@ -367,13 +377,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_last_logit: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
         Args:
             labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here. The rest as for
                 [`ChatGLMModel`].
+            return_last_logit: the original's name for `logits_to_keep=1`.
         """
+        logits_to_keep = 1 if return_last_logit else logits_to_keep
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -10,7 +10,9 @@ An architecture's module defines a `ChatGLMPreTrainedModel` with the architectur
 classes under the names here, each with that one and its door among its bases.
 """
 
+from contextlib import nullcontext
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +29,7 @@ from ..._compat import (
     takes_cache,
 )
 from ..loading import CheckpointLoadingMixin
+from ..old_names import FromConfig, instead_use
 from .chat import ChatGLMChatMixin
 from .configuration_chatglm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .prefix_encoder import PrefixEncoder
@@ -48,6 +51,18 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    get_masks = instead_use("masks are made inside; pass the tokenizer's `attention_mask`.")
+    get_position_ids = instead_use("pass the tokenizer's `position_ids`, or none: the model finds its own.")
+    get_masks_and_position_ids = get_position_ids
+
+    def __init__(
+        self, config: ChatGLMConfig, empty_init: bool | None = None, device: torch.device | str | None = None
+    ):
+        """`empty_init` is the originals': parameters are made as transformers makes them. `device`: only None."""
+        if device is not None:
+            raise ValueError(f"to make a model on {device}, write `with torch.device({str(device)!r}):` around it.")
+        super().__init__(config)
 
     @classmethod
     def for_config(cls, config_class: type[ChatGLMConfig]) -> type["ChatGLMPreTrainedModel"]:
@@ -83,8 +98,11 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         self._freeze_for_prefix_tuning()
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers; quantised weights without `quantization_bit` in the configuration are a ValueError."""
+    def from_pretrained(cls, *args, output_loading_info: bool = False, empty_init=None, device=None, **kwargs):
+        """As in transformers; quantised weights without `quantization_bit` in the configuration are a ValueError. `device` is
+        the originals' name for `device_map`, and `empty_init` has no effect."""
+        if device is not None:
+            kwargs.setdefault("device_map", device)
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if any(key.endswith(".weight_scale") for key in loading_info["unexpected_keys"]):
             raise ValueError(
@@ -106,6 +124,17 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
             kwargs: accepted for the originals' sake (`empty_init`, `device`, `use_quantization_cache`), unused.
         """
         return quantize(self, bits, quantize_embeddings) if bits else self
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, *args, **kwargs):
+        """As in transformers, where quantised models save all of their weights, whatever `state_dict` says."""
+        quantizer: Any = self.hf_quantizer if self._is_weight_only_quantized else None
+        with quantizer.saving(state_dict) if quantizer else nullcontext():
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are ChatGLM's own INT8 or INT4."""
+        return self._is_weight_only_quantized
 
     # transformers refuses these on every quantised model; here the integers stay and everything else may follow, as in
     # the originals' scripts (`from_pretrained(...).half().cuda()`, `.float()`).
@@ -142,16 +171,30 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Door to the backbones."""
 
+    num_layers, pre_seq_len, prefix_projection = map(FromConfig, ("num_layers", "pre_seq_len", "prefix_projection"))
+    get_prompt = instead_use("`prefix_encoder(batch_size, dtype)` gives the keys and values of each layer.")
+
+    @property
+    def prefix_tokens(self) -> torch.Tensor | None:
+        return None if self.pre_seq_len is None else torch.arange(self.pre_seq_len)
+
+    @property
+    def dropout(self) -> nn.Module | None:
+        """P-tuning's."""
+        return None if self._prefix_encoder is None else self._prefix_encoder.dropout
+
 
 class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLMPreTrainedModel, GenerationMixin):
     """Door to the language models."""
+
+    max_sequence_length = FromConfig("max_position_embeddings")
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """Door to the sequence classifiers: a linear layer on the last real token of each sequence."""
 
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__(config)
+    def __init__(self, config: ChatGLMConfig, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)
         self.num_labels = config.num_labels
         self.transformer = ChatGLMModel(config)
         self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)

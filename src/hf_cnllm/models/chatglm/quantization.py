@@ -6,6 +6,9 @@ below. `model.quantize(4)` makes such a model from a float one,
 goes back.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -45,12 +48,24 @@ class ChatGLMQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    state_dict_to_save: dict[str, torch.Tensor] | None = None
+
+    @contextmanager
+    def saving(self, state_dict: dict[str, torch.Tensor] | None) -> Iterator[None]:
+        """While it lasts, what is saved is `state_dict`, which transformers does not hand on; all weights where it is None."""
+        self.state_dict_to_save = state_dict
+        try:
+            yield
+        finally:
+            self.state_dict_to_save = None
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
         """With a quantised embedding the head is stored too, though it is the same: the original code wants both."""
-        state_dict, metadata = super().get_state_dict_and_metadata(model)
+        _, metadata = super().get_state_dict_and_metadata(model)
+        state_dict = self.state_dict_to_save
         if self.quantization_config.quantize_embeddings:
-            state_dict = model.state_dict() if state_dict is None else state_dict
-            for name in model.all_tied_weights_keys:
+            state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+            for name in state_dict.keys() & model.all_tied_weights_keys.keys():
                 state_dict[name] = state_dict[name].clone()
         return state_dict, metadata
 

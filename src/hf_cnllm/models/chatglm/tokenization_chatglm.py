@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 
@@ -12,12 +13,14 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
-from ...tokenization.base import as_list, id_of, known, surround_texts, taking_spaces
+from ...tokenization.base import as_list, id_of, known, load_sp_model, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ..chat import as_messages
+from ..old_names import instead_use
+from .sp_tokenizer import IceTokenizer, SPTokenizer
 from .tool_calls import ASSISTANT, Answer, as_chatglm3_messages, as_chatglm3_tools
 from .vocabulary_chatglm import (
     ICE_TEXT,
@@ -79,7 +82,8 @@ class ChatGLMTokenizer(ChatTokenizer):
     model_type = "chatglm"
     PUBLISHED_SIZES = {130_528: 130_344, 150_528: 150_344, 65_024: PUBLISHED_PIECES + 5}
     encodes_messages_alone = False  # the templates say where a text ends
-    gmask_token, end_token = "[gMASK]", "</s>"
+    gmask_token, end_token, eop_token = "[gMASK]", "</s>", "<eop>"
+    gMASK_token = gmask_token  # the early revision's spelling
 
     def __init__(
         self,
@@ -198,13 +202,16 @@ class ChatGLMTokenizer(ChatTokenizer):
         return self._tokenizer.model.token_to_id(token) is not None  # also which of them text may contain
 
     def settings_to_save(self) -> dict[str, Any]:
-        ids = {token: self._tokenizer.token_to_id(token) for token in self._version.control}
-        return super().settings_to_save() | {"control_token_ids": ids}
+        return super().settings_to_save() | {"control_token_ids": self.control_tokens}
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Control token -> id. In ChatGLM2 and 3 text never yields one."""
+        return {token: self._tokenizer.token_to_id(token) for token in self._version.control}
 
     def get_added_vocab(self) -> dict[str, int]:
         """Tokens that were added, and the control tokens, which are pieces of the backend's vocabulary here."""
-        control = {token: self._tokenizer.token_to_id(token) for token in self._version.control}
-        return control | super().get_added_vocab()
+        return self.control_tokens | super().get_added_vocab()
 
     @property
     def encode_special_tokens(self) -> bool:
@@ -222,7 +229,35 @@ class ChatGLMTokenizer(ChatTokenizer):
             state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in ROLES]
             self._tokenizer = Tokenizer.from_str(json.dumps(state))
 
-    gmask_token_id, end_token_id = id_of(gmask_token), id_of(end_token)
+    gmask_token_id, end_token_id, eop_token_id = id_of(gmask_token), id_of(end_token), id_of(eop_token)
+
+    # The originals' names for their parts.
+
+    name = "GLMTokenizer"
+    preprocess_text = instead_use("every call does it, as `do_lower_case` and `remove_space` say.")
+
+    @property
+    def tokenizer(self) -> SPTokenizer:
+        """ChatGLM2 and 3: the vocabulary file alone."""
+        if self._version.vocab_file == ICE_TEXT:
+            raise AttributeError("ChatGLM-6B's is called `sp_tokenizer`.")
+        return SPTokenizer(self)
+
+    @property
+    def sp_tokenizer(self) -> IceTokenizer:
+        """ChatGLM-6B: the vocabulary file alone."""
+        if self._version.vocab_file != ICE_TEXT:
+            raise AttributeError("ChatGLM2's and ChatGLM3's is called `tokenizer`.")
+        return IceTokenizer(self)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """ChatGLM2 and 3: the usual names for ids; the control tokens are in `control_tokens`."""
+        return {name: self.get_command(name) for name in ("<bos>", "<eos>", "<pad>")}
+
+    @cached_property
+    def sp_model(self) -> Any:
+        return load_sp_model(self)
 
     def get_command(self, token: str) -> int:
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.

@@ -170,6 +170,7 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class GLMModel(GLMPreTrainedModel):
     """The backbone. Unlike the original's it gives no logits; those are [`GLMForConditionalGeneration`]'s."""
 
+    output_predict = False
     _input_embed_layer = "word_embeddings"
     # The packed projection's rows q | k | v are not whole heads of each: its shards are gathered.
     _tp_plan = {

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from tokenizers.models import BPE
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._contract import check_transformers
-from ...tokenization.base import AnyIdMixin, OriginalVocabularyTokenizer, id_of, known, surround_texts, taking_spaces
+from ...tokenization.base import (
+    AnyIdMixin,
+    OriginalVocabularyTokenizer,
+    id_of,
+    known,
+    load_sp_model,
+    surround_texts,
+    taking_spaces,
+)
 from ...tokenization.folder import (
     DOWNLOAD_AGAIN,
     Folder,
@@ -306,6 +315,10 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
 
     def is_settled(self, token: str) -> bool:
         return token in self.added_tokens_encoder
+
+    @cached_property
+    def sp_model(self) -> Any:
+        return load_sp_model(self)
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
         """The texts of the tokens, and added tokens as they are, with spaces between."""

@@ -112,7 +112,9 @@ class QWenChatMixin:
             kwargs: `max_window_size`, or arguments of `generate`.
         """
         if stream is not None:
-            raise ValueError("chat answers at once: call chat_stream for an answer as it grows, and leave out `stream`.")
+            raise ValueError(
+                "chat answers at once: call chat_stream for an answer as it grows, and leave out `stream`."
+            )
         prompt, ends, arguments = self._chat_inputs(
             tokenizer, query, history, system, stop_words_ids, generation_config, **kwargs
         )

@@ -23,6 +23,13 @@ ONLY_VALUES = {
     "rope_scaling": None,
 }
 
+# Switches of the original that change nothing, and what to do instead.
+WITHOUT_EFFECT = {
+    "softmax_in_fp32": "attention kernels compute softmax in fp32",
+    "use_cache_quantization": "call generate(cache_implementation='quantized') instead",
+    "use_cache_kernel": "call generate(cache_implementation='quantized') instead",
+}
+
 
 @strict
 class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
@@ -47,8 +54,8 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         layer_norm_epsilon: of RMSNorm.
         emb_dropout_prob, attn_dropout_prob: dropout after the embedding and on attention weights.
         bf16, fp16, fp32: at most one: the dtype to load in. `dtype` goes before them.
-        scale_attn_weights, use_flash_attn: kept for the original code. Scores are always scaled; `attn_implementation`
-            chooses the attention kernel.
+        scale_attn_weights, use_flash_attn, softmax_in_fp32, use_cache_quantization, use_cache_kernel: kept for the
+            original code. Scores are always scaled; `attn_implementation` chooses the attention kernel.
         loss_chunk_size: tokens per chunk of the training loss, which then never holds all logits; None computes them.
         initializer_range, use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: as in transformers'
             `LlamaConfig`.
@@ -117,6 +124,9 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     fp32: bool = False
     scale_attn_weights: bool = True
     use_flash_attn: bool | str = "auto"
+    softmax_in_fp32: bool = False
+    use_cache_quantization: bool = False
+    use_cache_kernel: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
     loss_chunk_size: int | None = DEFAULT_CHUNK_SIZE
@@ -138,10 +148,9 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
             if getattr(self, flag) and self.dtype is None:
                 self.dtype = dtype
         self._refuse_other_architectures(kwargs, kwargs.pop("layer_types", None))
-        if kwargs.get("use_cache_quantization"):
-            logger.warning_once(
-                "`use_cache_quantization` is not in use here; call generate(cache_implementation='quantized') instead."
-            )
+        for switch, advice in WITHOUT_EFFECT.items():
+            if getattr(self, switch):
+                logger.warning_once(f"`{switch}` is not in use here; {advice}.")
         super().__post_init__(**kwargs)
 
     def _refuse_other_architectures(self, kwargs: dict[str, Any], layer_types: list[str] | None):

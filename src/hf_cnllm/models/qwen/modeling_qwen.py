@@ -35,11 +35,12 @@ from ...attention.masks import create_window_masks, is_packed, mask_name, positi
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ..loading import CheckpointLoadingMixin
+from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig
 from ..rotary import apply_rotary_pos_emb
 from ..validation import cached_length, validate_inputs
 from .chat import QWenChatMixin
 from .configuration_qwen import QWenConfig
-from .dynamic_ntk import DynamicNtkRotaryEmbedding
+from .dynamic_ntk import DynamicNtkRotaryEmbedding, ntk_alpha
 from .generation_qwen import QWenGenerationMixin
 
 logger = logging.get_logger(__name__)
@@ -177,6 +178,11 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
 
 class QWenModel(QWenPreTrainedModel):
+    embed_dim, num_hidden_layers = FromConfig("hidden_size"), FromConfig("num_hidden_layers")
+    seq_length, use_dynamic_ntk = FromConfig("seq_length"), FromConfig("use_dynamic_ntk")
+    use_flash_attn, use_cache_quantization = FromConfig("use_flash_attn"), FromConfig("use_cache_quantization")
+    is_fp32 = property(lambda model: model.dtype == torch.float32)
+
     def __init__(self, config: QWenConfig):
         super().__init__(config)
         self.vocab_size = config.vocab_size
@@ -187,6 +193,10 @@ class QWenModel(QWenPreTrainedModel):
         self.ln_f = LlamaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def get_ntk_alpha(self, true_seq_len: int) -> int:
+        """The factor that dynamic NTK stretches a prompt of this length with."""
+        return ntk_alpha(true_seq_len, self.config.seq_length)
 
     @takes_cache
     @merge_with_config_defaults
@@ -271,6 +281,7 @@ class QWenModel(QWenPreTrainedModel):
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
+    quantize = QUANTIZE_WHILE_LOADING
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}

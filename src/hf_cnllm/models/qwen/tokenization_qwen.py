@@ -15,7 +15,16 @@ from ...tokenization.base import as_list, known, with_changes
 from ...tokenization.chat_sections import ChatTokenizer, read_template
 from ...tokenization.folder import check_settings
 from ...tokenization.regex import any_of
-from .tiktoken_bpe import build_backend, by_rank, gap_name, read_tiktoken, to_bytes, to_name, write_tiktoken
+from .tiktoken_bpe import (
+    PRETOKENIZE_REGEX,
+    build_backend,
+    by_rank,
+    gap_name,
+    read_tiktoken,
+    to_bytes,
+    to_name,
+    write_tiktoken,
+)
 
 ENDOFTEXT, IMSTART, IMEND = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205)))
@@ -134,6 +143,21 @@ class QWenTokenizer(ChatTokenizer):
         names = self._tokenizer.get_vocab(with_added_tokens=False).items()
         tokens = {to_bytes(name): i for name, i in names if name not in self.special_tokens and name != gap_name(i)}
         return dict(by_rank(tokens))
+
+    encoder = property(lambda tokenizer: tokenizer.mergeable_ranks)
+    max_len = property(lambda tokenizer: tokenizer.model_max_length)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token."""
+        from tiktoken import Encoding
+
+        return Encoding(
+            "Qwen",
+            pat_str=PRETOKENIZE_REGEX,
+            mergeable_ranks=self.mergeable_ranks,
+            special_tokens=self.special_tokens,
+        )
 
     @property
     def all_special_tokens(self) -> list[str]:

@@ -1,0 +1,29 @@
+"""Names of the originals' classes that scripts touch: what they stand for here, or a sentence that says what to use."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class FromConfig:
+    """An attribute that the original copied from its configuration. It may be set, as there."""
+
+    def __init__(self, field: str):
+        self.field = field
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        return self if model is None else getattr(model.config, self.field)
+
+
+def instead_use(advice: str) -> Callable[..., Any]:
+    """A method that is no more: calling it raises a NotImplementedError with the advice."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has this method of the original no more: {advice}")
+
+    return refuse
+
+
+QUANTIZE_WHILE_LOADING = instead_use(
+    "quantize the model while it is loaded, with `from_pretrained(..., quantization_config=BitsAndBytesConfig("
+    "load_in_8bit=True), device_map='auto')`, or load_in_4bit=True."
+)
