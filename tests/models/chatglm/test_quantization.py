@@ -171,6 +171,24 @@ def test_trainer_p_tunes_over_integers(tmp_path):
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in frozen.items())
 
 
+@pytest.mark.parametrize("name", [*CHATGLM2, *CHATGLM1])
+def test_saves_the_weights_it_is_given(name, tmp_path):
+    """As the P-tuning trainer of the original repositories saves what was trained, megabytes beside gigabytes."""
+    model = load(name, pre_seq_len=4)
+    trained = {n: p.detach() for n, p in model.named_parameters() if "prefix_encoder" in n}
+    model.save_pretrained(tmp_path / "some", state_dict=trained)
+    model.save_pretrained(tmp_path / "positional", True, trained)
+    for folder in ("some", "positional"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert saved.keys() == trained.keys()
+        assert all(torch.equal(saved[n], trained[n]) for n in saved)
+    for folder, arguments in {"all": {}, "given": {"state_dict": model.state_dict()}}.items():
+        model.save_pretrained(tmp_path / folder, **arguments)
+    everything, given = (load_file(tmp_path / folder / "model.safetensors") for folder in ("all", "given"))
+    assert everything.keys() == given.keys() > trained.keys()
+    assert torch.equal(load(tmp_path / "given")(ids_of(name)).logits, model(ids_of(name)).logits)
+
+
 def test_the_embeddings_and_the_head_of_a_qe_checkpoint_are_one(tmp_path):
     model = load("chatglm_6b_3layer_int4_qe")
     assert isinstance(model.transformer.word_embeddings, QuantizedEmbedding) and isinstance(
