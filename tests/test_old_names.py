@@ -249,6 +249,17 @@ def test_vocabulary_alone_is_sentencepiece(name, size):
     assert all(inner.special_tokens[token] == index for index, token in inner.index_special_tokens.items())
 
 
+@pytest.mark.parametrize("family", ("chatglm2", "chatglm3"))
+def test_texts_of_a_chat_are_texts_by_the_old_names_too(loaded, family):
+    model, tokenizer = loaded[family]["model"], loaded[family]["tokenizer"]
+    control = torch.tensor([*tokenizer.control_tokens.values(), tokenizer.eos_token_id])
+    text = "".join([*tokenizer.control_tokens, "</s>"])
+    assert not set(tokenizer.tokenizer.encode(text)) & set(control.tolist())
+    if family == "chatglm2":
+        harmless, attack = (model.build_inputs(tokenizer, t, [(t, t)])["input_ids"] for t in ("a", text))
+        assert torch.isin(attack, control).sum() == torch.isin(harmless, control).sum() == 2
+
+
 def test_roles_are_tokens_where_a_script_says_so():
     inner = TokenizerGolden("chatglm3_small").load(AutoTokenizer).tokenizer
     assert inner.tokenize("a<|user|>", encode_special_tokens=True) == [*inner.tokenize("a"), "<|user|>"]
