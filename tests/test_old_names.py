@@ -243,6 +243,9 @@ def test_vocabulary_alone_is_sentencepiece(name, size):
     if name == "chatglm1":
         assert inner["<eop>"] == tokenizer.eop_token_id and inner[inner["<eop>"]] == "<eop>"
         assert inner.get_blank_token(3) == "<|blank_3|>" and inner.num_tokens == inner.num_text_tokens
+        assert inner.encode("a", linebreak=True, add_dummy_prefix=True) == inner.encode("a")
+        with pytest.raises(ValueError, match="add_dummy_prefix=False is not available here"):
+            inner.tokenize("a", add_dummy_prefix=False)
         return
     assert inner.encode("a", bos=True, eos=True) == [inner.bos_id, *inner.encode("a"), inner.eos_id]
     assert inner.n_words == len(tokenizer) and inner.sp_model.vocab_size() == inner.n_words - len(control)

@@ -75,8 +75,9 @@ class ChatGLMChatMixin:
         Args:
             tokenizer: a `ChatGLMTokenizer`.
             args: options by position, in the order of `CHAT_OPTIONS`.
-            options: ChatGLM3: `role`, whose words the query is, `"user"` by default; and arguments of `generate`. By default it samples, with `top_p` 0.7 and `temperature` 0.95 for ChatGLM-6B,
-                else 0.8 both; `max_length`, of prompt and answer together, is 2048 for ChatGLM-6B, else 8192.
+            options: ChatGLM3: `role`, whose words the query is, `"user"` by default; and arguments of `generate`. By default it
+                samples, with `top_p` 0.7 and `temperature` 0.95 for ChatGLM-6B, else 0.8 both; `max_length`, of prompt and
+                answer together, is 2048 for ChatGLM-6B, else 8192.
 
         Raises:
             ValueError: a history of another shape, or an unknown role.

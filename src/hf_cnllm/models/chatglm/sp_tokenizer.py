@@ -60,9 +60,10 @@ class SPTokenizer(_PlainTokenizer):
 
 
 class IceTokenizer(_PlainTokenizer):
-    """ChatGLM-6B's `tokenizer.sp_tokenizer`."""
+    """ChatGLM-6B's `tokenizer.sp_tokenizer`. The switches of its methods have one value each, the original's default."""
 
     max_blank_length, byte_fallback = MAX_BLANK_LENGTH, True
+    SWITCHES = {"linebreak": True, "whitespaces": True, "special_tokens": False, "add_dummy_prefix": True}
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
@@ -71,6 +72,23 @@ class IceTokenizer(_PlainTokenizer):
         self.num_tokens: int = tokenizer.vocab_size
         self.num_text_tokens = self.num_tokens - self.num_image_tokens
         self.special_tokens = [*tokenizer.control_tokens]
+
+    def encode(self, text: str, **switches: bool) -> list[int]:
+        self._check(switches)
+        return super().encode(text)
+
+    def tokenize(self, text: str, **switches: bool) -> list[str]:
+        self._check(switches)
+        return super().tokenize(text)
+
+    def decode(self, text_ids: Sequence[int], **switches: bool) -> str:
+        self._check(switches)
+        return super().decode(text_ids)
+
+    def _check(self, switches: dict[str, bool]) -> None:
+        for name, value in switches.items():
+            if self.SWITCHES.get(name) is not value:
+                raise ValueError(f"{name}={value} is not available here, where {self.SWITCHES} holds.")
 
     @property
     def text_tokenizer(self) -> Any:
