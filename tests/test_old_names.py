@@ -80,7 +80,7 @@ REFUSED = {
     "get_position_ids": "pass the tokenizer's `position_ids`",
     "get_masks_and_position_ids": "pass the tokenizer's `position_ids`",
     "get_prompt": r"`prefix_encoder\(batch_size, dtype\)` gives the keys and values",
-    "build_stream_inputs": "past_key_values=…",
+    "build_stream_inputs": "stream_chat goes on with the cache",
     "get_alibi_mask": "the mask is made inside",
     "preprocess_text": "as `do_lower_case` and `remove_space` say",
     "text_tokenizer": "use sp_tokenizer itself",

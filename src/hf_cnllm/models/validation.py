@@ -27,7 +27,7 @@ NOT_COMPUTED = {
     "encoder_hidden_states": "these models are decoders alone, leave it out",
     "encoder_attention_mask": "these models are decoders alone, leave it out",
     "full_attention_mask": "pass a 4-D `attention_mask`",
-    "mems": "pass `past_key_values`",
+    "mems": "pass `cache`",
 }
 
 

@@ -340,7 +340,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin):
     transformer: ChatGLMModel
-    build_stream_inputs = instead_use("stream_chat(…, past_key_values=…) makes the input of one more turn.")
+    build_stream_inputs = instead_use("stream_chat goes on with the cache that it yielded.")
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
     _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
     _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
