@@ -41,6 +41,7 @@ class Architecture(NamedTuple):
     fields: Callable[[Shape], dict[str, Any]]  # what makes it this kind, in the words of the family's configuration
     control_tokens: tuple[str, ...] = ()  # the configuration's names of their ids
     prompt_end: tuple[str, ...] = ()  # those that end a prompt, which then sees itself in both directions
+    vllm: str = "not served: its prompts see themselves in both directions"  # what serves it there
 
 
 class Family(NamedTuple):
@@ -53,6 +54,8 @@ class Family(NamedTuple):
     lines: dict[str, Line]
     line_of: Callable[[Any], str]  # the name of a configuration's line
     architectures: dict[str, Architecture]
+    architecture_of: Callable[[Any], str]  # the name of a configuration's architecture
+    trained_length: Callable[[Any], int]  # tokens of prompt and answer that the model was trained on
     decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
     variants: tuple[
         type[PreTrainedConfig], ...
@@ -66,7 +69,7 @@ class Family(NamedTuple):
     def make_config(self, architecture: str, shape: Shape, **overrides: Any) -> PreTrainedConfig:
         """The configuration of a model of that architecture and shape, with ids of control tokens at the vocabulary's end
         and 0, 1 and 2 for padding, begin and end otherwise."""
-        fields, control_tokens, _ = self.architectures[architecture]
+        kind = self.architectures[architecture]
         sizes = {
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
@@ -74,10 +77,11 @@ class Family(NamedTuple):
             "num_attention_heads": shape.heads,
         }
         ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        ids |= {name: shape.vocab_size - CONTROL_IDS + index for index, name in enumerate(control_tokens)}
-        return self.config.from_dict(sizes | ids | fields(shape) | overrides)
+        ids |= {name: shape.vocab_size - CONTROL_IDS + index for index, name in enumerate(kind.control_tokens)}
+        return self.config.from_dict(sizes | ids | kind.fields(shape) | overrides)
 
 
+NOT_IN_VLLM = "not served since vLLM 0.24"
 CONTROL_IDS = 16  # so many ids at the end of the vocabulary are left to control tokens
 GLM_CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
 CHATGLM_CONTROL_TOKENS = (*GLM_CONTROL_TOKENS[:3], "bos_token_id", "eos_token_id")
@@ -169,13 +173,14 @@ FAMILIES: tuple[Family, ...] = (
         },
         line_of=lambda config: "baichuan2" if config.norm_head else "baichuan",
         architectures={
-            "baichuan-rope": Architecture(lambda shape: _baichuan(shape, "rope", norm_head=False)),
-            "baichuan-alibi": Architecture(lambda shape: _baichuan(shape, "alibi", norm_head=True)),
+            "baichuan-rope": Architecture(lambda shape: _baichuan(shape, "rope", norm_head=False), vllm=NOT_IN_VLLM),
+            "baichuan-alibi": Architecture(lambda shape: _baichuan(shape, "alibi", norm_head=True), vllm=NOT_IN_VLLM),
         },
+        architecture_of=lambda config: f"baichuan-{config.position_embedding}",
+        trained_length=lambda config: config.max_position_embeddings or config.model_max_length,
         decisions={
             "positions": lambda c: {"rope": "RoPE", "alibi": "ALiBi"}[c.position_embedding],
             "output head": lambda c: "NormHead" if c.norm_head else "linear",
-            "trained length": lambda c: f"{c.max_position_embeddings or c.model_max_length} tokens",
             "max-z loss weight": lambda c: c.z_loss_weight,
         },
     ),
@@ -199,15 +204,18 @@ FAMILIES: tuple[Family, ...] = (
         line_of=_chatglm_line,
         architectures={
             "chatglm": Architecture(_chatglm, CHATGLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "bos_token_id")),
-            "chatglm2": Architecture(_chatglm2),
+            "chatglm2": Architecture(
+                _chatglm2, vllm="vLLM's own class; wrong tokens with rope_ratio_type linear or multi_query_attention false"
+            ),
         },
+        architecture_of=lambda config: config.architecture,
+        trained_length=lambda config: config.max_position_embeddings,
         decisions={
             "architecture": lambda c: {
                 "chatglm": "prefix language model, 2-D rotary positions (ChatGLM-6B)",
                 "chatglm2": "causal, multi-query, partial rotary positions (ChatGLM2, ChatGLM3)",
             }[c.architecture],
             "rope_ratio": _rope_ratio,
-            "trained length": lambda c: f"{c.max_position_embeddings} tokens",
             "key/value heads": lambda c: f"{c.num_key_value_heads} of {c.num_attention_heads}",
             "P-tuning v2 prefix": _learned_prefix,
             "quantization": lambda c: f"{c.quantization_bit}-bit weights" if c.quantization_bit else "none",
@@ -226,9 +234,10 @@ FAMILIES: tuple[Family, ...] = (
         lines={"glm": Line("GLM", "the license stated with the original checkpoint", "2103.10360", demo="glm")},
         line_of=lambda config: "glm",
         architectures={"glm": Architecture(_glm, GLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "sop_token_id"))},
+        architecture_of=lambda config: "glm",
+        trained_length=lambda config: config.max_position_embeddings,
         decisions={
             "positions": lambda c: "learned, with block positions" if c.block_position_encoding else "learned",
-            "trained length": lambda c: f"{c.max_position_embeddings} tokens",
             "control tokens": _known_control_tokens,
         },
     ),
@@ -244,9 +253,10 @@ FAMILIES: tuple[Family, ...] = (
         lora_targets=("c_attn",),
         lines={"qwen": Line("Qwen", "Tongyi Qianwen License Agreement", "2309.16609", demo="qwen")},
         line_of=lambda config: "qwen",
-        architectures={"qwen": Architecture(_qwen)},
+        architectures={"qwen": Architecture(_qwen, vllm=NOT_IN_VLLM)},
+        architecture_of=lambda config: "qwen",
+        trained_length=lambda config: config.seq_length or config.max_position_embeddings,
         decisions={
-            "trained length": lambda c: f"{c.seq_length or c.max_position_embeddings} tokens",
             "dynamic NTK": lambda c: "on" if c.use_dynamic_ntk else "off",
             "LogN": lambda c: "on" if c.use_logn_attn else "off",
             "windows": lambda c: "by layer" if c.window_sizes else "none",

@@ -1,12 +1,12 @@
 """The command line: `hf-cnllm COMMAND …` or `python -m hf_cnllm COMMAND …`.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> int`; only the module of the chosen command is
-imported. What the user can mend (a bad value, a missing file, a missing package) is answered with one line and exit
-code 2.
+imported. Every error is one line; `--debug` shows where it came from.
 """
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -18,11 +18,18 @@ from .._stack import own_version
 COMMANDS = {
     # name: (module, what --help says)
     "demo": ("hf_cnllm.demo", "fine-tune a tiny checkpoint, or your own, end to end"),
+    "chat": ("hf_cnllm.cli.chat", "talk to a checkpoint, in the terminal or on a page in the browser"),
+    "info": ("hf_cnllm.cli.info", "show what a checkpoint is, the memory it takes and what it runs with"),
+    "verify": ("hf_cnllm.cli.verify", "check the files of a checkpoint: damage, mixtures, shapes, NaN, checksums"),
+    "quantize": ("hf_cnllm.cli.quantize", "save a checkpoint with weights of 8 or 4 bits"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
-    "info": ("hf_cnllm.cli.info", "show what the package decides about a checkpoint"),
 }
 
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
+USER_ERROR, OUR_ERROR, INTERRUPTED, TERMINATED = 2, 3, 130, 143
+EXIT_CODES = (
+    "exit codes: 0 done; 1 a check did not hold; 2 something that you can mend (a value, a file, a missing package); "
+    "3 a mistake of the program; 130 stopped by Ctrl-C; 143 terminated"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,29 +37,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(
-        prog="hf-cnllm", description="Baichuan, GLM, ChatGLM and Qwen v1 on Transformers."
+        prog="hf-cnllm", description="Baichuan, GLM, ChatGLM and Qwen v1 on Transformers.", epilog=EXIT_CODES
     )
     parser.add_argument("--version", action="version", version=f"hf-cnllm {own_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module_name, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EXIT_CODES)
+        command.add_argument("--debug", action="store_true", help="on an error, show where it came from")
         if name == chosen:
             module = importlib.import_module(module_name)
             module.add_arguments(command)
     args = parser.parse_args(argv)  # or prints the help, the version or the error, and exits
     try:
         with _clean_up_when_terminated():
-            return module.run(args)
+            code = module.run(args)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print(f"\nhf-cnllm {chosen}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
-        if args.traceback:
+    except BrokenPipeError:  # of `hf-cnllm … | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"hf-cnllm {chosen}: error: {message}", file=sys.stderr)
-        return USER_ERROR
+        message = one_line(error)
+        if isinstance(error, ValueError | OSError | ImportError):
+            print(f"hf-cnllm {chosen}: error: {message}", file=sys.stderr)
+            return USER_ERROR
+        hint = "--debug shows where; please report it with what `hf-cnllm doctor` prints"
+        print(f"hf-cnllm {chosen}: unexpected {type(error).__name__}: {message} ({hint})", file=sys.stderr)
+        return OUR_ERROR
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

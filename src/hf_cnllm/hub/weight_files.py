@@ -6,15 +6,15 @@ import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 INDEXES = "*.index*.json"  # model.safetensors.index.json, with a variant model.safetensors.index.fp16.json
 SHARD = re.compile(r"(?P<series>.+)-\d{5}-(?P<count>of-\d{5})(?P<format>\..+)")
 MIXED = "The folder mixes shards of different saves: download or save the checkpoint again, into an empty folder."
-FLOATS, INTEGERS, COMPLEX = "floats", "integers or booleans", "complex numbers"
+FLOATS, INTEGERS, COMPLEX = "floats", "integers", "complex numbers"  # booleans count as integers
 
 
 def check_indexes(folder: Path) -> None:
@@ -50,8 +50,8 @@ def check_weight_files(files: Sequence[str], expected: Mapping[str, torch.dtype]
     kinds = {name.removeprefix(prefix): _kind(dtype) for name, dtype in expected.items()}
     found: dict[str, Path] = {}
     for file in map(Path, files):
-        stored = dict(_stored(file))
-        for name, kind in stored.items():
+        stored = _stored_if_readable(file)
+        for name, (_, kind, _) in stored.items():
             key = name.removeprefix(prefix)
             if kinds.get(key, kind) != kind:
                 advice = "The file is damaged, or of another checkpoint: download or save it again."
@@ -90,21 +90,47 @@ def _indexes(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             continue
 
 
-def _stored(file: Path) -> Iterator[tuple[str, str]]:
-    """Name and kind of every tensor in a weight file."""
+def _stored_if_readable(file: Path) -> dict[str, "Stored"]:
+    """Of other formats and damaged pickles nothing: whoever reads them says what is wrong."""
+    if file.suffix != ".safetensors" and not zipfile.is_zipfile(file):
+        return {}
+    try:
+        return stored_tensors(file)
+    except SafetensorError:
+        raise
+    except Exception:
+        return {}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, as far as it is known without reading it."""
+
+    shape: tuple[int, ...]
+    kind: str  # FLOATS, INTEGERS or COMPLEX
+    dtype: str  # by the file's own name for it
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """Name -> shape and kind of every tensor in a weight file.
+
+    Raises:
+        SafetensorError: a safetensors file is damaged.
+        Exception: whatever `torch.load` makes of other damaged files.
+    """
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                dtype = weights.get_slice(name).get_dtype()
-                yield name, FLOATS if dtype.startswith(("F", "BF")) else COMPLEX if dtype[0] == "C" else INTEGERS
-    elif zipfile.is_zipfile(file):
-        try:
-            tensors = dict(torch.load(file, map_location="meta", weights_only=True))
-        except Exception:  # whoever reads it says what is wrong
-            return
-        yield from (
-            (name, _kind(tensor.dtype)) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)
-        )
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: Stored(tuple(s.get_shape()), *_kind_by_name(s.get_dtype())) for name, s in slices.items()}
+    tensors = dict(torch.load(file, map_location="meta", weights_only=True))
+    return {
+        name: Stored(tuple(tensor.shape), _kind(tensor.dtype), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _kind_by_name(dtype: str) -> tuple[str, str]:
+    return FLOATS if dtype.startswith(("F", "BF")) else COMPLEX if dtype[0] == "C" else INTEGERS, dtype
 
 
 def _kind(dtype: torch.dtype) -> str:

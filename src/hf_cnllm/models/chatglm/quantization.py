@@ -6,12 +6,14 @@ below. `model.quantize(4)` makes such a model from a float one,
 goes back.
 """
 
+from pathlib import Path
+
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..._compat import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
+from ...hub.weight_files import FLOATS, INTEGERS, stored_tensors
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows, refuse_unfit_weights
 
 QUANT_METHOD = "chatglm"
@@ -77,7 +79,11 @@ class ChatGLMQuantizer(HfQuantizer):
     def _check_files(self, model: PreTrainedModel, checkpoint_files: list[str]):
         """Says what is wrong with a quantised checkpoint before anything is loaded from it."""
         prefix = f"{model.base_model_prefix}."  # a headless model loads from a checkpoint with a head, and vice versa
-        stored = {name.removeprefix(prefix): tensor for name, tensor in stored_tensors(checkpoint_files).items()}
+        stored = {
+            name.removeprefix(prefix): tensor
+            for file in checkpoint_files
+            for name, tensor in stored_tensors(Path(file)).items()
+        }
         tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
         for full_name, expected in model.state_dict(keep_vars=True).items():
             module_name, _, name = full_name.rpartition(".")
@@ -86,11 +92,11 @@ class ChatGLMQuantizer(HfQuantizer):
                 continue
             if key not in stored:
                 raise ValueError(f"the checkpoint has no `{full_name}`, which `quantization_bit` {module.bits} needs")
-            (shape, integers), wanted = stored[key], "integers" if name == "weight" else "floats"
-            if (shape, integers) != (tuple(expected.shape), name == "weight"):
+            (shape, kind, _), wanted = stored[key], INTEGERS if name == "weight" else FLOATS
+            if (shape, kind) != (tuple(expected.shape), wanted):
                 raise ValueError(
-                    f"`{full_name}` holds {'integers' if integers else 'floats'} of shape {shape} in the checkpoint, but "
-                    f"`quantization_bit` {module.bits} needs {wanted} of shape {tuple(expected.shape)}"
+                    f"`{full_name}` holds {kind} of shape {shape} in the checkpoint, but `quantization_bit` {module.bits} "
+                    f"needs {wanted} of shape {tuple(expected.shape)}"
                 )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
@@ -160,20 +166,6 @@ class ChatGLMQuantizer(HfQuantizer):
             model.config.quantization_embeddings = False
             model.config.tie_word_embeddings = model.get_output_embeddings() is not None
         return model
-
-
-def stored_tensors(checkpoint_files: list[str]) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Name -> (shape, whether it holds integers) of the tensors in weight files, without reading their values."""
-    found: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for file in checkpoint_files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-                found |= {name: (tuple(s.get_shape()), s.get_dtype()[0] in "IU") for name, s in slices.items()}
-        else:
-            tensors = torch.load(file, map_location="meta", weights_only=True)
-            found |= {name: (tuple(t.shape), not t.is_floating_point()) for name, t in tensors.items()}
-    return found
 
 
 def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = False) -> PreTrainedModel:
