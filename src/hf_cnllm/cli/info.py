@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from .checkpoint import Checkpoint, NotOurs, read_checkpoint
-from .memory import Sizes, in_gib, sizes_of, stored_bytes
+from .memory import Sizes, in_words, sizes_of, stored_bytes
 
 CONTEXTS = (2048, 8192, 32768)
 KINDS = {"float32": (32, 4), "bfloat16, float16": (16, 2), "8-bit weights": (8, 2), "4-bit weights": (4, 2)}
@@ -54,8 +54,8 @@ def _memory(sizes: Sizes, config) -> Iterator[tuple[str, str]]:
     if (stored := stored_bytes(config)) is not None:
         kinds = {"as it is": (stored, 2)}
     for name, (weights, dtype_bytes) in kinds.items():
-        totals = (f"{in_gib(weights + sizes.cache_bytes(n, dtype_bytes))} with {n:,} tokens" for n in CONTEXTS)
-        yield name, f"{in_gib(weights)}; {', '.join(totals)}"
+        totals = (f"{in_words(weights + sizes.cache_bytes(n, dtype_bytes))} with {n:,} tokens" for n in CONTEXTS)
+        yield name, f"{in_words(weights)}; {', '.join(totals)}"
 
 
 def _support(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

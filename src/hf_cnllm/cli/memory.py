@@ -68,6 +68,7 @@ def _empty_model(config: Any) -> Any:
         return getattr(transformers, family_of(config).generates_with).from_config(deepcopy(config))
 
 
-def in_gib(size: int) -> str:
-    """`13.0 GiB`; what is small in MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def in_words(size: int) -> str:
+    """Bytes as `13.0 GiB`, in the largest unit that they fill."""
+    exponent, unit = next(((10 * n, unit) for n, unit in ((3, "GiB"), (2, "MiB")) if size >= 1 << 10 * n), (10, "KiB"))
+    return f"{size / (1 << exponent):.1f} {unit}"
