@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..auto import FAMILIES, Family, family_of
@@ -97,6 +97,22 @@ def base_of_adapter(folder: Path) -> str:
 
 
 _NAME_IT = "Give the checkpoint and, with --adapter, the adapter; or correct the file."
+
+
+def find_folder(name: str) -> Path:
+    """The folder of that name, or the snapshot of that name in the cache of the Hub's files; nothing is downloaded.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if (folder := _folder(name)) is not None:
+        return folder
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {name}, and a checkpoint of that name is not in the cache of the Hub's files"
+        ) from error
 
 
 def _folder(name: str) -> Path | None:

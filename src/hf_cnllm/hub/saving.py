@@ -16,9 +16,9 @@ def check_new_folder(output: Path, advice: str = "choose a new folder") -> None:
         FileExistsError: it is a file, or a folder with something in it.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FileExistsError(f"--output {output} exists and is not a folder; choose another name")
+        raise FileExistsError(f"{output} exists and is not a folder; choose another name")
     if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"--output {output} is not empty; {advice}")
+        raise FileExistsError(f"{output} is not empty; {advice}")
 
 
 @contextmanager

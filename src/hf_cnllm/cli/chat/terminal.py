@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import unicodedata
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -211,7 +212,7 @@ class Printer:
 
 def printable(text: str) -> str:
     """The text without control characters: what a model writes does not steer the terminal."""
-    return "".join(char if char in "\n\t" or char.isprintable() or char.isspace() else "\ufffd" for char in text)
+    return "".join("\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text)
 
 
 def _line(prompt: str) -> str | None:
