@@ -3,9 +3,12 @@
 nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
+nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
+nox -s quantized               `hf-cnllm quantize` with bitsandbytes
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -66,3 +69,17 @@ def prerelease(session: nox.Session) -> None:
     install(session, "--pre", "transformers")
     run_lane(session, "prerelease")
     session.run("hf-cnllm", "doctor", env=OFFLINE)
+
+
+@nox.session
+def web(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev,web]", "playwright")
+    if shutil.which("chromium") is None:
+        session.run("playwright", "install", "chromium")
+    session.run("pytest", "tests/cli/test_chat_web.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def quantized(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes")
+    session.run("pytest", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)

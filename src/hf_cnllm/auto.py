@@ -205,7 +205,8 @@ FAMILIES: tuple[Family, ...] = (
         architectures={
             "chatglm": Architecture(_chatglm, CHATGLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "bos_token_id")),
             "chatglm2": Architecture(
-                _chatglm2, vllm="vLLM's own class; wrong tokens with rope_ratio_type linear or multi_query_attention false"
+                _chatglm2,
+                vllm="vLLM's own class; wrong tokens with rope_ratio_type linear or multi_query_attention false",
             ),
         },
         architecture_of=lambda config: config.architecture,

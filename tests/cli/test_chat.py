@@ -125,7 +125,9 @@ def test_raw_goes_on_with_the_text(load):
 @pytest.mark.parametrize("text", ["今天[MASK]很好", "今天"])
 def test_glm_fills_blanks(text, load):
     (reply,) = load("glm", *GREEDY).answer([{"role": "user", "content": text}])
-    assert reply.text.startswith("今天") and len(reply.text) > len(text.replace("[MASK]", "")) and "[" not in reply.text
+    assert (
+        reply.text.startswith("今天") and len(reply.text) > len(text.replace("[MASK]", "")) and "[" not in reply.text
+    )
 
 
 def test_sampling_is_the_authors_own_unless_the_user_says_otherwise(load):
@@ -187,7 +189,9 @@ def test_the_calculator_runs_nothing_else(expression):
 
 def test_wrong_calls_are_answered():
     assert call("rm", {}) == "There is no tool rm."
-    assert "The call failed" in call("calculate", {"formula": "1"}) and "The call failed" in call("calculate", {"expression": 3})
+    assert "The call failed" in call("calculate", {"formula": "1"}) and "The call failed" in call(
+        "calculate", {"expression": 3}
+    )
 
 
 @pytest.fixture
@@ -272,8 +276,22 @@ def run(monkeypatch, answers, lines):
 
 def test_history_undo_clear_and_system(monkeypatch, capsys):
     answers = [["一"], ["二"], ["三"], ["四"]]
-    lines = ["a", "b", "/undo", "c", "/system 诗人", "/clear", "/undo", "d", "/system", "/nothing", "/help", "/exit", "e"]
-    it, model = run(monkeypatch, answers, lines)
+    lines = [
+        "a",
+        "b",
+        "/undo",
+        "c",
+        "/system 诗人",
+        "/clear",
+        "/undo",
+        "d",
+        "/system",
+        "/nothing",
+        "/help",
+        "/exit",
+        "e",
+    ]
+    _, model = run(monkeypatch, answers, lines)
     assert model.asked == [["a"], ["a", "一", "b"], ["a", "一", "c"], ["诗人", "d"]]
     out = capsys.readouterr().out
     assert "(taken back: b)" in out and "(nothing to take back)" in out and "(no system message)" in out

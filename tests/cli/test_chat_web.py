@@ -44,7 +44,9 @@ def test_an_answer_streams_and_stops(page):
     answer = page.locator(".bot.message").first
     sync_api.expect(answer).to_contain_text("内", timeout=30_000)
     shorter = answer.inner_text()
-    page.wait_for_function("length => document.querySelector('.bot.message').innerText.length > length", arg=len(shorter))
+    page.wait_for_function(
+        "length => document.querySelector('.bot.message').innerText.length > length", arg=len(shorter)
+    )
     page.locator("button.stop-button").click()
     page.locator("button.submit-button").wait_for()
     stopped = answer.inner_text()

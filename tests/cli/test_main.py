@@ -39,16 +39,35 @@ def test_what_the_user_can_mend_is_one_line(command, error, capsys):
     assert cli.main(["try"]) == cli.USER_ERROR
     assert capsys.readouterr().err == "hf-cnllm try: error: bad value\n"
     with pytest.raises(type(error)):
-        cli.main(["try", "--traceback"])
+        cli.main(["try", "--debug"])
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(command):
+def test_a_mistake_of_ours_is_one_line_too_and_another_exit_code(command, capsys):
     def run(args: argparse.Namespace) -> int:
         raise KeyError("ours")
 
     command.run = run
+    assert cli.main(["try"]) == cli.OUR_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("hf-cnllm try: unexpected KeyError: 'ours' (--debug shows where;") and said.count("\n") == 1
     with pytest.raises(KeyError):
-        cli.main(["try"])
+        cli.main(["try", "--debug"])
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_closed_early_is_no_error():
+    code = (
+        "import sys; from types import SimpleNamespace; from hf_cnllm import cli\n"
+        "def run(args):\n    for n in range(10**5): print(n)\n    return 0\n"
+        "sys.modules['tests_only'] = SimpleNamespace(add_arguments=lambda parser: None, run=run)\n"
+        "cli.COMMANDS['try'] = ('tests_only', 'x'); sys.exit(cli.main(['try']))"
+    )
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c(command, capsys):

@@ -49,10 +49,10 @@ def test_finetune_then_chat(options, written, checkpoint, data, tmp_path):
     done = script("finetune.py", "--model", checkpoint, "--data", data, "--output", output, "--epochs", 1, *options)
     assert done.returncode == 0, done.stderr
     assert (output / written).is_file() and (output / "tokenizer.model").is_file()
-    source = ["--model", checkpoint, "--adapter", output] if "--lora" in options else ["--model", output]
-    done = script("chat.py", *source, "--greedy", "--max-new-tokens", 8, input="你好\n/new\nHello\n\n")
+    command = [sys.executable, "-m", "hf_cnllm", "chat", str(output), "--greedy", "--max-new-tokens", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, input="你好\n/clear\nHello\n", check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("> ") == 4
+    assert done.stdout.count("(a new chat)") == 1
 
 
 def test_bad_data_is_one_line(checkpoint, tmp_path):

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     method = _method(checkpoint, args.method)
     logging.set_verbosity_error()
     source = checkpoint.folder or checkpoint.name
-    dtype = checkpoint.config.dtype or torch.float32
+    dtype: Any = checkpoint.config.dtype or torch.float32
     auto_class = getattr(transformers, checkpoint.family.generates_with)
     tokenizer = AutoTokenizer.from_pretrained(source)
     try:

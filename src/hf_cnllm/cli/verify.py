@@ -10,7 +10,9 @@ from .checkpoint import ADAPTER_CONFIG, find_folder, read_checkpoint
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="PATH", help="folder of a checkpoint or of an adapter, or a name in the Hub's cache")
+    parser.add_argument(
+        "path", metavar="PATH", help="folder of a checkpoint or of an adapter, or a name in the Hub's cache"
+    )
     parser.add_argument(
         "--checksums", metavar="FILE", type=Path, help="SHA-256 of the files, as sha256sum writes them; "
         "without it, those that the Hub's client noted when it downloaded"

@@ -27,15 +27,18 @@ class Finding(NamedTuple):
 
     what: str
     problems: list[str]  # each is a reason not to use the checkpoint
-    notes: list[str] = []  # noqa: RUF012  # never changed
-    hints: list[str] = []  # noqa: RUF012  # odd, and perhaps meant
+    notes: list[str] = []  # never changed
+    hints: list[str] = []  # odd, and perhaps meant
 
 
 Progress = Callable[[str, int], None]  # a file's name and the bytes just read
 
 
 def verify(
-    folder: Path, config: PreTrainedConfig | None, sums: Mapping[str, str] | None = None, progress: Progress | None = None
+    folder: Path,
+    config: PreTrainedConfig | None,
+    sums: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Finding]:
     """Checks a checkpoint's folder, a finding for each check.
 
@@ -74,7 +77,9 @@ def read_sums(file: Path) -> dict[str, str]:
         digest, separator, name = line.partition(" ")
         name = name.removeprefix(" ").removeprefix("*").removeprefix("./")
         if not (SHA256.fullmatch(digest.lower()) and separator and name):
-            raise ValueError(f"{file}, line {number}: expected a SHA-256 and a file's name, as `sha256sum` writes them")
+            raise ValueError(
+                f"{file}, line {number}: expected a SHA-256 and a file's name, as `sha256sum` writes them"
+            )
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{file}, line {number}: {name} is outside of the folder")
         sums[name] = digest.lower()
@@ -288,7 +293,9 @@ def check_tokenizer(folder: Path, config: PreTrainedConfig) -> Finding:
     problems = []
     vocabulary = folder / getattr(tokenizer, "vocab_files_names", {}).get("vocab_file", "")
     if (folder / "tokenizer.json").is_file() and vocabulary.is_file():
-        settings = {name: value for name in ("generation", "num_image_tokens") if (value := getattr(tokenizer, name, None))}
+        settings = {
+            name: value for name in ("generation", "num_image_tokens") if (value := getattr(tokenizer, name, None))
+        }
         original = type(tokenizer)(vocab_file=str(vocabulary), **settings)
         vocabularies = (t.backend_tokenizer.get_vocab(with_added_tokens=False) for t in (original, tokenizer))
         if next(vocabularies) != next(vocabularies):
@@ -312,4 +319,6 @@ def check_generation_config(folder: Path, config: PreTrainedConfig) -> Finding:
         for name, value in ids.items()
         if not all(0 <= index < config.vocab_size for index in (value if isinstance(value, list) else [value]))
     }
-    return Finding("generation config", [f"{name} is {value}, and there is no such token" for name, value in foreign.items()])
+    return Finding(
+        "generation config", [f"{name} is {value}, and there is no such token" for name, value in foreign.items()]
+    )

@@ -12,7 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", metavar="PATH", help="adapter on top of MODEL, in place of the base model that it names itself")
     add("--system", metavar="TEXT", default="", help="system message")
     add("--raw", action="store_true", help="go on with each text as it is, for base models: no template, no history")
-    add("--tools-demo", action="store_true", help="a calculator and a clock as tools (ChatGLM3); each call is confirmed")
+    add(
+        "--tools-demo",
+        action="store_true",
+        help="a calculator and a clock as tools (ChatGLM3); each call is confirmed",
+    )
     sampling = parser.add_argument_group(
         "generation", "as in transformers' generate; left out, what the checkpoint or its authors' own chat says"
     )
@@ -43,22 +47,21 @@ def run(args: argparse.Namespace) -> int:
         OSError: the checkpoint is not there, or the port is in use.
     """
     if args.greedy and (sampled := [name for name in ("temperature", "top_p", "top_k") if getattr(args, name)]):
-        raise ValueError(f"--greedy chooses the likeliest token: --{sampled[0].replace('_', '-')} has no meaning with it")
+        raise ValueError(
+            f"--greedy chooses the likeliest token: --{sampled[0].replace('_', '-')} has no meaning with it"
+        )
     if args.raw and (args.system or args.tools_demo):
         raise ValueError("--raw goes on with a text as it is: there is no place for --system or --tools-demo")
     if args.web and args.tools_demo:
         raise ValueError("--tools-demo asks before each call, which the page cannot: use it in the terminal")
-    if args.web:
-        if importlib.util.find_spec("gradio") is None:
-            raise ImportError('--web needs Gradio: pip install "hf-cnllm[web]"')
-        from . import web as view
-    else:
-        from . import terminal as view
-    view.check(args)  # what can be known before the weights are loaded, which takes long
-
+    if args.web and importlib.util.find_spec("gradio") is None:
+        raise ImportError('--web needs Gradio: pip install "hf-cnllm[web]"')
+    from . import terminal, web
     from .model import ChatModel
 
-    return view.talk(ChatModel.load(args), args)
+    if args.web:
+        web.check_address(args.host, args.port)  # before the weights are loaded, which takes long
+    return (web if args.web else terminal).talk(ChatModel.load(args), args)
 
 
 def _number(what: str, is_valid: Callable, kind: type = float) -> Callable[[str], float]:

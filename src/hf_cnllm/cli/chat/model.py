@@ -1,7 +1,7 @@
 """A model with its tokenizer, and the one thing the terminal and the page ask of them: an answer, step by step."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,7 @@ class ChatModel:
             return [{"role": "system", "content": system or TOOLS_SYSTEM, "tools": tools}]
         return [{"role": "system", "content": system}] if system else []
 
-    def answer(self, messages: Sequence[Message], **options: Any) -> Iterator[Reply]:
+    def answer(self, messages: Sequence[Message], **options: Any) -> Generator[Reply]:
         """Answers the last of the messages. The last reply is the whole answer; closing the iterator ends it early.
 
         Raises:
@@ -152,12 +152,10 @@ class ChatModel:
         limit = merged["max_new_tokens"] = min(merged["max_new_tokens"], self.room - len(prompt))
         merged |= {"eos_token_id": sorted(self.ends) or None, "pad_token_id": self.tokenizer.pad_token_id}
         ids: list[int] = []
-        count = 0
         with closing(iterate_tokens(self.model, prompt, self.ends, **merged)) as steps:
-            for count, ids in enumerate(steps, start=1):
+            for ids in steps:
                 yield self._reply(ids, messages, is_whole=False)
-        is_cut = count >= limit and len(ids) == count
-        yield self._reply(ids, messages, is_whole=True)._replace(left_out=left_out, is_cut=is_cut)
+        yield self._reply(ids, messages, is_whole=True)._replace(left_out=left_out, is_cut=len(ids) >= limit)
 
     # --- the prompt ---
 
@@ -207,7 +205,9 @@ class ChatModel:
         turns = read_answer(text, [{"role": "user"}])[1][1:]
         if is_whole or "tools" not in messages[0]:
             response = read_answer(text, messages)[0]
-        shown = "\n".join(f"{turn['metadata']}\n{turn['content']}" if turn["metadata"] else turn["content"] for turn in turns)
+        shown = "\n".join(
+            f"{turn['metadata']}\n{turn['content']}" if turn["metadata"] else turn["content"] for turn in turns
+        )
         call = response if isinstance(response, dict) and "parameters" in response else None
         return Reply(shown if is_whole else _settled(shown), turns, call)
 
@@ -215,7 +215,7 @@ class ChatModel:
         blanks = self.tokenizer.convert_ids_to_tokens(self.tokenizer.mask_token_ids)
         if not any(blank in text for blank in blanks):
             text += blanks[-1]
-        filled = infill(self.model, self.tokenizer, text, **options)
+        filled = str(infill(self.model, self.tokenizer, text, **options))
         return Reply(filled, [{"role": "assistant", "content": filled}])
 
 
@@ -226,4 +226,3 @@ def _settled(text: str) -> str:
     if (place := tail.rfind("[[")) >= 0 and "]]" not in tail[place:]:
         tail = tail[:place]
     return head + tail.rstrip("\ufffd,!:;?[ \t\r\n")
-

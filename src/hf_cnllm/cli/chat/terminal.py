@@ -13,7 +13,7 @@ from .. import one_line
 from .tools import call
 
 if TYPE_CHECKING:
-    from .model import ChatModel, Message
+    from .model import ChatModel, Message, Reply
 
 BLOCK = '"""'
 LONGEST_TOOL_CHAIN = 5
@@ -25,10 +25,6 @@ HELP = f"""\
 /exit          end (or Ctrl-D)
 {BLOCK}            before and after a message of several lines; // in front of a message that begins with /
 Ctrl-C         stops an answer; a second one ends the program"""
-
-
-def check(args: argparse.Namespace) -> None:
-    """Everything that the terminal needs is there."""
 
 
 def talk(model: "ChatModel", args: argparse.Namespace) -> int:
@@ -47,13 +43,14 @@ class Terminal:
         self.model, self.has_tools, self.debug = model, args.tools_demo, args.debug
         self.system = args.system
         self.messages: list[Message] = []
+        self.reply: Reply | None = None  # the last one, or as much as there is of it
+        self.was_stopped = False  # by Ctrl-C, just now
 
     def run(self) -> int:
-        was_stopped = False  # by Ctrl-C, just now
         while True:
             try:
                 text = self._read()
-                was_stopped = False
+                self.was_stopped = False
                 if text is None:
                     return 0
                 if text.startswith("/") and not text.startswith("//"):
@@ -61,12 +58,12 @@ class Terminal:
                         return 0
                     print(said)
                 elif text:
-                    was_stopped = self._ask(text.removeprefix("/"))
+                    self._ask(text.removeprefix("/"))
             except KeyboardInterrupt:
                 print()
-                if was_stopped:
+                if self.was_stopped:
                     return 0
-                was_stopped = True
+                self.was_stopped = True
                 print("(Ctrl-C again, Ctrl-D or /exit ends)")
 
     # --- reading ---
@@ -125,19 +122,16 @@ class Terminal:
 
     # --- answering ---
 
-    def _ask(self, text: str) -> bool:
-        """Prints the answer and keeps both, or neither if there is none; returns whether it was stopped."""
+    def _ask(self, text: str) -> None:
+        """Prints the answer and keeps both, or neither if there is none."""
         before = list(self.messages) if self.model.keeps_history else []
         self.messages = [*before, {"role": "user", "content": text}]
         try:
             for _ in range(LONGEST_TOOL_CHAIN):
-                printer = Printer()
-                if self._answer(printer):
-                    printer.end("(stopped)")
-                    if self.messages[-1]["role"] != "assistant":
-                        self.messages = before
-                    return True
-                if not self._called_tool():
+                self._answer()
+                if self.was_stopped and self.messages[-1]["role"] != "assistant":
+                    self.messages = before
+                if self.was_stopped or not self._called_tool():
                     break
         except KeyboardInterrupt:  # of the question about a tool, or while the model stops
             self.messages = before
@@ -147,21 +141,23 @@ class Terminal:
                 raise
             self.messages = before
             print(f"\nerror: {one_line(error)}")
-        return False
 
-    def _answer(self, printer: "Printer") -> bool:
-        """One answer of the model's; returns whether it was stopped."""
-        messages = [*self._opening(), *self.messages]
+    def _answer(self) -> None:
+        """One answer of the model's, or as much of it as was shown when Ctrl-C came."""
+        messages, printer = [*self._opening(), *self.messages], Printer()
         self.reply = None
         try:
             with closing(self.model.answer(messages)) as replies:
                 for self.reply in replies:
                     printer.show(self.reply.text)
         except KeyboardInterrupt:
+            self.was_stopped = True
             if printer.shown:
                 self.messages = [*self.messages, {"role": "assistant", "content": printer.shown}]
-            return True
-        reply = self.reply
+            printer.end("(stopped)")
+            return
+        if (reply := self.reply) is None:
+            return
         self.messages = [*self.messages, *reply.turns]
         notes = []
         if reply.is_cut:
@@ -169,7 +165,6 @@ class Terminal:
         if reply.left_out:
             notes.append(f"the oldest {reply.left_out} rounds have no room in the model any more and were left out")
         printer.end(f"({'; '.join(notes)})" if notes else "")
-        return False
 
     def _called_tool(self) -> bool:
         """Whether the model called a tool, whose answer then stands in the messages."""

@@ -22,21 +22,21 @@ MONOSPACE = ("ui-monospace", "Noto Sans Mono CJK SC", "monospace")
 CSS = "footer {display: none !important}"
 
 
-def check(args: argparse.Namespace) -> None:
+def check_address(host: str, port: int) -> None:
     """Refuses a port that is in use, or an address that is not this machine's.
 
     Raises:
         OSError: naming it.
     """
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if os.name != "nt":
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((args.host, args.port))
+            probe.bind((host, port))
         except OSError as error:
             raise OSError(
-                f"{args.host}:{args.port} cannot be served on ({error.strerror or error}): choose another --port or --host"
+                f"{host}:{port} cannot be served on ({error.strerror or error}): choose another --port or --host"
             ) from error
 
 
@@ -79,7 +79,9 @@ def make_page(model: "ChatModel", title: str, system: str) -> Any:
         messages = [*model.opening((values.pop("system", "") or "").strip()), *_answered(history)]
         reply = None
         try:
-            with closing(model.answer([*messages, {"role": "user", "content": text}], **_as_options(values))) as replies:
+            with closing(
+                model.answer([*messages, {"role": "user", "content": text}], **_as_options(values))
+            ) as replies:
                 for reply in replies:
                     yield reply.text
         except Exception as error:  # raised, it would cover the chat
@@ -95,9 +97,7 @@ def make_page(model: "ChatModel", title: str, system: str) -> Any:
     return gr.ChatInterface(
         respond,
         title=title,
-        chatbot=make_chatbot()(
-            show_label=False, placeholder=model.hint, height="70vh", latex_delimiters=[], buttons=["copy"]
-        ),
+        chatbot=_chatbot(model),
         additional_inputs=list(controls.values()),
         additional_inputs_accordion=gr.Accordion("设置 Settings", open=False),
         analytics_enabled=False,
@@ -107,20 +107,22 @@ def make_page(model: "ChatModel", title: str, system: str) -> Any:
     )
 
 
-def make_chatbot() -> type:
-    """Gradio's chat, which shows Markdown, with tags and entities as the text that they are."""
+def _chatbot(model: "ChatModel") -> Any:
+    """Gradio's chat, which draws Markdown, with tags and entities shown as the text that they are."""
     import gradio as gr
 
-    class Chatbot(gr.Chatbot):
-        is_template = True  # the page draws it as the class it is made from
+    chatbot = gr.Chatbot(
+        show_label=False, placeholder=model.hint, height="70vh", latex_delimiters=[], buttons=["copy"]
+    )
+    # On this one chat, as a class of our own would have Gradio write a stub file beside this module.
+    read, show = chatbot.preprocess, chatbot.postprocess
+    chatbot.preprocess = lambda payload: _with_texts(with_tags_read, read(payload))
+    chatbot.postprocess = lambda value: show(_with_texts(with_tags_shown, value))
+    return chatbot
 
-        def postprocess(self, value: Any) -> Any:
-            return super().postprocess([{**m, "content": with_tags_shown(_text_of(m))} for m in value or []])
 
-        def preprocess(self, payload: Any) -> Any:
-            return [{**m, "content": with_tags_read(_text_of(m))} for m in super().preprocess(payload) or []]
-
-    return Chatbot
+def _with_texts(change: Callable[[str], str], messages: Any) -> list[dict[str, Any]]:
+    return [{**message, "content": change(_text_of(message))} for message in messages or []]
 
 
 CODE = re.compile(r"(```[\s\S]*?(?:```|\Z)|`[^`\n]+`)")  # where Markdown itself shows tags as text
@@ -128,7 +130,9 @@ CODE = re.compile(r"(```[\s\S]*?(?:```|\Z)|`[^`\n]+`)")  # where Markdown itself
 
 def with_tags_shown(text: str) -> str:
     """The text as Markdown that shows its tags and entities."""
-    return "".join(part if index % 2 else html.escape(part, quote=False) for index, part in enumerate(CODE.split(text)))
+    return "".join(
+        part if index % 2 else html.escape(part, quote=False) for index, part in enumerate(CODE.split(text))
+    )
 
 
 def with_tags_read(text: str) -> str:

@@ -1,0 +1,103 @@
+"""`hf-cnllm quantize`: what is saved loads again with the same answers, or nothing is written."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cnllm.cli import USER_ERROR, main, quantize
+
+PROMPT_ENDS = {"chatglm": (1745, 1748)}  # [gMASK]<sop>
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["chatglm", "chatglm2", "chatglm3"])
+def test_chatglm_in_its_own_format(family, bits, tiny, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["quantize", str(tiny(family)), str(output), "--bits", str(bits)]) == 0
+    assert f"in {bits} bits by chatglm" in capsys.readouterr().out
+    assert json.loads((output / "config.json").read_text())["quantization_bit"] == bits
+    expected = AutoModelForCausalLM.from_pretrained(tiny(family)).quantize(bits).eval()
+    found = AutoModelForCausalLM.from_pretrained(output).eval()
+    ids = torch.tensor([[*range(20, 40), *PROMPT_ENDS.get(family, ())]])
+    assert torch.equal(found(ids).logits, expected(ids).logits)
+    text = "今天天气很好"
+    both = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (output, tiny(family))]
+    assert both[0] == both[1]
+    assert main(["verify", str(output)]) == 0
+
+
+def test_the_generation_config_is_carried_along(tiny, tmp_path, monkeypatch):
+    """Baichuan's, by way of a stand-in for a method that saves floats."""
+    monkeypatch.setitem(quantize.METHODS, "bitsandbytes", lambda bits, dtype: None)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: object())
+    assert main(["quantize", str(tiny("baichuan")), str(tmp_path / "out"), "--bits", "8"]) == 0
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.top_k, generation.user_token_id) == (5, 195)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="the lane `quantized` installs bitsandbytes"
+)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["baichuan", "qwen", "glm", "chatglm2"])
+def test_the_others_by_bitsandbytes(family, bits, tiny, tmp_path):
+    output = tmp_path / "out"
+    words = [str(tiny(family)), str(output), "--bits", str(bits), "--method", "bitsandbytes"]
+    assert main(["quantize", *words]) == 0
+    auto_class = transformers.AutoModelForSeq2SeqLM if family == "glm" else AutoModelForCausalLM
+    assert auto_class.from_pretrained(output).config.quantization_config.quant_method == "bitsandbytes"
+    assert (
+        sum(f.stat().st_size for f in output.glob("*.safetensors"))
+        < (tiny(family) / "model.safetensors").stat().st_size
+    )
+    assert main(["verify", str(output)]) == 0
+
+
+def refused(words, capsys):
+    assert main(["quantize", *map(str, words)]) == USER_ERROR
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in refused([tiny("qwen"), output, "--bits", 4], capsys)
+    assert "ChatGLM's own format" in refused([tiny("qwen"), output, "--bits", 4, "--method", "chatglm"], capsys)
+    assert "there is no folder /nowhere" in refused(["/nowhere", output, "--bits", 4], capsys)
+    output.mkdir()
+    (output / "mine").touch()
+    assert "is not empty" in refused([tiny("chatglm2"), output, "--bits", 4], capsys)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_a_quantised_checkpoint_is_refused(tiny, tmp_path, capsys):
+    assert main(["quantize", str(tiny("chatglm2")), str(tmp_path / "first"), "--bits", "8"]) == 0
+    assert "quantised already" in refused([tmp_path / "first", tmp_path / "out", "--bits", 4], capsys)
+
+
+def test_a_library_that_fails_is_one_line_and_nothing_stays(tiny, tmp_path, capsys, monkeypatch):
+    def fails(self, folder, *args, **kwargs):
+        (folder / "half").touch()
+        raise NotImplementedError("this kernel\n is not here")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
+    said = refused([tiny("chatglm2"), tmp_path / "out", "--bits", 4], capsys)
+    assert said.endswith(
+        "chatglm cannot quantise this checkpoint to 4 bits and save it on this machine: this kernel is not here"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_not_quantised(tiny, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny("chatglm2"))
+    with torch.no_grad():
+        model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    AutoTokenizer.from_pretrained(tiny("chatglm2")).save_pretrained(tmp_path / "damaged")
+    assert "NaN or infinite" in refused([tmp_path / "damaged", tmp_path / "out", "--bits", 4], capsys)
+    assert not (tmp_path / "out").exists()
