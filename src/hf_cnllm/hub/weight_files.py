@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 INDEXES = "*.index*.json"  # model.safetensors.index.json, with a variant model.safetensors.index.fp16.json
 SHARD = re.compile(r"(?P<series>.+)-\d{5}-(?P<count>of-\d{5})(?P<format>\..+)")
 MIXED = "The folder mixes shards of different saves: download or save the checkpoint again, into an empty folder."
-FLOATS, INTEGERS, COMPLEX = "floats", "integers", "complex numbers"  # booleans count as integers
+FLOATS, INTEGERS, BOOLEANS, COMPLEX = "floats", "integers", "booleans", "complex numbers"
+KINDS = {"F": FLOATS, "I": INTEGERS, "U": INTEGERS, "C": COMPLEX}  # by the first letter of safetensors' dtypes
 
 
 def check_indexes(folder: Path) -> None:
@@ -106,7 +107,7 @@ class Stored(NamedTuple):
     """A tensor in a file, as far as it is known without reading it."""
 
     shape: tuple[int, ...]
-    kind: str  # FLOATS, INTEGERS or COMPLEX
+    kind: str  # FLOATS, INTEGERS, BOOLEANS or COMPLEX
     dtype: str  # by the file's own name for it
 
 
@@ -120,7 +121,11 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            return {name: Stored(tuple(s.get_shape()), *_kind_by_name(s.get_dtype())) for name, s in slices.items()}
+            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
+            return {
+                name: Stored(tuple(slices[name].get_shape()), _kind_by_name(dtype), dtype)
+                for name, dtype in dtypes.items()
+            }
     tensors = dict(torch.load(file, map_location="meta", weights_only=True))
     return {
         name: Stored(tuple(tensor.shape), _kind(tensor.dtype), str(tensor.dtype).removeprefix("torch."))
@@ -129,9 +134,11 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     }
 
 
-def _kind_by_name(dtype: str) -> tuple[str, str]:
-    return FLOATS if dtype.startswith(("F", "BF")) else COMPLEX if dtype[0] == "C" else INTEGERS, dtype
+def _kind_by_name(dtype: str) -> str:
+    return BOOLEANS if dtype == "BOOL" else FLOATS if dtype == "BF16" else KINDS[dtype[0]]
 
 
 def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return BOOLEANS
     return FLOATS if dtype.is_floating_point else COMPLEX if dtype.is_complex else INTEGERS
