@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from .._compat import logging
 from ..auto import family_of
 from .weight_files import FLOATS, INDEXES, MIXED, SHARD, Stored, stored_tensors
 
@@ -222,10 +222,10 @@ def check_tensors(folder: Path, config: PreTrainedConfig, headers: Mapping[Path,
     model_class = model_class or family.models[family.generates_with]
     if model_class is family.models["AutoModel"]:  # the originals name their backbone, and hold the head too
         model_class = family.models[family.generates_with]
-    verbosity = transformers.logging.get_verbosity()
-    shows_progress = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         _, found = model_class.from_pretrained(
             folder, device_map="meta", dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
@@ -233,9 +233,9 @@ def check_tensors(folder: Path, config: PreTrainedConfig, headers: Mapping[Path,
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         return Finding("tensors", [" ".join(str(error).split())])
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if shows_progress:
-            transformers.logging.enable_progress_bar()
+            logging.enable_progress_bar()
     problems = [f"missing: {name}" for name in sorted(found["missing_keys"])]
     problems += [f"unexpected: {name}" for name in sorted(found["unexpected_keys"])]
     problems += [
