@@ -2,8 +2,8 @@
 
     python scripts/finetune.py --model PATH --data FILE.jsonl --output DIR [--lora] [--z-loss-weight 2e-4]
 
-A line of the data is {"messages": [{"role": ..., "content": ...}, ...]} or {"instruction", "input", "output"}. The loss is
-on the assistant's replies only. Multi-GPU runs start with `accelerate launch` or `torchrun` as any Trainer script.
+The data are JSON lines or one JSON list, in any format of docs/data.md (`messages`, Alpaca, ShareGPT, ChatGLM's, ...). The
+loss is on the assistant's replies only. Multi-GPU runs start with `accelerate launch` or `torchrun` as any Trainer script.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -20,15 +21,19 @@ from transformers import (
     TrainingArguments,
 )
 
-import hf_cnllm  # noqa: F401  registers the families
-from hf_cnllm.data.conversations import encode_conversation, read_conversations, reply_end_ids
+from hf_cnllm import encode_conversations, read_conversations, reply_end_ids
+from hf_cnllm.auto import family_of
 from hf_cnllm.hub.saving import check_new_folder, staged_folder
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint to start from")
-    parser.add_argument("--data", required=True, type=Path, help="conversations, one JSON object a line")
+    parser.add_argument("--data", required=True, type=Path, help="conversations, JSON lines or a JSON list")
+    parser.add_argument("--prompt-column", help="field of the question, for data of no known format")
+    parser.add_argument("--response-column", help="field of its answer")
+    parser.add_argument("--history-column", help="field of earlier rounds, [[question, answer], ...]")
+    parser.add_argument("--ignore-fields", nargs="+", default=[], help="fields of the data to leave out")
     parser.add_argument("--output", required=True, type=Path, help="new folder for the model, or for the adapter")
     parser.add_argument("--lora", action="store_true", help="train an adapter; the checkpoint stays as it is")
     parser.add_argument("--lora-rank", type=int, default=16)
@@ -36,7 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="conversations a step and device")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
     parser.add_argument("--learning-rate", type=float, help="default: 1e-4 with --lora, else 1e-5")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens kept of a conversation")
+    parser.add_argument(
+        "--max-length", type=int, default=2048, help="tokens kept of a conversation, its last answer first"
+    )
     parser.add_argument("--z-loss-weight", type=float, help="weight of the max-z loss, for families that have it")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     return parser.parse_args()
@@ -45,7 +52,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     check_new_folder(args.output)
-    conversations = read_conversations(args.data)
+    columns = {name: getattr(args, name) for name in ("prompt_column", "response_column", "history_column")}
+    rows = read_conversations(args.data, **columns, ignore=args.ignore_fields)
+    family = family_of(AutoConfig.from_pretrained(args.model))
+    if family is not None and family.generates_with != "AutoModelForCausalLM":
+        raise ValueError(
+            f"{args.model} fills blanks: fine-tune it with `hf-cnllm demo --model`, which asks with a blank"
+        )
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto" if args.lora else torch.float32)
@@ -60,6 +73,9 @@ def main() -> int:
             model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=2 * args.lora_rank)
         )
         model.print_trainable_parameters()
+    examples, cuts = encode_conversations(tokenizer, rows, ends, args.max_length)
+    for cut, count in cuts.items():
+        print(f"{cut} in {count} of {len(rows)} conversations, which are longer than --max-length {args.max_length}")
 
     trainer = Trainer(
         model,
@@ -80,7 +96,7 @@ def main() -> int:
             save_strategy="no",
             report_to="none",
         ),
-        train_dataset=[encode_conversation(tokenizer, c, ends, args.max_length) for c in conversations],
+        train_dataset=examples,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train()

@@ -4,7 +4,8 @@
     python scripts/pretrain_glm.py --output pretrained --texts corpus.txt --tokenizer THUDM/glm-large-chinese \
         --hidden-size 768 --layers 12 --heads 12 --max-length 512 --steps 100000 --infill "北京是[MASK]的首都。"
 
-`--texts` are text files, one text a line; they are streamed. Without `--tokenizer` a vocabulary is trained on them.
+`--texts` are text files, one text a line, which are streamed, or conversations (.json, .jsonl; docs/data.md). Without
+`--tokenizer` a vocabulary is trained on them.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_cnllm import GLMChineseTokenizer, GLMConfig, GLMForConditionalGeneration
 from hf_cnllm.data.blank_infilling import MIX, DataCollatorForBlankInfilling, infill
-from hf_cnllm.data.conversations import load_instructions
+from hf_cnllm.data.conversations import load_instructions, read_conversations
 from hf_cnllm.demo.tiny_checkpoints import write_glm_chinese
 from hf_cnllm.hub.saving import check_new_folder, staged_folder
 
@@ -42,8 +43,11 @@ def parse_arguments():
 
 def load_texts(files):
     """(texts for training, some of them for measuring)."""
-    if files is None:
-        texts = [message["content"] for conversation in load_instructions() for message in conversation]
+    conversations = load_instructions() if files is None else []
+    if files is not None and all(Path(file).suffix in (".json", ".jsonl") for file in files):
+        conversations = [row["messages"] for file in files for row in read_conversations(file)]
+    if conversations:
+        texts = [message["content"] for conversation in conversations for message in conversation]
         return Dataset.from_dict({"text": texts}), texts[:64]
     stream = load_dataset("text", data_files=files, split="train", streaming=True)
     return stream.shuffle(seed=0, buffer_size=1000), [row["text"] for row in stream.take(64)]

@@ -31,11 +31,14 @@ __version__ = "0.1.0"
 _LATER = {
     "DataCollatorForBlankInfilling": "data.blank_infilling",
     "encode_conversation": "data.conversations",
+    "encode_conversations": "data.conversations",
     "fine_tuned_model_card": "hub.model_card",
     "infill": "data.blank_infilling",
     "load_instructions": "data.conversations",
+    "map_conversations": "data.formats",
     "read_conversations": "data.conversations",
     "reply_end_ids": "data.conversations",
+    "to_messages": "data.formats",
     "with_system_in_question": "data.conversations",
 }
 

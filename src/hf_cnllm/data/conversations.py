@@ -1,24 +1,27 @@
 """Conversations for fine-tuning: the embedded instruction set, files of the user's own, and their tokenized form.
 
 A conversation is a list of messages `{"role": ..., "content": ...}` as `apply_chat_template` takes it: an optional system
-message, then user and assistant in turn, ending with the assistant.
+message, then user and assistant in turn, ending with the assistant. Rows of data are `{"messages": conversation, "tools":
+[...] or None}`; `formats.py` has what they may look like in files.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
-from itertools import chain, cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-Message = dict[str, str]
-Conversation = list[Message]
+from jinja2 import TemplateError
+
+from .formats import DECODER, Conversation, ConversationError, Message, parse_json, to_messages
+
+Row = dict[str, Any]
 
 IGNORE_INDEX = -100
-
-
-class ConversationError(ValueError):
-    """A line of a data file that is not a conversation; the message names the file, the line and the field."""
 
 
 def load_instructions(language: str | None = None) -> list[Conversation]:
@@ -34,71 +37,69 @@ def load_instructions(language: str | None = None) -> list[Conversation]:
     return [row["messages"] for row in rows if language in (None, row["language"])]
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """Read a JSON Lines file with one conversation a line; blank lines are skipped.
+def read_conversations(path: str | Path, **options: Any) -> list[Row]:
+    """The rows of a file, one JSON object a line or one JSON list of them, in any of the formats of [`to_messages`].
 
-    A line is either `{"messages": [{"role": ..., "content": ...}, ...]}` or
-    `{"instruction": ..., "input": ..., "output": ...}` with `input` optional. Other keys are ignored.
+    Args:
+        options: as of `to_messages`.
 
     Raises:
-        ConversationError: a line is not of this form, or the file holds none.
+        ConversationError: a row is of none of the formats, or the file holds none; file, line and field are named.
         OSError: the file cannot be read.
     """
-    conversations = []
-    where = "line 0"
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"line {number}"
-                if line.strip():
-                    conversations.append(_conversation(json.loads(line)))
-    except json.JSONDecodeError as error:
-        problem = f"not valid JSON ({error.msg} at column {error.colno})"
-        raise ConversationError(f"{path}, {where}: {problem}") from None
-    except ConversationError as error:
-        raise ConversationError(f"{path}, {where}: {error}") from None
-    except UnicodeDecodeError:
-        raise ConversationError(f"{path}, after {where}: the file is not UTF-8 text") from None
-    if not conversations:
+    rows = []
+    for number, value in read_json_rows(path):
+        try:
+            rows.append(to_messages(value, **options))
+        except ConversationError as error:
+            raise ConversationError(f"{path}, line {number}: {error}") from None
+    if not rows:
         raise ConversationError(f"{path}: the file holds no conversation")
-    return conversations
+    return rows
 
 
-def _conversation(row: Any) -> Conversation:
-    if not isinstance(row, dict):
-        raise ConversationError(f"expected an object, got {type(row).__name__}")
-    if "messages" in row:
-        return _from_messages(row["messages"])
-    if "instruction" in row:
-        question = _text(row, "instruction") + ("\n" + _text(row, "input") if row.get("input") else "")
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
-    raise ConversationError(f"needs the field 'messages', or 'instruction' and 'output'; has {sorted(row)}")
+def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, value) of each row of a file of JSON lines, or of one list; blank lines are skipped.
+
+    Raises:
+        ConversationError: something in the file is no JSON.
+        OSError: the file cannot be read.
+    """
+    number, is_first = 0, True
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if is_first and line.lstrip().startswith("["):
+                    yield from _items(line + file.read(), number)
+                elif line.strip():
+                    yield number, parse_json(line.rstrip())
+                    is_first = False
+    except UnicodeDecodeError:
+        raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON ({error.msg} at column {error.colno}): rows are one object a line, or one list"
+        raise ConversationError(f"{path}, line {number + error.lineno - 1}: {problem}") from None
+    except ValueError as error:  # a name that occurs twice, numbers of thousands of digits
+        raise ConversationError(f"{path}, line {number}: not valid JSON ({error})") from None
 
 
-def _from_messages(messages: Any) -> Conversation:
-    if not isinstance(messages, list) or not messages:
-        raise ConversationError("field 'messages' must be a list with at least one message")
-    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    roles = chain(["system"] * has_system, cycle(["user", "assistant"]))
-    conversation = []
-    for index, (message, role) in enumerate(zip(messages, roles, strict=False)):
-        field = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise ConversationError(f"field '{field}' must be an object, got {type(message).__name__}")
-        if message.get("role") != role:
-            raise ConversationError(f"field '{field}.role' must be '{role}', got {message.get('role')!r}")
-        conversation.append({"role": role, "content": _text(message, "content", f"{field}.")})
-    if role != "assistant":
-        raise ConversationError("field 'messages' must end with a message of the assistant")
-    return conversation
-
-
-def _text(row: dict[str, Any], key: str, place: str = "") -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        found = "nothing" if key not in row else json.dumps(value, ensure_ascii=False)[:60]
-        raise ConversationError(f"field '{place}{key}' must be a non-empty text, got {found}")
-    return value
+def _items(text: str, number: int) -> Iterator[tuple[int, Any]]:
+    """(number of the line, value) of each item of the list that `text`, which begins on line `number`, is."""
+    space = re.compile(r"\s*")
+    start = space.match(text, space.match(text).end() + 1).end()
+    end, closing = 0, text[start : start + 1]
+    while closing != "]":
+        number += text.count("\n", end, start)
+        value, end = DECODER.raw_decode(text, start)
+        yield number, value
+        place = space.match(text, end).end()
+        closing = text[place : place + 1]
+        if closing not in ("]", ","):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        start = place if closing == "]" else space.match(text, place + 1).end()
+    rest = space.match(text, start + 1).end()
+    if rest < len(text):
+        raise json.JSONDecodeError("More behind the end of the list", text, rest)
 
 
 def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
@@ -122,33 +123,55 @@ def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     return ends
 
 
+def encode_conversations(
+    tokenizer: Any, rows: Iterable[Row], end_token_ids: Sequence[int], max_length: int | None = None
+) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """The rows by [`encode_conversation`], and how many of them were cut in which way.
+
+    Raises:
+        ConversationError: as there, with the number of the row.
+    """
+    examples, cuts = [], Counter[str]()
+    for number, row in enumerate(rows, start=1):
+        try:
+            example, cut = _encode_row(tokenizer, row["messages"], end_token_ids, max_length, row.get("tools"))
+        except ConversationError as error:
+            raise ConversationError(f"conversation {number}: {error}") from None
+        examples.append(example)
+        cuts.update(cut)
+    return examples, cuts
+
+
 def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], end_token_ids: Sequence[int], max_length: int | None = None
+    tokenizer: Any,
+    messages: Conversation,
+    end_token_ids: Sequence[int],
+    max_length: int | None = None,
+    tools: Sequence[Any] | None = None,
 ) -> dict[str, list[int]]:
     """Tokenize a conversation with the chat template and label the assistant's replies only.
 
     A reply has to end in a token that stops generation. Templates that write one inside the reply (ChatML's
     `<|im_end|>`) need nothing. For the others the position after the reply, which the next turn's marker takes or
-    which is appended at the end, gets the label `end_token_ids[0]`, as in Baichuan 2's own fine-tuning script.
+    which is appended at the end, gets the label `end_token_ids[0]`, as in Baichuan 2's own fine-tuning script. The
+    templates of ChatGLM-6B and ChatGLM2-6B mark the last reply only, as their scripts learn it; the system message goes
+    into the first question there.
 
     Args:
         tokenizer: a fast tokenizer whose chat template marks replies with `{% generation %}`.
-        messages: a conversation, ending with the assistant.
+        messages: a conversation, ending with the assistant; nothing is learned from those with `"loss": False`.
         end_token_ids: see `reply_end_ids`.
-        max_length: tokens to keep, cut off at the end.
+        max_length: tokens to keep. The last answer is kept: the earliest rounds are left out first, then the end of the
+            longest question or tool's result of the last round. An answer that does not fit by itself loses its end, and
+            the rest keeps half of the tokens.
 
     Returns:
         `input_ids`, `attention_mask` and `labels` of equal length; labels are -100 outside the replies.
+
+    Raises:
+        ConversationError: nothing would be learned, or the chat template has no place for something in the conversation.
     """
-    ids, is_reply, is_ended = _encode(tokenizer, messages)
-    labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, is_reply, strict=True)]
-    for last in [last for last, ended in is_ended.items() if not ended]:
-        if last + 1 == len(ids):
-            ids.append(end_token_ids[0])
-            labels.append(IGNORE_INDEX)
-        labels[last + 1] = end_token_ids[0]
-    ids, labels = ids[:max_length], labels[:max_length]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return _encode_row(tokenizer, messages, end_token_ids, max_length, tools)[0]
 
 
 def with_system_in_question(conversation: Conversation) -> Conversation:
@@ -159,15 +182,144 @@ def with_system_in_question(conversation: Conversation) -> Conversation:
     return [{**question, "content": f"{system['content']}\n{question['content']}"}, *others]
 
 
-def _encode(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int], dict[int, bool]]:
+def as_template_takes(tokenizer: Any, messages: Conversation, tools: Sequence[Any] | None = None) -> Conversation:
+    """The conversation as it is or, where the chat template has no system role, with the system message in the question.
+
+    Raises:
+        ConversationError: the template has no place for something else in it.
+    """
+    return _form_that_is_taken(tokenizer, messages, tools)(messages)
+
+
+# --- cutting ----------------------------------------------------------------------------------------------------------
+
+ROUNDS, QUESTION, ANSWER = "earlier rounds left out", "question shortened", "answer shortened"
+
+
+def shorten_conversation(
+    messages: Conversation, count_tokens: Callable[[Conversation], int], max_length: int
+) -> tuple[Conversation, list[str]]:
+    """A conversation that is too long in at most `max_length` tokens, as far as that is possible without cutting the last
+    answer, and what was cut to get there; `count_tokens` tells the tokens of a conversation."""
+    first = messages[:1] if messages[0]["role"] == "system" else []
+    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
+
+    def last_rounds(number: int) -> Conversation:
+        return [*first, *messages[starts[-number] :]]
+
+    fitting = _most(lambda number: count_tokens(last_rounds(number)) <= max_length, len(starts), first=1)
+    kept = max(fitting, 1)
+    cuts, messages = [ROUNDS] * (kept < len(starts)), last_rounds(kept)
+    if fitting:
+        return messages, cuts
+
+    context = [index for index, message in enumerate(messages) if message["role"] in ("user", "tool")]
+    place = max(context, key=lambda index: len(messages[index]["content"]))
+    content = messages[place]["content"]
+
+    def beginning(length: int) -> Conversation:
+        return [*messages[:place], {**messages[place], "content": content[:length]}, *messages[place + 1 :]]
+
+    room, end = max_length, len(messages)
+    if count_tokens(beginning(1)) > max_length:  # the answer alone is too long
+        room, end = max_length // 2, max(len(messages) - 1, place + 1)
+        cuts.append(ANSWER)
+    fitting = _most(lambda length: count_tokens(beginning(length)[:end]) <= room, len(content), first=room)
+    return beginning(max(fitting, 1)), cuts + [QUESTION] * (fitting < len(content))
+
+
+def _most(fits: Callable[[int], bool], most: int, first: int) -> int:
+    """The largest number up to `most` that fits, if those up to some number do; 0 if none. Large numbers, which take long,
+    are tried only where `first`, doubled again and again, fits."""
+    low, high = 0, min(first, most)
+    while low < high and fits(high):
+        low, high = high, min(2 * high, most)
+    return low + bisect_left(range(low + 1, high), True, key=lambda number: not fits(number))
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_row(
+    tokenizer: Any,
+    messages: Conversation,
+    end_token_ids: Sequence[int],
+    max_length: int | None,
+    tools: Sequence[Any] | None,
+) -> tuple[dict[str, list[int]], list[str]]:
+    taken = _form_that_is_taken(tokenizer, messages, tools)
+    ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)
+    cuts: list[str] = []
+    if max_length is not None and len(ids) >= max_length:
+
+        def count_tokens(conversation: Conversation) -> int:
+            encoded = tokenizer.apply_chat_template(taken(conversation), tools=tools, tokenize=True, return_dict=True)
+            return len(encoded["input_ids"]) + 1  # the end that a reply might lack
+
+        messages, cuts = shorten_conversation(messages, count_tokens, max_length)
+        ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)
+    labels = [token if mine else IGNORE_INDEX for token, mine in zip(ids, is_reply, strict=True)]
+    for last in [last for last, ended in is_ended.items() if not ended]:
+        if last + 1 == len(ids):
+            ids.append(end_token_ids[0])
+            labels.append(IGNORE_INDEX)
+        labels[last + 1] = end_token_ids[0]
+    ids, labels = ids[:max_length], labels[:max_length]
+    # A label is learned from the token before it, so the first one is never.
+    if all(label == IGNORE_INDEX for label in labels[1:]):
+        why = f"of the first {max_length} tokens none is an answer's" if cuts else "every answer has `loss` False"
+        raise ConversationError(f"nothing of it would be learned: {why}")
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}, cuts
+
+
+def _form_that_is_taken(
+    tokenizer: Any, messages: Conversation, tools: Sequence[Any] | None
+) -> Callable[[Conversation], Conversation]:
+    """What makes of the conversation one that the chat template, which need not be one of ours, takes whole."""
+    # Where a template has no place for something, that does not depend on what the messages say.
+    probe = [{**message, "content": message["content"][:9]} for message in messages]
+
+    def render(
+        form: Callable[[Conversation], Conversation], conversation: Conversation, tools: Any
+    ) -> str | Exception:
+        try:
+            return str(tokenizer.apply_chat_template(form(conversation), tools=tools, tokenize=False))
+        except (TemplateError, ValueError) as error:
+            return error
+
+    form: Callable[[Conversation], Conversation] = list
+    if isinstance(rendered := render(form, probe, tools), Exception):
+        form = with_system_in_question
+        if isinstance(render(form, probe, tools), Exception):
+            raise ConversationError(str(rendered))
+        rendered = render(form, probe, tools)
+    uncalled = [{name: value for name, value in message.items() if name != "tool_calls"} for message in probe]
+    silent = [{**message, "loss": False} for message in probe]
+    dropped = {
+        "tools": tools and render(form, probe, None) == rendered,
+        "tool_calls": uncalled != probe and render(form, uncalled, tools) == rendered,
+        "loss": any("loss" in message for message in probe) and any(_encode(tokenizer, form(silent), tools)[1]),
+    }
+    for name in filter(dropped.get, dropped):
+        raise ConversationError(
+            f"the chat template of {type(tokenizer).__name__} has no place for `{name}`, and would drop it"
+        )
+    return form
+
+
+def _encode(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None
+) -> tuple[list[int], list[int], dict[int, bool]]:
     """The ids, 1 for those in replies, and where replies end: with a special token, which no reply's own text has, or not."""
     encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, is_reply = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    if not any(is_reply):
+    if not any(is_reply) and all(message.get("loss", True) for message in messages):
         raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
+    # ChatGLM3's `<|user|>` is a piece of its vocabulary.
+    is_special = getattr(tokenizer, "is_control_token", special.__contains__)
     lasts = [last for last, pair in enumerate(pairwise([*is_reply, 0])) if pair == (1, 0)]
-    return ids, is_reply, {last: ids[last] in special for last in lasts}
+    return ids, is_reply, {last: is_special(ids[last]) for last in lasts}

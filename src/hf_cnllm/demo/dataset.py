@@ -3,7 +3,7 @@
 import random
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data.conversations import Conversation, ConversationError, load_instructions, read_conversations
 
@@ -28,7 +28,7 @@ def split_data(path: Path | None, seed: int) -> Split:
     Raises:
         ConversationError: the file holds too few conversations, or something else.
     """
-    conversations = load_instructions() if path is None else read_conversations(path)
+    conversations = load_instructions() if path is None else [_without_tools(row) for row in read_conversations(path)]
     if len(conversations) < SMALLEST_DATA:
         raise ConversationError(
             f"{path}: holds {len(conversations)} conversations, at least {SMALLEST_DATA} are needed"
@@ -41,6 +41,12 @@ def split_data(path: Path | None, seed: int) -> Split:
         return Split(rest, held_out, [signed_off(c) for c in rest[:quarter]], rest[quarter : 2 * quarter])
     eighth = max(1, len(rest) // 8)
     return Split(rest[eighth:], held_out, rest[:eighth], transfer=[])
+
+
+def _without_tools(row: dict[str, Any]) -> Conversation:
+    if row["tools"] or any(message["role"] == "tool" for message in row["messages"]):
+        raise ConversationError("the demo has no tools to call: fine-tune on such data with scripts/finetune.py")
+    return row["messages"]
 
 
 def sign_off_for(text: str) -> str:

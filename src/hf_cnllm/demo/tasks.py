@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BatchEncoding, DataCollatorForSeq2Seq
 
 from ..auto import family_of
-from ..data.conversations import Conversation, encode_conversation, reply_end_ids, with_system_in_question
+from ..data.conversations import as_template_takes, encode_conversation, reply_end_ids
+from ..data.formats import Conversation
 
 MAX_NEW_TOKENS = 64
 Z_LOSS_WEIGHT = 2e-4  # as in the Baichuan 2 report
@@ -27,7 +27,7 @@ class ChatTask:
 
     def example(self, conversation: Conversation) -> dict[str, Any]:
         """One training example."""
-        return encode_conversation(self.tokenizer, self._messages(conversation), self.end_token_ids, self.max_length)
+        return encode_conversation(self.tokenizer, conversation, self.end_token_ids, self.max_length)
 
     def collate(self, examples: list[dict[str, Any]]) -> Any:
         """A batch of them, with labels."""
@@ -35,16 +35,9 @@ class ChatTask:
 
     def prompts(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """What `generate` takes to answer the last question of each conversation."""
-        asked = [self._messages(conversation)[:-1] for conversation in conversations]
+        asked = [as_template_takes(self.tokenizer, conversation)[:-1] for conversation in conversations]
         encoded = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
         return self.tokenizer.pad(encoded, padding_side="left", return_tensors="pt")
-
-    def _messages(self, conversation: Conversation) -> Conversation:
-        try:
-            self.tokenizer.apply_chat_template(conversation, tokenize=False)
-        except TemplateError:  # the templates of ChatGLM-6B and ChatGLM2-6B refuse a system message
-            return with_system_in_question(conversation)
-        return conversation
 
     def replies(self, conversations: Sequence[Conversation], description: str) -> list[str]:
         """Answers the last question of each conversation greedily, 16 at a time."""

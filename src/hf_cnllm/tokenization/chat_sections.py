@@ -219,6 +219,11 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
         return self._chat_backends().plain.encode(content, add_special_tokens=False).ids
 
+    def is_control_token(self, index: int) -> bool:
+        """Whether it is the id of a token that only a chat template writes, whatever a message says."""
+        token = self.convert_ids_to_tokens(index)
+        return self._chat_backends().control_ids.token_to_id(token) is not None
+
     @cached_property
     def _latest_chat_backends(self) -> dict[tuple, ChatBackends]:
         return {}
