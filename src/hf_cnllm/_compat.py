@@ -196,6 +196,29 @@ class LoadingHooks:
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
+class AdapterHooks:
+    """Stands in front of `PreTrainedModel`: PEFT puts the configurations of its adapters on a model as soon as they are in."""
+
+    def check_adapter(self, config: Any) -> None:
+        """Sees the configuration of a PEFT adapter that was just put into the model."""
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        if "peft_config" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no adapter")
+        return vars(self)["peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        for config in value.values():
+            self.check_adapter(config)
+        vars(self)["peft_config"] = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del vars(self)["peft_config"]
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +270,16 @@ class GenerationHooks:
         `attention_mask` itself where the forward pass is to make it."""
         # The cache goes by position: its name is another one until 5.23.
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+
+    def why_not_continuous(self) -> str | None:
+        """What keeps continuous batching (`generate_batch`) from serving the model right; None if nothing does."""
+        return None
+
+    def init_continuous_batching(self, *args, **kwargs):
+        # transformers would turn an error of the forward pass into empty results.
+        if why := self.why_not_continuous():
+            raise ValueError(f"continuous batching (`generate_batch`) {why}: use `generate` with a padded batch")
+        return super().init_continuous_batching(*args, **kwargs)
 
     @functools.wraps(_GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
@@ -387,6 +420,11 @@ class TokenizerHooks:
     @tokenizer_class.setter
     def tokenizer_class(self, value: str | None) -> None:
         vars(self)["tokenizer_class"] = value
+
+
+def is_for_pipeline(arguments: dict[str, Any]) -> bool:
+    """Whether `pipeline(...)` is what loads a tokenizer with these arguments of `from_pretrained`."""
+    return arguments.get("_from_pipeline") is not None
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -43,17 +43,30 @@ class Architecture(NamedTuple):
     prompt_end: tuple[str, ...] = ()  # those that end a prompt, which then sees itself in both directions
 
 
+class AdapterTargets(NamedTuple):
+    """Names of the modules that PEFT adapts where a method's configuration names none (`target_modules=None`)."""
+
+    attention: tuple[str, ...]  # what makes queries, keys and values: LoRA and all that follow it
+    feed_forward: tuple[str, ...]  # the last matrix of an MLP: IA³ and OSF, besides
+    norms: tuple[str, ...]  # LN tuning
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return self.attention + self.feed_forward
+
+
 class Family(NamedTuple):
     """One row."""
 
     config: type[PreTrainedConfig]  # its `model_type` is the key
     models: dict[str, type[PreTrainedModel]]  # name of the auto class -> model class
     tokenizers: tuple[type, ...]  # found by their class names
-    lora_targets: tuple[str, ...]  # names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`
+    adapter_targets: AdapterTargets
     lines: dict[str, Line]
     line_of: Callable[[Any], str]  # the name of a configuration's line
     architectures: dict[str, Architecture]
     decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
+    refusals: dict[str, type] = {}  # name of an auto class that users try -> what says which one to use
     variants: tuple[
         type[PreTrainedConfig], ...
     ] = ()  # classes of single architectures; the models' `for_config` tells whose
@@ -149,6 +162,21 @@ def _known_control_tokens(config: Any) -> str:
     return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 
+class NoCausalGLM:
+    """Stands for GLM in `AutoModelForCausalLM`, which most scripts and the pipeline `text-generation` load."""
+
+    config_class = glm.GLMConfig
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM, and let "
+            "hf_cnllm.infill(model, tokenizer, text) or tokenizer.build_inputs_for_generation ask it."
+        )
+
+    _from_config = from_pretrained
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         config=baichuan.BaichuanConfig,
@@ -160,7 +188,9 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
         },
         tokenizers=(baichuan.BaichuanTokenizer, baichuan.BaiChuanTokenizer),
-        lora_targets=("W_pack",),
+        adapter_targets=AdapterTargets(
+            ("W_pack",), ("down_proj",), norms=("input_layernorm", "post_attention_layernorm", "norm")
+        ),
         lines={
             "baichuan": Line(
                 "Baichuan", "Baichuan-7B License or Community License for Baichuan-13B Model", "2309.10305"
@@ -190,7 +220,11 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSequenceClassification": chatglm.ChatGLMForSequenceClassification,
         },
         tokenizers=(chatglm.ChatGLMTokenizer,),
-        lora_targets=("query_key_value",),
+        adapter_targets=AdapterTargets(
+            ("query_key_value",),
+            ("dense_4h_to_h",),
+            norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
+        ),
         lines={
             "chatglm": Line("ChatGLM-6B", "ChatGLM-6B License", "2406.12793", demo="chatglm"),
             "chatglm2": Line("ChatGLM2-6B", "ChatGLM2-6B License", "2406.12793", demo="chatglm2"),
@@ -213,7 +247,7 @@ FAMILIES: tuple[Family, ...] = (
             "quantization": lambda c: f"{c.quantization_bit}-bit weights" if c.quantization_bit else "none",
         },
     ),
-    # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are LoRA targets too.
+    # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are adapters' targets too.
     Family(
         config=glm.GLMConfig,
         models={
@@ -221,8 +255,13 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSeq2SeqLM": glm.GLMForConditionalGeneration,
             "AutoModelForMultipleChoice": glm.GLMForMultipleChoice,
         },
+        refusals={"AutoModelForCausalLM": NoCausalGLM},
         tokenizers=(glm.GLMChineseTokenizer, glm.GLMGPT2Tokenizer, glm.GLMBertTokenizer, glm.GLMRobertaTokenizer),
-        lora_targets=("query_key_value", "q_proj", "v_proj"),
+        adapter_targets=AdapterTargets(
+            ("query_key_value", "q_proj", "v_proj"),
+            ("dense_4h_to_h", "down_proj"),
+            norms=("input_layernorm", "post_attention_layernorm", "final_layernorm", "norm"),
+        ),
         lines={"glm": Line("GLM", "the license stated with the original checkpoint", "2103.10360", demo="glm")},
         line_of=lambda config: "glm",
         architectures={"glm": Architecture(_glm, GLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "sop_token_id"))},
@@ -241,7 +280,7 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForTokenClassification": qwen.QWenForTokenClassification,
         },
         tokenizers=(qwen.QWenTokenizer,),
-        lora_targets=("c_attn",),
+        adapter_targets=AdapterTargets(("c_attn",), ("mlp.c_proj",), norms=("ln_1", "ln_2", "ln_f")),
         lines={"qwen": Line("Qwen", "Tongyi Qianwen License Agreement", "2309.16609", demo="qwen")},
         line_of=lambda config: "qwen",
         architectures={"qwen": Architecture(_qwen)},
@@ -275,6 +314,22 @@ class TokenizerFoundByName(PreTrainedConfig):
     model_type = "hf_cnllm_tokenizer"
 
 
+# PEFT's mappings from model types to module names, by the method: every release has more of them.
+PEFT_DEFAULTS: dict[str, dict[str, Any]] = {
+    name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING"): mapping
+    for name, mapping in vars(peft_utils.constants).items()
+    if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING")
+}
+# Those that adapt other modules than LoRA does. BEFT is for matrices of values alone, which no family here has.
+OTHER_ADAPTERS = {
+    "IA3_TARGET": "matrices",
+    "IA3_FEEDFORWARD": "feed_forward",
+    "OSF_TARGET": "matrices",
+    "LNTUNING_TARGET": "norms",
+    "BEFT_TARGET": None,
+}
+
+
 def register() -> None:
     """Registers every family with transformers' auto classes and PEFT's default targets. Idempotent."""
     for family in FAMILIES:
@@ -285,10 +340,11 @@ def register() -> None:
             for config_class in family.variants:
                 of_architecture = model_class.for_config(config_class)  # type: ignore[attr-defined]
                 getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
+        for auto_class, refusal in family.refusals.items():
+            getattr(transformers, auto_class).register(family.config, refusal, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
-        for targets in (
-            peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-            peft_utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
-        ):
-            targets.setdefault(model_type, list(family.lora_targets))
+        for method, mapping in PEFT_DEFAULTS.items():
+            kind = OTHER_ADAPTERS.get(method, "attention")
+            if kind is not None:
+                mapping.setdefault(model_type, list(getattr(family.adapter_targets, kind)))

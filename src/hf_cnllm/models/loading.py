@@ -8,15 +8,17 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from .._compat import LoadingHooks
+from .._compat import AdapterHooks, LoadingHooks
 from .._contract import check_transformers
 from ..hub.saving import is_first_process
 from ..hub.weight_files import check_indexes, check_weight_files
 
+# Heads that PEFT names for every classification, whatever they are called.
+ADDED_BY_PEFT = {"score", "classifier", "qa_outputs"}
 UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
 
 
-class CheckpointLoadingMixin(LoadingHooks):
+class CheckpointLoadingMixin(AdapterHooks, LoadingHooks):
     """Put in front of `PreTrainedModel`."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
@@ -54,6 +56,19 @@ class CheckpointLoadingMixin(LoadingHooks):
                 f"has the name of one of the backbone's, such as {min(backbone)!r}. Is it another family's checkpoint?"
             )
         return (model, info) if output_loading_info else model
+
+    def check_adapter(self, config) -> None:
+        """Refuses `modules_to_save` that there are not, over which PEFT passes in silence: names differ by family."""
+        names = [name for name, _ in self.named_modules()]  # type: ignore[attr-defined]
+        wanted = set(getattr(config, "modules_to_save", None) or ()) - ADDED_BY_PEFT
+        for missing in sorted(name for name in wanted if not any(known.endswith(name) for known in names)):
+            embedding, head = self.get_input_embeddings(), self.get_output_embeddings()  # type: ignore[attr-defined]
+            known = {id(module): name.rpartition(".")[2] for name, module in self.named_modules()}  # type: ignore[attr-defined]
+            ours = " and ".join(repr(known[id(module)]) for module in (embedding, head) if module is not None)
+            raise ValueError(
+                f"modules_to_save: {type(self).__name__} has no module {missing!r}. Its embedding and head are {ours}; the "
+                "model holds the adapter already, so load it again."
+            )
 
     @classmethod
     def check_weight_files(cls, model, files, quantizer) -> None:

@@ -266,12 +266,8 @@ def test_a_prefill_in_chunks_is_refused():
 
 @pytest.mark.parametrize("two_rows", [True, False])
 def test_continuous_batching_is_refused(two_rows):
-    results = load(position_encoding_2d=two_rows).generate_batch(
-        inputs=[PROMPTS[0], PROMPTS[1]],
-        generation_config=GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32),
-    )
-    assert all("has no place for the prefix of a prefix language model" in result.error for result in results.values())
+    with pytest.raises(ValueError, match=r"generate_batch.* has no place for the prefix of a prefix language model"):
+        load(position_encoding_2d=two_rows).generate_batch(inputs=[PROMPTS[0], PROMPTS[1]])
 
 
 @pytest.mark.compiled

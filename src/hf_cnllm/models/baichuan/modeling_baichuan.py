@@ -11,7 +11,6 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from ..._compat import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
-    PAGED_CACHES,
     SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -198,11 +197,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         if self.config.position_embedding == "alibi":
-            if isinstance(cache, PAGED_CACHES):
-                raise ValueError(
-                    "continuous batching (`generate_batch`) packs requests into one row with a mask that does not say "
-                    "how far apart tokens are, which ALiBi needs; use `generate` with a padded batch"
-                )
             position_embeddings = None
             mask: AlibiMask | BlockMask | None = create_alibi_mask(
                 self.config, inputs_embeds, attention_mask, cache, position_ids
@@ -303,6 +297,10 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def why_not_continuous(self):
+        is_alibi = self.config.position_embedding == "alibi"
+        return "packs rows with masks that do not say how far apart tokens are, which ALiBi needs" if is_alibi else None
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         if config.position_embedding == "alibi":

@@ -23,7 +23,7 @@ from ..._compat import (
 )
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
-from ..glm_line.blank_positions import POSITIONS, positions_and_context
+from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..rotary import rotate_half
 from ..validation import validate_inputs
@@ -225,7 +225,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                 True where a query sees a key, or additive, which then says everything.
             position_ids: (batch, 2, length), positions and block positions; the tokens with block position 0 are the
                 context. Worked out from `input_ids` if not given, which takes all of a text: after a cache, and with
-                `inputs_embeds`, they must be given. With `position_encoding_2d=False`, (batch, length).
+                `inputs_embeds`, they must be given. With `position_encoding_2d=False`, (batch, length). Those of a packed
+                row as collators give them, (batch, length) from 0 in each text, part its texts.
 
         Returns:
             `hidden_states`, if asked for, are the embeddings and each layer's output, the last one after the final norm.
@@ -233,6 +234,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Raises:
             ValueError: `input_ids` are not as said, or `position_ids` have the wrong shape.
         """
+        attention_mask, position_ids = texts_of_packed_row(
+            self.config, input_ids, attention_mask, position_ids, cache
+        )
         cache = validate_inputs(
             self.config,
             input_ids,

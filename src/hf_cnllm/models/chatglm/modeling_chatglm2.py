@@ -9,7 +9,6 @@ from transformers import Cache, DynamicCache, GenerationMixin
 
 from ..._compat import (
     ALL_ATTENTION_FUNCTIONS,
-    PAGED_CACHES,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GradientCheckpointingLayer,
@@ -286,10 +285,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
         prompt_key_values, past = None, cache
         if self.prefix_encoder is not None:
-            if isinstance(cache, PAGED_CACHES):
-                raise ValueError(
-                    "continuous batching has no place for a P-tuning prefix (`pre_seq_len`); use `generate`"
-                )
             is_packed = position_ids is not None and find_packed_sequence_indices(position_ids) is not None
             if cache is None and attention_mask is None and is_packed:
                 raise ValueError(
@@ -348,6 +343,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         self.transformer.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learned_keys = config.pre_seq_len or 0
         self.post_init()
+
+    def why_not_continuous(self):
+        return "has no place for a P-tuning prefix (`pre_seq_len`)" if self.learned_keys else None
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.transformer.output_layer

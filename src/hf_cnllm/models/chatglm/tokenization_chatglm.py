@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
+from ..._compat import is_for_pipeline
 from ...tokenization.base import as_list, id_of, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages, read_template
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
@@ -148,6 +149,12 @@ class ChatGLMTokenizer(ChatTokenizer):
             self.encode_special_tokens = True
         if self.chat_template is None:
             self.chat_template = read_template(version.template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
+        if is_for_pipeline(kwargs):  # which pads no rows of two dimensions; the models find the positions themselves
+            kwargs.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     @property
     def _version(self) -> ChatGLMVersion:

@@ -27,7 +27,7 @@ from ..._compat import (
 from ...attention.masks import largest_number
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import loss_and_logits
-from ..glm_line.blank_positions import POSITIONS, positions_and_context
+from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
 from ..validation import cached_length, validate_inputs
@@ -233,6 +233,9 @@ class GLMModel(GLMPreTrainedModel):
             ValueError: a text is longer than the table of positions; `attention_mask` or `position_ids` have the wrong
                 form; positions cannot be worked out.
         """
+        attention_mask, position_ids = texts_of_packed_row(
+            self.config, input_ids, attention_mask, position_ids, cache
+        )
         cache = validate_inputs(
             self.config,
             input_ids,

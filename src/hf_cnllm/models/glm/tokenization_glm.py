@@ -80,6 +80,14 @@ class GLMTokenizerMixin:
         """The tokens that stand for a blank."""
         return [self.mask_token_id, self.smask_token_id, self.gmask_token_id]
 
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        if chat_template is None and not self.chat_template:
+            raise ValueError(
+                "GLM has no form for chats, it fills blanks: put `[gMASK]` behind the question and let "
+                "hf_cnllm.infill(model, tokenizer, text) or tokenizer.build_inputs_for_generation ask it."
+            )
+        return super().get_chat_template(chat_template, tools)
+
     def build_inputs_for_generation(
         self,
         model_input: Mapping[str, Any],

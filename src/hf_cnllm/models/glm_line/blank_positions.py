@@ -17,9 +17,9 @@ the answer to [gMASK], which stands for all that follows, goes on counting.
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 
-from ..._compat import PAGED_CACHES
 from ...attention.masks import check_mask
 from ..validation import cached_length
 
@@ -37,7 +37,10 @@ MALFORMED = (
     "has no mask token ({masks}) before the start token ({start}): there is no blank to fill. Add one, e.g. with the "
     "tokenizer's special tokens.",
 )
-NEED_POSITIONS = "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
+NEED_POSITIONS = (
+    "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them. PEFT's prompt tuning, P-tuning "
+    "and CPT cannot: use its PrefixTuningConfig, or LoRA, on a prefix language model."
+)
 
 
 def positions_and_context(
@@ -62,14 +65,8 @@ def positions_and_context(
         Positions [batch or 1, rows, length], and context [batch, length], or None if nothing tells.
 
     Raises:
-        ValueError: the positions cannot be worked out, or were shifted by PEFT's prefix tuning; or continuous batching
-            asks, which knows neither 2-D positions nor a prefix.
+        ValueError: the positions cannot be worked out, or were shifted by PEFT's prefix tuning.
     """
-    if isinstance(cache, PAGED_CACHES):
-        raise ValueError(
-            "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model; "
-            "use `generate`"
-        )
     batch, length = inputs_embeds.shape[:2]
     rows = 2 if config.block_position_encoding else 1
     tokens = attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
@@ -104,6 +101,27 @@ def positions_and_context(
             )
         context = find_positions(config, input_ids, tokens, check=False)[1]
     return position_ids, context
+
+
+def texts_of_packed_row(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Mask and positions, with the numbers of its texts as the mask of a row that TRL or a collator of transformers packed:
+    its positions, `[batch, length]`, only say that each text begins at 0, so those with blocks are left to be found."""
+    is_plain = position_ids is not None and position_ids.ndim == 2 and config.block_position_encoding
+    if not is_plain or input_ids is None or attention_mask is not None or cache is not None:
+        return attention_mask, position_ids
+    if position_ids.shape[1] != input_ids.shape[1]:
+        return attention_mask, position_ids
+    is_start = position_ids == 0
+    counts_on = F.pad(position_ids, (1, 0), value=-1).diff() == 1
+    if not torch.compiler.is_compiling() and not (is_start | counts_on).all():
+        return attention_mask, position_ids  # which is then refused
+    return is_start.long().cumsum(dim=1).expand_as(input_ids), None
 
 
 def _refuse_shifted(

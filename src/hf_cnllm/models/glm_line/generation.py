@@ -22,6 +22,9 @@ class PrefixLMGenerationMixin(GenerationHooks):
     counts_positions = False
     not_for_assistants = ("found_position_ids",)
 
+    def why_not_continuous(self):
+        return "is causal and has no place for the prefix of a prefix language model"
+
     def positions_of_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool = False, more: int = 0
     ) -> torch.Tensor:
