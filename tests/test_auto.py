@@ -102,3 +102,17 @@ def test_every_architecture_of_the_table_is_a_model_of_its_family(family):
 
 def test_a_model_of_transformers_is_of_no_family():
     assert family_of(transformers.GlmConfig()) is None
+
+
+def test_glm_as_a_causal_model_says_what_to_load():
+    for ask in (
+        lambda: AutoModelForCausalLM.from_pretrained(GOLDENS / "glm"),
+        lambda: AutoModelForCausalLM.from_config(hf_cnllm.GLMConfig()),
+        lambda: transformers.pipeline("text-generation", model=str(GOLDENS / "glm")),
+    ):
+        with pytest.raises(ValueError, match=r"GLM is no causal language model.*load it with AutoModelForSeq2SeqLM"):
+            ask()
+    assert family_of(hf_cnllm.GLMConfig()).generates_with == "AutoModelForSeq2SeqLM"
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    glm4 = transformers.GlmConfig(vocab_size=16, num_key_value_heads=1, pad_token_id=0, **tiny)
+    assert isinstance(AutoModelForCausalLM.from_config(glm4), transformers.GlmForCausalLM)

@@ -5,10 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import hf_cnllm
 from goldens import GOLDENS
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 
 trl = pytest.importorskip("trl")
 
@@ -117,3 +123,29 @@ def test_reward_model_trains(model, tokenizer, tmp_path):
     )
     assert trainer.train().training_loss > 0
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), hf_cnllm.BaichuanForCausalLM)
+
+
+@pytest.mark.parametrize("family", ["chatglm", "chatglm2", "qwen"])
+def test_packing_gives_the_loss_of_rows_alone(family, tmp_path):
+    """ChatGLM-6B's prefix and 2-D positions too: a packed row's positions say where its texts begin."""
+    write_tiny_checkpoint(family, tmp_path / family)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / family)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    dataset = Dataset.from_list([{"messages": chat} for chat in CHATS])
+    losses = []
+    for packing in ({}, {"packing": True, "max_length": 128}, {"padding_free": True, "max_length": None}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32)
+        args = arguments(trl.SFTConfig, tmp_path, learning_rate=0.0, **packing)
+        trainer = trl.SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        losses.append(trainer.train().training_loss)
+    assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-5)
+
+
+def test_glm_in_sft_says_that_it_has_no_chats(tmp_path):
+    write_tiny_checkpoint("glm", tmp_path / "glm")
+    model, tokenizer = (kind.from_pretrained(tmp_path / "glm") for kind in (AutoModelForSeq2SeqLM, AutoTokenizer))
+    dataset = Dataset.from_list([{"messages": chat} for chat in CHATS])
+    with pytest.raises(ValueError, match="GLM has no form for chats, it fills blanks"):
+        trl.SFTTrainer(
+            model=model, args=arguments(trl.SFTConfig, tmp_path), train_dataset=dataset, processing_class=tokenizer
+        )

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import TokenizersBackend
 
 from hf_cnllm.models.baichuan import BaichuanTokenizer
@@ -497,3 +498,36 @@ def test_pickles_do_not_depend_on_use(name):
     assert fresh.sp_model is not None
     assert pickle.dumps(fresh) == before
     assert pickle.loads(before).apply_chat_template(TURNS)["input_ids"] == ids
+
+
+ASK, SAY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+UNKNOWN = {
+    "tools": ([ASK], {"tools": [{"name": "f", "description": "", "parameters": {}}]}),
+    "documents": ([ASK], {"documents": [{"title": "t", "text": "x"}]}),
+    "tool calls": ([ASK, SAY | {"tool_calls": [CALL]}], {}),
+    "a role": ([{"role": "critic", "content": "a"}], {}),
+    "a tool": ([ASK, SAY, {"role": "tool", "content": "x"}], {}),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("baichuan1_small", BaichuanTokenizer),
+        ("baichuan2_small", BaichuanTokenizer),
+        ("qwen_small", QWenTokenizer),
+        ("chatglm1_small", ChatGLMTokenizer),
+        ("chatglm2_small", ChatGLMTokenizer),
+        ("chatglm3_small", ChatGLMTokenizer),
+    ],
+)
+def test_what_a_family_has_no_format_for_is_refused(name, cls, what):
+    chat, options = UNKNOWN[what]
+    tokenizer = TokenizerGolden(name).load(cls)
+    if name == "chatglm3_small" and what in ("tools", "tool calls", "a tool"):
+        assert "f" in tokenizer.apply_chat_template(chat, tokenize=False, **options) or what == "a tool"
+        return
+    with pytest.raises(TemplateError, match=r"has no format|chats have the roles|chats are questions"):
+        tokenizer.apply_chat_template(chat, tokenize=False, **options)

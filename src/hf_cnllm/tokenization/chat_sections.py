@@ -221,7 +221,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
     def is_control_token(self, index: int) -> bool:
         """Whether it is the id of a token that only a chat template writes, whatever a message says."""
-        token = self.convert_ids_to_tokens(index)
+        token = str(self.convert_ids_to_tokens(index))
         return self._chat_backends().control_ids.token_to_id(token) is not None
 
     @cached_property

@@ -12,9 +12,10 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     pipeline,
 )
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, check_case, golden_cases, golden_model
 from hf_cnllm import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM, BaichuanTokenizer
@@ -164,13 +165,6 @@ def test_a_mask_that_rope_cannot_follow_is_refused():
         load("baichuan2_7b")(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4))
 
 
-def test_continuous_batching_with_alibi_is_refused():
-    with pytest.raises(ValueError, match="use `generate` with a padded batch"):
-        load("baichuan2_13b")(
-            torch.ones(1, 4, dtype=torch.long), cache=PagedAttentionCache.__new__(PagedAttentionCache)
-        )
-
-
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_model_on_the_meta_device_tells_its_shapes(name):
     with torch.device("meta"):
@@ -216,3 +210,16 @@ def test_static_cache_decoding_compiles_once(name):
             compile_config=compile_config,
         )  # fmt: skip
     assert torch.equal(compiled, expected)
+
+
+def test_continuous_batching_of_alibi_is_refused_at_the_call():
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "baichuan2_13b")
+    for ask in (lambda: model.generate_batch([[5, 6]]), model.init_continuous_batching):
+        with pytest.raises(ValueError, match=r"generate_batch.*which ALiBi needs: use `generate`"):
+            ask()
+    rope = AutoModelForCausalLM.from_pretrained(GOLDENS / "baichuan2_7b").eval()
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+    (result,) = rope.generate_batch([[5, 6]], generation_config=settings, continuous_batching_config=small).values()
+    expected = rope.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert result.generated_tokens == expected[0, 2:].tolist()

@@ -15,9 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     CompileConfig,
-    ContinuousBatchingConfig,
     DataCollatorForSeq2Seq,
-    GenerationConfig,
     StaticCache,
     Trainer,
     TrainingArguments,
@@ -196,7 +194,7 @@ def test_malformed_prompts_are_named(text, complaint):
 
 def test_positions_of_the_wrong_shape_are_named():
     model, ids = load(), torch.tensor([PROMPTS[0]])
-    for wrong in (torch.arange(6)[None], torch.zeros(1, 2, 5, dtype=torch.long)):
+    for wrong in (torch.arange(1, 7)[None], torch.zeros(1, 2, 5, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"`position_ids` has shape .*, but must be \(1, 2, 6\)"):
             model(ids, position_ids=wrong)
     with pytest.raises(ValueError, match="`inputs_embeds` do not tell where the context ends"):
@@ -262,6 +260,17 @@ def test_generation_from_embeddings_and_positions():
 def test_a_prefill_in_chunks_is_refused():
     with pytest.raises(ValueError, match="`prefill_chunk_size` is not possible here"):
         load().generate(torch.tensor([PROMPTS[0]]), prefill_chunk_size=2, **GREEDY)
+
+
+def test_positions_of_a_row_that_a_collator_packed_part_its_texts():
+    model, packed = load(), torch.tensor([[token for text in TEXTS for token in text]])
+    positions = torch.tensor([[place for text in TEXTS for place in range(len(text))]])
+    numbers = torch.tensor([[number for number, text in enumerate(TEXTS, start=1) for _ in text]])
+    with torch.no_grad():
+        expected = model(packed, attention_mask=numbers, use_cache=False).logits
+        assert torch.equal(model(packed, position_ids=positions, use_cache=False).logits, expected)
+        with pytest.raises(ValueError, match="`position_ids` has shape"):  # counts from 1
+            model(packed, position_ids=positions + 1, use_cache=False)
 
 
 @pytest.mark.parametrize("two_rows", [True, False])

@@ -15,8 +15,6 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSeq2SeqLM,
     CompileConfig,
-    ContinuousBatchingConfig,
-    GenerationConfig,
     GlmConfig,
     StaticCache,
 )
@@ -229,7 +227,7 @@ def test_texts_longer_than_the_table_of_positions_are_refused():
     [
         ({"attention_mask": torch.ones(1, 2, 3)}, r"`attention_mask` has shape \(1, 2, 3\), but must be"),
         ({"attention_mask": torch.full((1, 1, 6, 6), -1e9)}, "must be 0/1 or bool here, .* not additive"),
-        ({"position_ids": torch.zeros(1, 6, dtype=torch.long)}, r"but must be \(1, 2, 6\)"),
+        ({"position_ids": torch.ones(1, 6, dtype=torch.long)}, r"but must be \(1, 2, 6\)"),
     ],
 )
 def test_bad_masks_and_positions_are_named(inputs, complaint):
@@ -293,6 +291,17 @@ def test_a_generation_mask_that_is_too_short_is_named():
     case = cases_of("glm")["greedy"]
     with pytest.raises(ValueError, match=r"`generation_attention_mask` ends .* tokens before the text does"):
         load().generate(**case.inputs, **GREEDY | {"max_new_tokens": 40})
+
+
+def test_positions_of_a_row_that_a_collator_packed_part_its_texts():
+    model, packed = load(), torch.tensor([[token for text in TEXTS for token in text]])
+    positions = torch.tensor([[place for text in TEXTS for place in range(len(text))]])
+    numbers = torch.tensor([[number for number, text in enumerate(TEXTS, start=1) for _ in text]])
+    with torch.no_grad():
+        expected = model(packed, attention_mask=numbers, use_cache=False).logits
+        assert torch.equal(model(packed, position_ids=positions, use_cache=False).logits, expected)
+        with pytest.raises(ValueError, match="`position_ids` has shape"):  # counts from 1
+            model(packed, position_ids=positions + 1, use_cache=False)
 
 
 def test_continuous_batching_is_refused():

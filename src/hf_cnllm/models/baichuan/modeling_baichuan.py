@@ -300,7 +300,9 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
 
     def why_not_continuous(self):
         is_alibi = self.config.position_embedding == "alibi"
-        return "packs rows with masks that do not say how far apart tokens are, which ALiBi needs" if is_alibi else None
+        return (
+            "packs rows with masks that do not say how far apart tokens are, which ALiBi needs" if is_alibi else None
+        )
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         if config.position_embedding == "alibi":

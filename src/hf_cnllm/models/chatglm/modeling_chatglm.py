@@ -234,9 +234,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         Raises:
             ValueError: `input_ids` are not as said, or `position_ids` have the wrong shape.
         """
-        attention_mask, position_ids = texts_of_packed_row(
-            self.config, input_ids, attention_mask, position_ids, cache
-        )
+        attention_mask, position_ids = texts_of_packed_row(self.config, input_ids, attention_mask, position_ids, cache)
         cache = validate_inputs(
             self.config,
             input_ids,

@@ -233,9 +233,7 @@ class GLMModel(GLMPreTrainedModel):
             ValueError: a text is longer than the table of positions; `attention_mask` or `position_ids` have the wrong
                 form; positions cannot be worked out.
         """
-        attention_mask, position_ids = texts_of_packed_row(
-            self.config, input_ids, attention_mask, position_ids, cache
-        )
+        attention_mask, position_ids = texts_of_packed_row(self.config, input_ids, attention_mask, position_ids, cache)
         cache = validate_inputs(
             self.config,
             input_ids,

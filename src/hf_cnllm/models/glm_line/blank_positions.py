@@ -112,16 +112,16 @@ def texts_of_packed_row(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Mask and positions, with the numbers of its texts as the mask of a row that TRL or a collator of transformers packed:
     its positions, `[batch, length]`, only say that each text begins at 0, so those with blocks are left to be found."""
-    is_plain = position_ids is not None and position_ids.ndim == 2 and config.block_position_encoding
-    if not is_plain or input_ids is None or attention_mask is not None or cache is not None:
+    is_alone = attention_mask is None and cache is None and isinstance(input_ids, torch.Tensor)
+    if not (is_alone and isinstance(position_ids, torch.Tensor) and config.block_position_encoding):
         return attention_mask, position_ids
-    if position_ids.shape[1] != input_ids.shape[1]:
+    if position_ids.ndim != 2 or position_ids.shape != input_ids.shape:
         return attention_mask, position_ids
     is_start = position_ids == 0
     counts_on = F.pad(position_ids, (1, 0), value=-1).diff() == 1
     if not torch.compiler.is_compiling() and not (is_start | counts_on).all():
         return attention_mask, position_ids  # which is then refused
-    return is_start.long().cumsum(dim=1).expand_as(input_ids), None
+    return is_start.long().cumsum(dim=1), None
 
 
 def _refuse_shifted(
