@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_cnllm  # noqa: F401
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.data.conversations import load_instructions
+from hf_cnllm.data.formats import ConversationError
 from hf_cnllm.demo import pipeline, tasks
 from hf_cnllm.demo.dataset import signed_off, split_data, without_sign_off
 from hf_cnllm.demo.tasks import load_task
@@ -222,3 +223,25 @@ def test_logits_of_finetuned_and_merged_differ(output):
             AutoModelForCausalLM.from_pretrained(output / name)(ids).logits for name in ("finetuned", "merged")
         )
     assert not torch.allclose(one, two)
+
+
+def test_a_long_question_to_glm_keeps_its_blank_and_the_answer(tmp_path):
+    write_tiny_checkpoint("glm", tmp_path / "glm")
+    task = load_task(tmp_path / "glm", max_length=64)
+    question, answer = {"role": "user", "content": "天地玄黄" * 400}, {"role": "assistant", "content": "因为散射。"}
+    batch = task.collate([task.example([question, answer])])
+    blank = task.tokenizer.convert_tokens_to_ids(task.blank)
+    learned = [label for label in batch["labels"].flatten().tolist() if label != -100]
+    expected = task.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
+    assert (
+        learned == [*expected, task.tokenizer.eop_token_id] and batch["input_ids"].flatten().tolist().count(blank) == 1
+    )
+    with pytest.raises(ConversationError, match="nothing of a conversation would be learned"):
+        task.example([question, answer | {"loss": False}])
+
+
+def test_data_with_tools_is_refused_by_the_demo(tmp_path):
+    row = {"messages": load_instructions()[0], "tools": [{"name": "f"}]}
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(row)] * 9))
+    with pytest.raises(ConversationError, match="the demo has no tools to call"):
+        split_data(tmp_path / "data.jsonl", seed=0)

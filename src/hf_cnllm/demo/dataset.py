@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.conversations import Conversation, ConversationError, load_instructions, read_conversations
+from ..data.conversations import load_instructions, read_conversations
+from ..data.formats import Conversation, ConversationError
 
 SMALLEST_DATA = 8
 SIGN_OFFS = {"zh": "希望对你有帮助。", "en": " Hope this helps!"}

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BatchEncoding, DataCollatorF
 
 from ..auto import family_of
 from ..data.conversations import as_template_takes, encode_conversation, reply_end_ids
-from ..data.formats import Conversation
+from ..data.formats import Conversation, ConversationError
 
 MAX_NEW_TOKENS = 64
 Z_LOSS_WEIGHT = 2e-4  # as in the Baichuan 2 report
@@ -81,6 +81,8 @@ class InfillingTask(ChatTask):
         model.generation_config.eos_token_id = tokenizer.eop_token_id
 
     def example(self, conversation: Conversation) -> dict[str, Any]:
+        if conversation[-1].get("loss") is False:
+            raise ConversationError("nothing of a conversation would be learned whose last answer has `loss` False")
         *context, reply = (message["content"] for message in conversation)
         return {"text": " ".join(context) + self.blank, "target": reply}
 
