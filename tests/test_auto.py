@@ -13,6 +13,7 @@ import hf_cnllm
 from goldens import GOLDENS
 from hf_cnllm._compat import name_in_transformers
 from hf_cnllm.auto import CONTROL_IDS, Shape, family_of
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 
 VOCABULARIES = GOLDENS.parent / "tokenizers" / "vocab"
 CHECKPOINTS = {
@@ -127,14 +128,17 @@ def test_a_model_of_transformers_is_of_no_family():
     assert family_of(transformers.GlmConfig()) is None
 
 
-def test_glm_as_a_causal_model_says_what_to_load():
+def test_glm_as_a_causal_model_says_what_to_load(tmp_path):
     for ask in (
         lambda: AutoModelForCausalLM.from_pretrained(GOLDENS / "glm"),
         lambda: AutoModelForCausalLM.from_config(hf_cnllm.GLMConfig()),
-        lambda: transformers.pipeline("text-generation", model=str(GOLDENS / "glm")),
     ):
         with pytest.raises(ValueError, match=r"GLM is no causal language model.*load it with AutoModelForSeq2SeqLM"):
             ask()
+    # The pipeline, which cannot load it so, takes the class that config.json names.
+    write_tiny_checkpoint("glm", tmp_path / "glm")
+    with pytest.raises(ValueError, match="to find context and blanks"):
+        transformers.pipeline("text-generation", model=str(tmp_path / "glm"))("text")
     assert family_of(hf_cnllm.GLMConfig()).generates_with == "AutoModelForSeq2SeqLM"
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
     glm4 = transformers.GlmConfig(vocab_size=16, num_key_value_heads=1, pad_token_id=0, **tiny)

@@ -333,7 +333,7 @@ def test_a_saved_chat_is_training_data_and_nothing_is_overwritten(monkeypatch, t
     lines = ["/system 诗人", "a", f"/save {file}", f"/save {file}", f"/save {tmp_path}/no/x", "/save"]
     run(monkeypatch, [["一"]], lines)
     (conversation,) = read_conversations(file)
-    assert [message["content"] for message in conversation] == ["诗人", "a", "一"]
+    assert [message["content"] for message in conversation["messages"]] == ["诗人", "a", "一"]
     out = capsys.readouterr().out
     assert "exists: choose another name" in out and "cannot be written: No such file" in out and "say where" in out
 

@@ -78,6 +78,8 @@ def test_values_and_gradients(head, hidden_states, use):
 
 
 def test_second_derivative(head, hidden_states):
+    head, hidden_states = head.double(), hidden_states.detach().double().requires_grad_()
+
     def penalty(logits):
         return torch.autograd.grad(logits.square().sum(), hidden_states, create_graph=True)[0].square().sum()
 
