@@ -27,3 +27,18 @@ QUANTIZE_WHILE_LOADING = instead_use(
     "quantize the model while it is loaded, with `from_pretrained(..., quantization_config=BitsAndBytesConfig("
     "load_in_8bit=True), device_map='auto')`, or load_in_4bit=True."
 )
+
+
+class InnerTokenizer:
+    """A part of a tokenizer that scripts know as `tokenizer.tokenizer`. What else is asked of it the whole one answers, as
+    `transformers serve` takes whatever has that name for a processor with a tokenizer in it."""
+
+    _whole: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self._whole is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._whole, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._whole(*args, **kwargs)

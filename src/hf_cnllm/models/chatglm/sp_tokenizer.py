@@ -5,35 +5,36 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..old_names import InnerTokenizer
 from .vocabulary_chatglm import MAX_BLANK_LENGTH, ROLES
 
 
 class _PlainTokenizer:
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+        self._whole = tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, in which names of control tokens are text."""
-        return self._tokenizer.encode_message(text)
+        return self._whole.encode_message(text)
 
     def tokenize(self, text: str) -> list[str]:
-        return self._tokenizer.convert_ids_to_tokens(_PlainTokenizer.encode(self, text))
+        return self._whole.convert_ids_to_tokens(_PlainTokenizer.encode(self, text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids)
+        return self._whole.decode(ids)
 
     def decode_tokens(self, tokens: Sequence[str]) -> str:
-        return self._tokenizer.convert_tokens_to_string(tokens)
+        return self._whole.convert_tokens_to_string(tokens)
 
     def convert_token_to_id(self, token: str) -> int:
-        index = self._tokenizer.convert_tokens_to_ids(token)
-        return self._tokenizer.unk_token_id if index is None else index
+        index = self._whole.convert_tokens_to_ids(token)
+        return self._whole.unk_token_id if index is None else index
 
     def convert_id_to_token(self, index: int) -> str:
-        return self._tokenizer.convert_ids_to_tokens(index) or ""
+        return self._whole.convert_ids_to_tokens(index) or ""
 
 
-class SPTokenizer(_PlainTokenizer):
+class SPTokenizer(InnerTokenizer, _PlainTokenizer):
     """ChatGLM2's and ChatGLM3's `tokenizer.tokenizer`."""
 
     def __init__(self, tokenizer: Any):
@@ -47,7 +48,7 @@ class SPTokenizer(_PlainTokenizer):
     @property
     def sp_model(self) -> Any:
         """The vocabulary file as a `sentencepiece.SentencePieceProcessor`."""
-        return self._tokenizer.sp_model
+        return self._whole.sp_model
 
     def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
         return [*[self.bos_id] * bos, *super().encode(s), *[self.eos_id] * eos]

@@ -245,18 +245,15 @@ class ChatGLMTokenizer(ChatTokenizer):
     preprocess_text = instead_use("every call does it, as `do_lower_case` and `remove_space` say.")
 
     @property
-    def tokenizer(self) -> SPTokenizer:
-        """ChatGLM2 and 3: the vocabulary file alone."""
-        if self._version.vocab_file == ICE_TEXT:
-            raise AttributeError("ChatGLM-6B's is called `sp_tokenizer`.")
-        return SPTokenizer(self)
+    def tokenizer(self) -> Any:
+        """ChatGLM2 and 3: the vocabulary file alone. ChatGLM-6B, whose is called `sp_tokenizer`, is its own, as nothing that
+        a property raises would get past transformers' `__getattr__`."""
+        return self if self._version.vocab_file == ICE_TEXT else SPTokenizer(self)
 
     @property
-    def sp_tokenizer(self) -> IceTokenizer:
-        """ChatGLM-6B: the vocabulary file alone."""
-        if self._version.vocab_file != ICE_TEXT:
-            raise AttributeError("ChatGLM2's and ChatGLM3's is called `tokenizer`.")
-        return IceTokenizer(self)
+    def sp_tokenizer(self) -> Any:
+        """ChatGLM-6B: the vocabulary file alone. ChatGLM2's and 3's is called `tokenizer`."""
+        return IceTokenizer(self) if self._version.vocab_file == ICE_TEXT else self.tokenizer
 
     @property
     def special_tokens(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import check_settings
 from ...tokenization.regex import any_of
 from ...tokenization.templates import read_template
+from ..old_names import InnerTokenizer
 from .tiktoken_bpe import (
     PRETOKENIZE_REGEX,
     build_backend,
@@ -153,7 +154,10 @@ class QWenTokenizer(ChatTokenizer):
         """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token."""
         from tiktoken import Encoding
 
-        return Encoding(
+        class Vocabulary(InnerTokenizer, Encoding):
+            _whole = self
+
+        return Vocabulary(
             "Qwen",
             pat_str=PRETOKENIZE_REGEX,
             mergeable_ranks=self.mergeable_ranks,
