@@ -4,7 +4,8 @@ vLLM's guide for models of others names the registry, the interfaces and the par
 that lacks some of it is not served at all (`unsupported.py`), rather than with wrong tokens.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -16,7 +17,15 @@ from vllm.model_executor.models.utils import (  # noqa: F401  (the models import
     make_layers,
     maybe_prefix,
 )
-from vllm.tool_parsers import ToolParserManager
+from vllm.entrypoints.generate.base.protocol import (
+    DeltaMessage,
+    DeltaToolCall,
+    ExtractedToolCallInformation,
+    FunctionCall,
+    ToolCall,
+)
+from vllm.parser import ParserManager
+from vllm.tool_parsers import ToolParser, ToolParserManager
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 from vllm.transformers_utils.model_arch_config_convertor import (
     MODEL_ARCH_CONFIG_CONVERTORS,
@@ -26,10 +35,16 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 __all__ = [
     "AttentionBackendEnum",
+    "DeltaMessage",
+    "DeltaToolCall",
+    "ExtractedToolCallInformation",
+    "FunctionCall",
     "ModelArchConfigConvertorBase",
-    "ToolParserManager",
+    "ToolCall",
+    "ToolParser",
     "VerifyAndUpdateConfig",
     "add_stop_ids",
+    "add_tool_parser",
     "set_architecture_hook",
     "set_convertor",
     "use_own_config",
@@ -64,3 +79,21 @@ def _with_stop_ids(config_class: type, fields: dict[str, Any], stop_ids: list[in
     named = config.get("eos_token_id")
     named = [named] if isinstance(named, int) else list(named or ())
     return config | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))}
+
+
+def add_tool_parser(name: str, module: str, class_name: str, load_mixin: Callable[[], type]) -> None:
+    """A tool parser by the name of `--tool-call-parser`. Its whole parser, which vLLM composes, gets the mixin in front: only
+    that sees the token ids of an answer, and the end of a stream."""
+    if name in ToolParserManager.lazy_parsers:
+        return
+    ToolParserManager.register_lazy_module(name, module, class_name)
+    compose = ParserManager._compose_parser
+
+    @wraps(compose)
+    def compose_with_mixin(cls: type[ParserManager], **arguments: Any) -> type | None:
+        parser = compose(**arguments)
+        if parser is None or arguments.get("tool_parser_name") != name or parser.tool_parser_cls is None:
+            return parser
+        return type(parser.__name__, (load_mixin(), parser), {})
+
+    ParserManager._compose_parser = classmethod(compose_with_mixin)

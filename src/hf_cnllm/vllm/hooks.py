@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 from vllm.platforms import current_platform
 
-from ..data.conversations import reply_end_ids
 from ..models.chatglm.quantization import QUANT_METHOD
 from . import _compat
-from .served import check_served, longest, needs_ntk
+from .served import check_served, longest, needs_ntk, stop_ids
 
 
 class Convertor(_compat.ModelArchConfigConvertorBase):
@@ -39,8 +38,7 @@ class Hook(_compat.VerifyAndUpdateConfig):
         if model_config.skip_tokenizer_init or model_config.runner_type != "generate":
             return
         tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer, revision=model_config.tokenizer_revision)
-        configured = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-        _compat.add_stop_ids(model_config, reply_end_ids(tokenizer, configured))
+        _compat.add_stop_ids(model_config, stop_ids(tokenizer))
 
 
 class BaichuanHook(Hook):
@@ -88,10 +86,16 @@ HOOKS: dict[str, type[_compat.VerifyAndUpdateConfig]] = {
 CONVERTORS = {"baichuan": OwnConvertor, "qwen": OwnConvertor, "chatglm": OwnConvertor, "glm": Convertor}
 
 
+def _token_ids_mixin() -> type:
+    from .tool_parser import WithTokenIds
+
+    return WithTokenIds
+
+
 def register() -> None:
     _compat.use_own_config("chatglm")
     for model_type, convertor in CONVERTORS.items():
         _compat.set_convertor(model_type, convertor)
     for architecture, hook in HOOKS.items():
         _compat.set_architecture_hook(architecture, hook)
-    _compat.ToolParserManager.register_lazy_module("chatglm3", f"{__package__}.tool_parser", "ChatGLM3ToolParser")
+    _compat.add_tool_parser("chatglm3", f"{__package__}.tool_parser", "ChatGLM3ToolParser", _token_ids_mixin)

@@ -6,9 +6,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..models.baichuan import BaichuanConfig
-from ..models.chatglm import ChatGLMConfig
+from ..models.chatglm import ChatGLMConfig, ChatGLMTokenizer
+from ..models.chatglm.chat import DEFAULTS as CHATGLM_CHATS
 from ..models.glm import GLMConfig
-from ..models.qwen import QWenConfig
+from ..models.qwen import QWenConfig, QWenTokenizer
+from ..models.qwen.chat import get_stop_words_ids
 
 TRANSFORMERS = "Use transformers' `generate`"
 PREFIX_LM = f"its prompt sees itself in both directions, which vLLM has for images only. {TRANSFORMERS}."
@@ -67,3 +69,13 @@ def longest(config: PreTrainedConfig) -> tuple[int, str]:
     if isinstance(config, QWenConfig) and config.seq_length and not config.use_dynamic_ntk:
         field = "seq_length"
     return getattr(config, field), field
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """The ids that end an answer in the family's chats, which its published configurations do not all name."""
+    if isinstance(tokenizer, ChatGLMTokenizer):
+        _, names = CHATGLM_CHATS[tokenizer.generation]
+        return [tokenizer.get_command(name) for name in names]
+    if isinstance(tokenizer, QWenTokenizer):
+        return [ids[0] for ids in get_stop_words_ids("chatml", tokenizer)]
+    return [tokenizer.eos_token_id]

@@ -1,0 +1,85 @@
+"""ChatGLM3's tool calls for vLLM: `--enable-auto-tool-choice --tool-call-parser chatglm3`.
+
+What is a call is decided by `ToolTurns` from token ids. Text of a turn that may become one is held back while streaming.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ._compat import (
+    DeltaMessage,
+    DeltaToolCall,
+    ExtractedToolCallInformation,
+    FunctionCall,
+    ToolCall,
+    ToolParser,
+)
+from .tool_turns import Call, ToolTurns
+
+
+def as_tool_call(call: Call) -> ToolCall:
+    return ToolCall(function=FunctionCall(name=call.name, arguments=call.arguments))
+
+
+class ChatGLM3ToolParser(ToolParser):
+    supports_required_and_named = False  # the model decides; its calls are no JSON
+
+    def __init__(self, tokenizer: Any, tools: list[Any] | None = None):
+        super().__init__(tokenizer, tools)
+        names = [getattr(tool, "function", tool).name for tool in self.tools]
+        self.turns = ToolTurns(tokenizer, names)
+        self.output_ids: Sequence[int] | None = None
+        self.text = ""
+        self.shown = 0  # characters of it
+
+    def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
+        if self.turns.tools and self.output_ids is None:
+            raise RuntimeError("This vLLM gives tool parsers no token ids, which ChatGLM3's need, but while streaming.")
+        call = self.turns.call(self.output_ids or ())
+        if call is None:
+            return ExtractedToolCallInformation(tools_called=False, tool_calls=[], content=model_output)
+        return ExtractedToolCallInformation(
+            tools_called=True, tool_calls=[as_tool_call(call)], content=call.before or None
+        )
+
+    def extract_tool_calls_streaming(
+        self,
+        previous_text: str,
+        current_text: str,
+        delta_text: str,
+        previous_token_ids: Sequence[int],
+        current_token_ids: Sequence[int],
+        delta_token_ids: Sequence[int],
+        request: Any,
+    ) -> DeltaMessage | None:
+        shown, self.text = current_text[: self.shown], current_text
+        if (call := self.turns.call(current_token_ids)) is not None:
+            self.shown = len(current_text)
+            called = as_tool_call(call)
+            delta = DeltaToolCall(index=0, **called.model_dump())
+            before = call.before.removeprefix(shown) if call.before.startswith(shown) else None
+            return DeltaMessage(content=before or None, tool_calls=[delta])
+        return None if self.turns.may_become_call(current_token_ids) else self.show_rest()
+
+    def show_rest(self) -> DeltaMessage | None:
+        """What has been held back, if anything."""
+        rest, self.shown = self.text[self.shown :], len(self.text)
+        return DeltaMessage(content=rest) if rest else None
+
+
+class WithTokenIds:
+    """Stands in front of vLLM's parser: gives the tool parser the ids of a whole answer, and lets it finish a stream."""
+
+    _tool_parser: ChatGLM3ToolParser
+
+    def parse(self, model_output: str, request: Any, enable_auto_tools: bool = False, model_output_token_ids=()):
+        self._tool_parser.output_ids = list(model_output_token_ids)
+        return super().parse(model_output, request, enable_auto_tools, model_output_token_ids)
+
+    def parse_delta(self, *args: Any, finished: bool, **kwargs: Any) -> DeltaMessage | None:
+        delta = super().parse_delta(*args, finished=finished, **kwargs)
+        if finished and (rest := self._tool_parser.show_rest()) is not None:
+            if delta is None:
+                return rest
+            delta.content = (delta.content or "") + rest.content
+        return delta
