@@ -3,6 +3,7 @@
 nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
+nox -s vllm                    the models for vLLM, in an environment of their own
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -66,3 +67,12 @@ def prerelease(session: nox.Session) -> None:
     install(session, "--pre", "transformers")
     run_lane(session, "prerelease")
     session.run("hf-cnllm", "doctor", env=OFFLINE)
+
+
+@nox.session(venv_backend="none")
+def vllm(session: nox.Session) -> None:
+    folder = Path(session.create_tmp()) / "vllm"
+    if not (folder / "bin" / "pytest").exists():
+        session.run("bash", "scripts/vllm_environment.sh", str(folder), external=True)
+    tests = session.posargs or ["tests/vllm_engine"]
+    session.run(str(folder / "bin" / "python"), "-m", "pytest", *tests, env=OFFLINE | {"OMP_NUM_THREADS": "1"}, external=True)

@@ -1,6 +1,7 @@
 """ChatGLM3's tool calls for vLLM: `--enable-auto-tool-choice --tool-call-parser chatglm3`.
 
 What is a call is decided by `ToolTurns` from token ids. Text of a turn that may become one is held back while streaming.
+A plain answer loses the white space in front, where ChatGLM3 writes an empty line of metadata, as in its own `chat`.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,7 @@ class ChatGLM3ToolParser(ToolParser):
         names = [getattr(tool, "function", tool).name for tool in self.tools]
         self.turns = ToolTurns(tokenizer, names)
         self.output_ids: Sequence[int] | None = None
-        self.text = ""
-        self.shown = 0  # characters of it
+        self.text = self.sent = ""  # of a stream: what there is, what the client has
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
         if self.turns.tools and self.output_ids is None:
@@ -52,34 +52,38 @@ class ChatGLM3ToolParser(ToolParser):
         delta_token_ids: Sequence[int],
         request: Any,
     ) -> DeltaMessage | None:
-        shown, self.text = current_text[: self.shown], current_text
+        self.text = current_text.lstrip()
         if (call := self.turns.call(current_token_ids)) is not None:
-            self.shown = len(current_text)
-            called = as_tool_call(call)
-            delta = DeltaToolCall(index=0, **called.model_dump())
-            before = call.before.removeprefix(shown) if call.before.startswith(shown) else None
-            return DeltaMessage(content=before or None, tool_calls=[delta])
-        return None if self.turns.may_become_call(current_token_ids) else self.show_rest()
+            self.text = call.before if call.before.startswith(self.sent) else self.sent
+            delta = self.unsent() or DeltaMessage()
+            delta.tool_calls = [DeltaToolCall(index=0, **as_tool_call(call).model_dump())]
+            return delta
+        return None if self.turns.may_become_call(current_token_ids) else self.unsent()
 
-    def show_rest(self) -> DeltaMessage | None:
-        """What has been held back, if anything."""
-        rest, self.shown = self.text[self.shown :], len(self.text)
+    def unsent(self) -> DeltaMessage | None:
+        """What the client has not got of the text, if anything."""
+        rest, self.sent = self.text[len(self.sent) :], self.text
         return DeltaMessage(content=rest) if rest else None
 
 
 class WithTokenIds:
-    """Stands in front of vLLM's parser: gives the tool parser the ids of a whole answer, and lets it finish a stream."""
+    """Stands in front of vLLM's parser: gives the tool parser the ids of a whole answer, lets it finish a stream, and leaves
+    out the white space in front of an answer."""
 
     _tool_parser: ChatGLM3ToolParser
+    _has_begun = False
 
     def parse(self, model_output: str, request: Any, enable_auto_tools: bool = False, model_output_token_ids=()):
         self._tool_parser.output_ids = list(model_output_token_ids)
-        return super().parse(model_output, request, enable_auto_tools, model_output_token_ids)
+        reasoning, content, calls = super().parse(model_output, request, enable_auto_tools, model_output_token_ids)
+        return reasoning, content and content.lstrip(), calls
 
     def parse_delta(self, *args: Any, finished: bool, **kwargs: Any) -> DeltaMessage | None:
         delta = super().parse_delta(*args, finished=finished, **kwargs)
-        if finished and (rest := self._tool_parser.show_rest()) is not None:
-            if delta is None:
-                return rest
+        if finished and (rest := self._tool_parser.unsent()) is not None:
+            delta = delta or DeltaMessage()
             delta.content = (delta.content or "") + rest.content
+        if delta is not None and delta.content and not self._has_begun:
+            delta.content = delta.content.lstrip()
+            self._has_begun = delta.content != ""
         return delta

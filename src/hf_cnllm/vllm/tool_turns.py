@@ -40,7 +40,7 @@ class ToolTurns:
             arguments = json.dumps(parse_tool_call("\n".join(content.split("\n")[1:-1])), ensure_ascii=False)
         except (ToolCallError, TypeError, ValueError):  # no literals, or none that JSON has
             return None
-        return Call(name.strip(), arguments, self._text(ids[: max(start - 1, 0)]))
+        return Call(name.strip(), arguments, self._text(ids[: max(start - 1, 0)]).strip())
 
     def may_become_call(self, ids: Sequence[int]) -> bool:
         """Whether more tokens can make a call of the answer's last turn so far."""
