@@ -75,4 +75,6 @@ def vllm(session: nox.Session) -> None:
     if not (folder / "bin" / "pytest").exists():
         session.run("bash", "scripts/vllm_environment.sh", str(folder), external=True)
     tests = session.posargs or ["tests/vllm_engine"]
-    session.run(str(folder / "bin" / "python"), "-m", "pytest", *tests, env=OFFLINE | {"OMP_NUM_THREADS": "1"}, external=True)
+    session.run(
+        str(folder / "bin" / "python"), "-m", "pytest", *tests, env=OFFLINE | {"OMP_NUM_THREADS": "1"}, external=True
+    )

@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_cnllm.auto import Shape, family_with
 
+DEFAULTS = {"hidden": 1024, "layers": 4, "heads": 16, "prompts": 8, "length": 512, "new": 64, "rounds": 5}
 SUBJECTS = ("baichuan-rope", "baichuan-alibi", "qwen", "chatglm2")
 
 
 def write_models(folder: Path, subject: str, shape: Shape, longest: int) -> None:
     """Both models' checkpoints. Of ChatGLM2, Llama gets the number of key/value heads."""
-    config = family_with(subject).make_config(subject, shape, **({"seq_length": longest} if subject == "chatglm2" else {}))
+    lengths = {"seq_length": longest} if subject == "chatglm2" else {}
+    config = family_with(subject).make_config(subject, shape, **lengths)
     llama = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -87,7 +89,7 @@ def compare(arguments: argparse.Namespace, subject: str, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
-    for name, default in {"hidden": 1024, "layers": 4, "heads": 16, "prompts": 8, "length": 512, "new": 64, "rounds": 5}.items():
+    for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="do not compile the models")

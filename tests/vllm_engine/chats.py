@@ -1,12 +1,11 @@
 """Tiny checkpoints that know a few conversations by heart, so that what a server sends is words."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 from hf_cnllm.vllm.served import stop_ids

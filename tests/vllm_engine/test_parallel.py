@@ -1,7 +1,5 @@
 """Two processes: tensor and pipeline parallel."""
 
-import os
-
 import pytest
 from transformers import AutoModelForCausalLM
 

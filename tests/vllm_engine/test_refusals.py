@@ -23,14 +23,16 @@ def engine_config(folder, **options):
 
 @pytest.mark.parametrize("golden", ("chatglm_6b", "glm", "chatglm3_6b_ptuning", "chatglm2_6b_mha"))
 def test_unserved_checkpoints(golden):
-    with pytest.raises(ValueError, match="vLLM cannot serve this checkpoint: .*Use transformers' `generate`"):
+    with pytest.raises(ValueError, match=r"vLLM cannot serve this checkpoint: .*Use transformers' `generate`"):
         engine_config(GOLDENS / golden)
 
 
 def test_too_long(tmp_path):
     folder = write_checkpoint("chatglm2_6b", tmp_path)
     assert engine_config(folder).model_config.max_model_len == LONGEST
-    with pytest.raises(ValueError, match=rf"max_model_len \({LONGEST + 1}\) is greater .*max_position_embeddings={LONGEST}"):
+    with pytest.raises(
+        ValueError, match=rf"max_model_len \({LONGEST + 1}\) is greater .*max_position_embeddings={LONGEST}"
+    ):
         engine_config(folder, max_model_len=LONGEST + 1)
 
 
@@ -86,7 +88,7 @@ def test_a_vllm_that_lacks_what_the_models_build_on(tmp_path, monkeypatch):
             class model_config:
                 architecture = "QWenLMHeadModel"
 
-        with pytest.raises(RuntimeError, match="serves QWenLMHeadModel with vLLM .*no such module"):
+        with pytest.raises(RuntimeError, match=r"serves QWenLMHeadModel with vLLM .*no such module"):
             UnsupportedModel(vllm_config=Config)
     finally:
         ModelRegistry.models.clear()

@@ -8,6 +8,13 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+from vllm.entrypoints.generate.base.protocol import (
+    DeltaMessage,
+    DeltaToolCall,
+    ExtractedToolCallInformation,
+    FunctionCall,
+    ToolCall,
+)
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import (  # noqa: F401  (the models import these from here)
     AutoWeightsLoader,
@@ -16,13 +23,6 @@ from vllm.model_executor.models.utils import (  # noqa: F401  (the models import
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
-)
-from vllm.entrypoints.generate.base.protocol import (
-    DeltaMessage,
-    DeltaToolCall,
-    ExtractedToolCallInformation,
-    FunctionCall,
-    ToolCall,
 )
 from vllm.parser import ParserManager
 from vllm.tool_parsers import ToolParser, ToolParserManager
@@ -69,13 +69,11 @@ def set_architecture_hook(architecture: str, hook: type[VerifyAndUpdateConfig]) 
 def add_stop_ids(model_config: Any, stop_ids: list[int]) -> None:
     """Ends answers at `stop_ids`, besides the tokens that generation_config.json names. vLLM takes them from nowhere else: its
     overrides of that file leave `eos_token_id` out."""
-    model_config.try_get_generation_config = partial(_with_stop_ids, type(model_config), model_config.__dict__.copy(), stop_ids)
+    model_config.try_get_generation_config = partial(_with_stop_ids, model_config, stop_ids)
 
 
-def _with_stop_ids(config_class: type, fields: dict[str, Any], stop_ids: list[int]) -> dict[str, Any]:
-    model_config = object.__new__(config_class)
-    model_config.__dict__.update(fields)
-    config = model_config.try_get_generation_config()
+def _with_stop_ids(model_config: Any, stop_ids: list[int]) -> dict[str, Any]:
+    config = type(model_config).try_get_generation_config(model_config)
     named = config.get("eos_token_id")
     named = [named] if isinstance(named, int) else list(named or ())
     return config | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))}

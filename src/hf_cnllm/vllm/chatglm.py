@@ -66,4 +66,6 @@ class ChatGLMForConditionalGeneration(DecoderForCausalLM):
                 integers, scale = (other, tensor) if kind == "weight_scale" else (tensor, other)
                 yield f"{module}.weight", dequantize_rows(integers, scale, bits, self.dtype)
         if waiting:
-            raise ValueError(f"`{min(waiting)}` has a quantised weight without its `weight_scale`, or one without the other.")
+            raise ValueError(
+                f"`{min(waiting)}` has a quantised weight without its `weight_scale`, or one without the other."
+            )

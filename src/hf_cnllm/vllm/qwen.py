@@ -71,6 +71,7 @@ class QWenLMHeadModel(DecoderForCausalLM, SupportsMRoPE):
         config, longest = self.config, vllm_config.model_config.max_model_len
         self.longest = longest
         blocks = 1 + (ntk_block(longest, config.seq_length) if needs_ntk(config, longest) else 0)
+        has_logn = config.use_logn_attn and longest > config.seq_length
         return Plan(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -83,7 +84,7 @@ class QWenLMHeadModel(DecoderForCausalLM, SupportsMRoPE):
             qkv_bias=True,
             bias=not config.no_bias,
             rotary=NtkRotaryEmbedding(config.kv_channels, config.rotary_dim, config.rotary_emb_base, longest, blocks),
-            query_scale=partial(query_scale, longest, config.seq_length) if config.use_logn_attn else None,
+            query_scale=partial(query_scale, longest, config.seq_length) if has_logn else None,
             windows=config.window_sizes,
         )
 

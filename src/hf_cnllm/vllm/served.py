@@ -78,4 +78,4 @@ def stop_ids(tokenizer: Any) -> list[int]:
         return [tokenizer.get_command(name) for name in names]
     if isinstance(tokenizer, QWenTokenizer):
         return [ids[0] for ids in get_stop_words_ids("chatml", tokenizer)]
-    return [tokenizer.eos_token_id]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -30,11 +30,15 @@ class ChatGLM3ToolParser(ToolParser):
         names = [getattr(tool, "function", tool).name for tool in self.tools]
         self.turns = ToolTurns(tokenizer, names)
         self.output_ids: Sequence[int] | None = None
-        self.text = self.sent = ""  # of a stream: what there is, what the client has
+        # Of a stream: what there is, what the client has, and whether this turn may still become a call.
+        self.text = self.sent = ""
+        self.is_open = True
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
         if self.turns.tools and self.output_ids is None:
-            raise RuntimeError("This vLLM gives tool parsers no token ids, which ChatGLM3's need, but while streaming.")
+            raise RuntimeError(
+                "This vLLM gives tool parsers no token ids, which ChatGLM3's need, but while streaming."
+            )
         call = self.turns.call(self.output_ids or ())
         if call is None:
             return ExtractedToolCallInformation(tools_called=False, tool_calls=[], content=model_output)
@@ -58,7 +62,9 @@ class ChatGLM3ToolParser(ToolParser):
             delta = self.unsent() or DeltaMessage()
             delta.tool_calls = [DeltaToolCall(index=0, **as_tool_call(call).model_dump())]
             return delta
-        return None if self.turns.may_become_call(current_token_ids) else self.unsent()
+        self.is_open = self.is_open or self.turns.begins_turn(delta_token_ids)
+        self.is_open = self.is_open and self.turns.may_become_call(current_token_ids)
+        return None if self.is_open else self.unsent()
 
     def unsent(self) -> DeltaMessage | None:
         """What the client has not got of the text, if anything."""

@@ -42,6 +42,10 @@ class ToolTurns:
             return None
         return Call(name.strip(), arguments, self._text(ids[: max(start - 1, 0)]).strip())
 
+    def begins_turn(self, ids: Sequence[int]) -> bool:
+        """Whether another turn begins within these ids."""
+        return self._assistant in ids
+
     def may_become_call(self, ids: Sequence[int]) -> bool:
         """Whether more tokens can make a call of the answer's last turn so far."""
         turn = ids[self._last_turn(ids) :]
