@@ -22,12 +22,12 @@ def register() -> None:
     Idempotent. A vLLM that lacks what they build on serves everything else as before, and refuses these."""
     from vllm import ModelRegistry
 
+    models = MODELS
     try:
         from . import hooks
-    except ImportError:
-        models = dict.fromkeys(MODELS, "unsupported:UnsupportedModel")
-    else:
-        models = MODELS
+
         hooks.register()
+    except (ImportError, AttributeError):
+        models = dict.fromkeys(MODELS, "unsupported:UnsupportedModel")
     for architecture, place in models.items():
         ModelRegistry.register_model(architecture, f"{__name__}.{place}")

@@ -4,6 +4,7 @@ vLLM's guide for models of others names the registry, the interfaces and the par
 that lacks some of it is not served at all (`unsupported.py`), rather than with wrong tokens.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -85,13 +86,15 @@ def add_tool_parser(name: str, module: str, class_name: str, load_mixin: Callabl
     if name in ToolParserManager.lazy_parsers:
         return
     ToolParserManager.register_lazy_module(name, module, class_name)
-    compose = ParserManager._compose_parser
+    get_parser = ParserManager.get_parser
+    signature = inspect.signature(get_parser)
 
-    @wraps(compose)
-    def compose_with_mixin(cls: type[ParserManager], **arguments: Any) -> type | None:
-        parser = compose(**arguments)
-        if parser is None or arguments.get("tool_parser_name") != name or parser.tool_parser_cls is None:
+    @wraps(get_parser)
+    def get_parser_with_mixin(cls: type[ParserManager], *args: Any, **kwargs: Any) -> type | None:
+        parser = get_parser(*args, **kwargs)
+        asked = signature.bind(*args, **kwargs).arguments.get("tool_parser_name")
+        if parser is None or asked != name or parser.tool_parser_cls is None:
             return parser
         return type(parser.__name__, (load_mixin(), parser), {})
 
-    ParserManager._compose_parser = classmethod(compose_with_mixin)
+    ParserManager.get_parser = classmethod(get_parser_with_mixin)

@@ -4,7 +4,7 @@ import importlib.metadata
 
 from torch import nn
 
-SERVED_BY = "vLLM 0.31 to 0.33"
+SERVED_BY = "vLLM 0.31 and 0.32"
 
 
 class UnsupportedModel(nn.Module):
@@ -14,8 +14,10 @@ class UnsupportedModel(nn.Module):
         super().__init__()
         architecture = vllm_config.model_config.architecture
         try:
-            from . import hooks  # noqa: F401
-        except ImportError as error:
+            from . import hooks
+
+            hooks.register()
+        except (ImportError, AttributeError) as error:
             found = importlib.metadata.version("hf_cnllm")
             raise RuntimeError(
                 f"hf_cnllm {found} serves {architecture} with {SERVED_BY}; this vLLM has changed what it builds on ({error})."
