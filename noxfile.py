@@ -8,6 +8,7 @@ nox -s docs                    the site; a warning is an error. `nox -s docs -- 
 nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
 nox -s quantized               `hf-cnllm quantize` with bitsandbytes
+nox -s vllm                    the models for vLLM, in an environment of their own
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -109,3 +110,14 @@ def web(session: nox.Session) -> None:
 def quantized(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes")
     session.run("pytest", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_backend="none")
+def vllm(session: nox.Session) -> None:
+    folder = Path(session.create_tmp()) / "vllm"
+    if not (folder / "bin" / "pytest").exists():
+        session.run("bash", "scripts/vllm_environment.sh", str(folder), external=True)
+    tests = session.posargs or ["tests/vllm_engine"]
+    session.run(
+        str(folder / "bin" / "python"), "-m", "pytest", *tests, env=OFFLINE | {"OMP_NUM_THREADS": "1"}, external=True
+    )

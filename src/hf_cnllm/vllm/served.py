@@ -1,0 +1,81 @@
+"""What of the families vLLM serves, by their configurations. Nothing here needs vLLM."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..models.baichuan import BaichuanConfig
+from ..models.chatglm import ChatGLMConfig, ChatGLMTokenizer
+from ..models.chatglm.chat import DEFAULTS as CHATGLM_CHATS
+from ..models.glm import GLMConfig
+from ..models.qwen import QWenConfig, QWenTokenizer
+from ..models.qwen.chat import get_stop_words_ids
+
+TRANSFORMERS = "Use transformers' `generate`"
+PREFIX_LM = f"its prompt sees itself in both directions, which vLLM has for images only. {TRANSFORMERS}."
+
+# For each family: what a configuration may say that is not served -> why, and what to use instead.
+REFUSALS: dict[type[PreTrainedConfig], tuple[tuple[Callable[[Any], Any], str], ...]] = {
+    BaichuanConfig: (
+        (lambda c: c.hidden_act != "silu", f"`hidden_act` must be 'silu' there. {TRANSFORMERS}."),
+        (lambda c: c.tie_word_embeddings, f"`tie_word_embeddings` must be false there. {TRANSFORMERS}."),
+    ),
+    QWenConfig: (
+        (lambda c: c.tie_word_embeddings, f"`tie_word_embeddings` must be false there. {TRANSFORMERS}."),
+        (lambda c: c.rotary_dim % 2, f"`rotary_pct` must give an even number of dimensions there. {TRANSFORMERS}."),
+    ),
+    ChatGLMConfig: (
+        (lambda c: c.architecture == "chatglm", f"ChatGLM-6B is a prefix language model: {PREFIX_LM}"),
+        (lambda c: c.pre_seq_len, f"a P-tuning prefix (`pre_seq_len`) has no place in its cache. {TRANSFORMERS}."),
+        (
+            lambda c: not c.multi_query_attention,
+            f"`multi_query_attention` must be true there (heads are interleaved without). {TRANSFORMERS}.",
+        ),
+        (
+            lambda c: not (c.rmsnorm and c.post_layer_norm) or c.apply_residual_connection_post_layernorm,
+            "`rmsnorm` and `post_layer_norm` must be true, and `apply_residual_connection_post_layernorm` false, as in all "
+            f"published checkpoints. {TRANSFORMERS}.",
+        ),
+        (lambda c: c.tie_word_embeddings, f"`tie_word_embeddings` must be false there. {TRANSFORMERS}."),
+    ),
+    GLMConfig: ((lambda c: True, f"GLM is a prefix language model: {PREFIX_LM}"),),
+}
+
+
+def check_served(config: PreTrainedConfig) -> None:
+    """Refuses what vLLM cannot serve.
+
+    Raises:
+        ValueError: saying why, and what to use instead.
+    """
+    for config_class, refusals in REFUSALS.items():
+        if isinstance(config, config_class):
+            for applies, reason in refusals:
+                if applies(config):
+                    raise ValueError(f"vLLM cannot serve this checkpoint: {reason}")
+
+
+def needs_ntk(config: QWenConfig, max_model_len: int) -> bool:
+    """Whether a prompt of at most `max_model_len` tokens may be longer than the trained length, and gets an NTK factor then."""
+    return bool(config.use_dynamic_ntk) and max_model_len > config.seq_length
+
+
+def longest(config: PreTrainedConfig) -> tuple[int, str]:
+    """The number of tokens that a model is meant for, prompt and answer together, and the field that says so."""
+    field = "max_position_embeddings"
+    if isinstance(config, BaichuanConfig) and config.position_embedding == "alibi":
+        field = "model_max_length"
+    if isinstance(config, QWenConfig) and config.seq_length and not config.use_dynamic_ntk:
+        field = "seq_length"
+    return getattr(config, field), field
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """The ids that end an answer in the family's chats, which its published configurations do not all name."""
+    if isinstance(tokenizer, ChatGLMTokenizer):
+        _, names = CHATGLM_CHATS[tokenizer.generation]
+        return [tokenizer.get_command(name) for name in names]
+    if isinstance(tokenizer, QWenTokenizer):
+        return [ids[0] for ids in get_stop_words_ids("chatml", tokenizer)]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,0 +1,110 @@
+"""What vLLM refuses, and says, before it makes an engine."""
+
+import builtins
+
+import pytest
+
+from goldens import GOLDENS
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from vllm_engine.checkpoints import LONGEST, write_checkpoint
+
+pytest.importorskip("vllm.version")
+
+from vllm_engine.engine import engine  # sets vLLM's environment
+
+
+def engine_config(folder, **options):
+    """vLLM's configuration, made as for an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"skip_tokenizer_init": True, "dtype": "float32", **options}
+    return EngineArgs(model=str(folder), **options).create_engine_config()
+
+
+@pytest.mark.parametrize("golden", ("chatglm_6b", "glm", "chatglm3_6b_ptuning", "chatglm2_6b_mha"))
+def test_unserved_checkpoints(golden):
+    with pytest.raises(ValueError, match=r"vLLM cannot serve this checkpoint: .*Use transformers' `generate`"):
+        engine_config(GOLDENS / golden)
+
+
+def test_too_long(tmp_path):
+    folder = write_checkpoint("chatglm2_6b", tmp_path)
+    assert engine_config(folder).model_config.max_model_len == LONGEST
+    with pytest.raises(
+        ValueError, match=rf"max_model_len \({LONGEST + 1}\) is greater .*max_position_embeddings={LONGEST}"
+    ):
+        engine_config(folder, max_model_len=LONGEST + 1)
+
+
+def test_dynamic_ntk_turns_prefix_caching_off(tmp_path):
+    folder = write_checkpoint("qwen", tmp_path)
+    for length, expected in ((64, True), (65, False)):
+        config = engine_config(folder, max_model_len=length, enable_prefix_caching=True)
+        assert config.cache_config.enable_prefix_caching is expected
+        assert config.model_config.uses_mrope is not expected
+
+
+@pytest.mark.parametrize("family, stops", [("qwen", 3), ("chatglm3", 3), ("baichuan", 1)])
+def test_stop_ids_join_those_of_the_generation_config(family, stops, tmp_path):
+    """Also in the copies that other processes get."""
+    import copy
+    import pickle
+
+    write_tiny_checkpoint(family, tmp_path / family)
+    config = engine_config(tmp_path / family, skip_tokenizer_init=False).model_config
+    for model_config in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert len(model_config.try_get_generation_config()["eos_token_id"]) == stops
+
+
+def test_a_vllm_that_lacks_what_the_models_build_on(tmp_path, monkeypatch):
+    """It serves other models as before and refuses these in a sentence."""
+    import sys
+
+    from vllm import ModelRegistry
+
+    import hf_cnllm.vllm as plugin
+
+    models = dict(ModelRegistry.models)
+    real_import = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "vllm.transformers_utils.model_arch_config_convertor":
+            raise ImportError("no such module in this vLLM", name=name)
+        return real_import(name, *args, **kwargs)
+
+    for module in [name for name in sys.modules if name.startswith("hf_cnllm.vllm.")]:
+        monkeypatch.delitem(sys.modules, module)
+    for module in ("hooks", "_compat"):
+        monkeypatch.delattr(plugin, module, raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    try:
+        plugin.register()
+        assert {place.module_name for name, place in ModelRegistry.models.items() if name in plugin.MODELS} == {
+            "hf_cnllm.vllm.unsupported"
+        }
+        from hf_cnllm.vllm.unsupported import UnsupportedModel
+
+        class Config:
+            class model_config:
+                architecture = "QWenLMHeadModel"
+
+        with pytest.raises(RuntimeError, match=r"serves QWenLMHeadModel with vLLM .*no such module"):
+            UnsupportedModel(vllm_config=Config)
+    finally:
+        ModelRegistry.models.clear()
+        ModelRegistry.models.update(models)
+
+
+def test_an_adapter_on_a_head_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    folder = write_checkpoint("baichuan_7b", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=8, target_modules=["lm_head"])).save_pretrained(tmp_path / "adapter")
+    with engine(folder, enable_lora=True, max_lora_rank=8) as llm:
+        request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
+        with pytest.raises(Exception, match=r"expected target modules .* but received \['lm_head'"):
+            llm.generate([{"prompt_token_ids": [5]}], SamplingParams(max_tokens=1), lora_request=request)
