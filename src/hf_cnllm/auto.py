@@ -98,7 +98,7 @@ class Family(NamedTuple):
         return self.config.from_dict(sizes | ids | kind.fields(shape) | overrides)
 
 
-NOT_IN_VLLM = "not served since vLLM 0.24"
+BY_PLUGIN = "served by the models of this package (docs/serving.md)"
 CONTROL_IDS = 16  # so many ids at the end of the vocabulary are left to control tokens
 GLM_CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
 CHATGLM_CONTROL_TOKENS = (*GLM_CONTROL_TOKENS[:3], "bos_token_id", "eos_token_id")
@@ -216,8 +216,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         line_of=lambda config: "baichuan2" if config.norm_head else "baichuan",
         architectures={
-            "baichuan-rope": Architecture(lambda shape: _baichuan(shape, "rope", norm_head=False), vllm=NOT_IN_VLLM),
-            "baichuan-alibi": Architecture(lambda shape: _baichuan(shape, "alibi", norm_head=True), vllm=NOT_IN_VLLM),
+            "baichuan-rope": Architecture(lambda shape: _baichuan(shape, "rope", norm_head=False), vllm=BY_PLUGIN),
+            "baichuan-alibi": Architecture(lambda shape: _baichuan(shape, "alibi", norm_head=True), vllm=BY_PLUGIN),
         },
         architecture_of=lambda config: f"baichuan-{config.position_embedding}",
         trained_length=lambda config: config.max_position_embeddings or config.model_max_length,
@@ -253,7 +253,7 @@ FAMILIES: tuple[Family, ...] = (
             "chatglm": Architecture(_chatglm, CHATGLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "bos_token_id")),
             "chatglm2": Architecture(
                 _chatglm2,
-                vllm="vLLM's own class; wrong tokens with rope_ratio_type linear or multi_query_attention false",
+                vllm=f"{BY_PLUGIN}; not with P-tuning or multi_query_attention false",
             ),
         },
         architecture_of=lambda config: config.architecture,
@@ -319,7 +319,7 @@ FAMILIES: tuple[Family, ...] = (
             )
         },
         line_of=lambda config: "qwen",
-        architectures={"qwen": Architecture(_qwen, vllm=NOT_IN_VLLM)},
+        architectures={"qwen": Architecture(_qwen, vllm=BY_PLUGIN)},
         architecture_of=lambda config: "qwen",
         trained_length=lambda config: config.seq_length or config.max_position_embeddings,
         decisions={

@@ -11,7 +11,14 @@ from doc_snippets import PAGES, ROOT, blocks_of, run_blocks, tiny_name, write_hu
 BLOCKS = {str(page.relative_to(ROOT)): blocks_of(page) for page in PAGES}
 TRANSLATED = [name for name in BLOCKS if name.endswith(".zh.md")]
 # Why an example is not run -> how many there are.
-NOT_RUN = {"installs packages": 5, "measures for minutes": 1, "trains for minutes": 1}
+NOT_RUN = {
+    "installs packages": 5,
+    "measures for minutes": 1,
+    "trains for minutes": 1,
+    "needs vLLM": 1,
+    "of a model at hand": 3,
+    "pushes to the Hub": 1,
+}
 
 
 def runnable(name: str, slow: bool) -> list:
