@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -387,6 +388,21 @@ class TokenizerHooks:
     @tokenizer_class.setter
     def tokenizer_class(self, value: str | None) -> None:
         vars(self)["tokenizer_class"] = value
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def add_peft_targets(model_type: str, targets: tuple[str, ...]) -> None:
+    """PEFT's default targets of LoRA and AdaLoRA, which it knows for transformers' own models; nothing before PEFT is
+    imported. It is not imported for this: with it come all quantization libraries that are installed, and their warnings."""
+    if "peft" in sys.modules and hasattr(sys.modules["peft"], "utils"):
+        utils = sys.modules["peft"].utils
+        for mapping in (
+            utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+            utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
+        ):
+            mapping.setdefault(model_type, list(targets))
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

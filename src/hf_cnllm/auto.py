@@ -1,5 +1,5 @@
-"""THE table: what each family is. Everything that lists families reads it: the auto classes, PEFT's default targets,
-`hf-cnllm info`, `doctor` and `demo`, the model cards and the benchmark.
+"""THE table: what each family is. Everything that lists families reads it: the auto classes, `hf-cnllm info`, `doctor`
+and `demo`, the model cards and the benchmark.
 
 After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give these classes for the original checkpoints,
 whether or not a script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import transformers
-from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from ._compat import add_peft_targets
 from .models import baichuan, chatglm, glm, qwen
 
 
@@ -49,7 +49,6 @@ class Family(NamedTuple):
     config: type[PreTrainedConfig]  # its `model_type` is the key
     models: dict[str, type[PreTrainedModel]]  # name of the auto class -> model class
     tokenizers: tuple[type, ...]  # found by their class names
-    lora_targets: tuple[str, ...]  # names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`
     lines: dict[str, Line]
     line_of: Callable[[Any], str]  # the name of a configuration's line
     architectures: dict[str, Architecture]
@@ -160,7 +159,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
         },
         tokenizers=(baichuan.BaichuanTokenizer, baichuan.BaiChuanTokenizer),
-        lora_targets=("W_pack",),
         lines={
             "baichuan": Line(
                 "Baichuan", "Baichuan-7B License or Community License for Baichuan-13B Model", "2309.10305"
@@ -190,7 +188,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSequenceClassification": chatglm.ChatGLMForSequenceClassification,
         },
         tokenizers=(chatglm.ChatGLMTokenizer,),
-        lora_targets=("query_key_value",),
         lines={
             "chatglm": Line("ChatGLM-6B", "ChatGLM-6B License", "2406.12793", demo="chatglm"),
             "chatglm2": Line("ChatGLM2-6B", "ChatGLM2-6B License", "2406.12793", demo="chatglm2"),
@@ -213,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
             "quantization": lambda c: f"{c.quantization_bit}-bit weights" if c.quantization_bit else "none",
         },
     ),
-    # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are LoRA targets too.
+    # GLM-4 has the same `model_type`: the configuration hands it over.
     Family(
         config=glm.GLMConfig,
         models={
@@ -222,7 +219,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForMultipleChoice": glm.GLMForMultipleChoice,
         },
         tokenizers=(glm.GLMChineseTokenizer, glm.GLMGPT2Tokenizer, glm.GLMBertTokenizer, glm.GLMRobertaTokenizer),
-        lora_targets=("query_key_value", "q_proj", "v_proj"),
         lines={"glm": Line("GLM", "the license stated with the original checkpoint", "2103.10360", demo="glm")},
         line_of=lambda config: "glm",
         architectures={"glm": Architecture(_glm, GLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "sop_token_id"))},
@@ -241,7 +237,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForTokenClassification": qwen.QWenForTokenClassification,
         },
         tokenizers=(qwen.QWenTokenizer,),
-        lora_targets=("c_attn",),
         lines={"qwen": Line("Qwen", "Tongyi Qianwen License Agreement", "2309.16609", demo="qwen")},
         line_of=lambda config: "qwen",
         architectures={"qwen": Architecture(_qwen)},
@@ -276,7 +271,7 @@ class TokenizerFoundByName(PreTrainedConfig):
 
 
 def register() -> None:
-    """Registers every family with transformers' auto classes and PEFT's default targets. Idempotent."""
+    """Registers every family with transformers' auto classes. Idempotent. PEFT's default targets: see `add_peft_targets`."""
     for family in FAMILIES:
         model_type = family.config.model_type
         AutoConfig.register(model_type, family.config, exist_ok=True)
@@ -287,8 +282,4 @@ def register() -> None:
                 getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
-        for targets in (
-            peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-            peft_utils.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
-        ):
-            targets.setdefault(model_type, list(family.lora_targets))
+        add_peft_targets(model_type, family.config.lora_targets)

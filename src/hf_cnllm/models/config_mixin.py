@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .._compat import ALL_ATTENTION_FUNCTIONS, TokenizerHooks
+from .._compat import ALL_ATTENTION_FUNCTIONS, TokenizerHooks, add_peft_targets
 
 # Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`.
 CODE_POINTERS = ("auto_map", "custom_pipelines")
@@ -16,6 +16,9 @@ COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 
 class CheckpointConfigMixin(TokenizerHooks):
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and keeps no pointers to remote code."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    """Names of the modules that PEFT adapts when `LoraConfig(target_modules=None)`."""
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
@@ -77,7 +80,9 @@ class CheckpointConfigMixin(TokenizerHooks):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, without pointers to code: the files they point to are not saved with the model."""
+        """As `PreTrainedConfig.to_dict`, without pointers to code: the files they point to are not saved with the model. It is also
+        what PEFT reads of a model before it looks for default targets."""
+        add_peft_targets(self.model_type, self.lora_targets)
         return {key: value for key, value in super().to_dict().items() if key not in CODE_POINTERS}
 
     def validate_numbers(self):

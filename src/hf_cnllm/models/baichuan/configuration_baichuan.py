@@ -65,6 +65,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "baichuan"
+    lora_targets = ("W_pack",)
     own_tokenizer = "BaichuanTokenizer"
     own_vocabularies = ("tokenizer.model", "tokenizer.json")
     own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do

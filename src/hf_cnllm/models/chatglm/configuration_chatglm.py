@@ -71,6 +71,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    lora_targets = ("query_key_value",)
     own_tokenizer = "ChatGLMTokenizer"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}

@@ -58,6 +58,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "glm"
+    lora_targets = ("query_key_value", "q_proj", "v_proj")  # the latter are GLM-4's, which has the same `model_type`
     own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}

@@ -20,7 +20,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 
 from ..._compat import PAGED_CACHES
-from ...attention.masks import check_mask
+from ...attention.masks import check_mask, is_readable
 from ..validation import cached_length
 
 MASK_FIELDS = ("gmask_token_id", "mask_token_id", "smask_token_id")
@@ -83,7 +83,7 @@ def positions_and_context(
     if position_ids is None:
         if input_ids is None:
             raise ValueError(NEED_POSITIONS)
-        past, checkable = cached_length(cache, getattr(config, "pre_seq_len", None)), not torch.compiler.is_compiling()
+        past, checkable = cached_length(cache, getattr(config, "pre_seq_len", None)), is_readable(input_ids)
         check_mask(attention_mask, batch, past, length)
         # In GLM a text need not have a start token, unless it is behind a cache and may be the rest of another one.
         start_needed = config.has_kinds_of_blanks or (checkable and int(past) > 0)
@@ -109,7 +109,7 @@ def positions_and_context(
 def _refuse_shifted(
     config: PreTrainedConfig, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache
 ) -> None:
-    if config.sop_token_id is None or torch.compiler.is_compiling() or int(cache.get_seq_length()) == 0:
+    if config.sop_token_id is None or not is_readable(input_ids) or int(cache.get_seq_length()) == 0:
         return
     block = position_ids[:, 1].expand_as(input_ids)[(input_ids == config.sop_token_id) & (position_ids[:, 1] > 1)]
     if block.numel():
@@ -152,7 +152,7 @@ def find_positions(
     text = attention_mask.to(input_ids.device, torch.long)
     token = text != 0
     texts = 1
-    if torch.compiler.is_compiling():
+    if not is_readable(text):
         texts = length
     elif attention_mask.dtype != torch.bool:
         smallest, texts = (int(value) for value in text.aminmax())

@@ -63,6 +63,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "qwen"
+    lora_targets = ("c_attn",)
     own_tokenizer = "QWenTokenizer"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
