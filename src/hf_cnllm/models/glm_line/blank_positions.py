@@ -37,6 +37,10 @@ MALFORMED = (
     "has no mask token ({masks}) before the start token ({start}): there is no blank to fill. Add one, e.g. with the "
     "tokenizer's special tokens.",
 )
+NOT_A_PROMPT = (
+    "a compiled or exported step cannot see whether its cache is empty, and of a text that goes on, `input_ids` do not tell "
+    "where its context ended: pass 2-row `position_ids`, as `generate` does."
+)
 NEED_POSITIONS = "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them."
 
 
@@ -84,6 +88,8 @@ def positions_and_context(
         if input_ids is None:
             raise ValueError(NEED_POSITIONS)
         past, checkable = cached_length(cache, getattr(config, "pre_seq_len", None)), is_readable(input_ids)
+        if not checkable and not (isinstance(past, int) and past == 0):
+            raise ValueError(NOT_A_PROMPT)
         check_mask(attention_mask, batch, past, length)
         # In GLM a text need not have a start token, unless it is behind a cache and may be the rest of another one.
         start_needed = config.has_kinds_of_blanks or (checkable and int(past) > 0)

@@ -248,7 +248,9 @@ class QWenModel(QWenPreTrainedModel):
             counted = position_ids
             if by_columns and (packed := is_packed(attention_mask)) is not False:
                 in_sequences = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
-                counted = in_sequences if packed else torch.where((attention_mask > 1).any(), in_sequences, position_ids)
+                counted = (
+                    in_sequences if packed else torch.where((attention_mask > 1).any(), in_sequences, position_ids)
+                )
             query_scale = logn_scale(counted, self.config.seq_length).to(inputs_embeds.dtype)
         too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
         if too_far:
