@@ -3,6 +3,7 @@
 nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
+nox -s integrations            export and quantization with the packages of those extras, the slow tests too
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -66,3 +67,9 @@ def prerelease(session: nox.Session) -> None:
     install(session, "--pre", "transformers")
     run_lane(session, "prerelease")
     session.run("hf-cnllm", "doctor", env=OFFLINE)
+
+
+@nox.session
+def integrations(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]")
+    session.run("pytest", "-m", "not sweep", "tests/integrations", *session.posargs, env=OFFLINE)
