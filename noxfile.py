@@ -9,6 +9,7 @@ nox -s release                 sdist and wheel: built, checked, and what is in t
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
 nox -s quantized               `hf-cnllm quantize` with bitsandbytes
 nox -s vllm                    the models for vLLM, in an environment of their own
+nox -s integrations            export and quantization with the packages of those extras, the slow tests too
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -121,3 +122,9 @@ def vllm(session: nox.Session) -> None:
     session.run(
         str(folder / "bin" / "python"), "-m", "pytest", *tests, env=OFFLINE | {"OMP_NUM_THREADS": "1"}, external=True
     )
+
+
+@nox.session
+def integrations(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]")
+    session.run("pytest", "-m", "not sweep", "tests/integrations", *session.posargs, env=OFFLINE)

@@ -1,5 +1,5 @@
-"""THE table: what each family is. Everything that lists families reads it: the auto classes, PEFT's default targets,
-`hf-cnllm info`, `doctor` and `demo`, the model cards and the benchmark.
+"""THE table: what each family is. Everything that lists families reads it: the auto classes, `hf-cnllm info`, `doctor`
+and `demo`, the model cards and the benchmark.
 
 After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give these classes for the original checkpoints,
 whether or not a script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import transformers
-from peft import utils as peft_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ._compat import name_in_transformers
 from .models import baichuan, chatglm, glm, qwen
+from .models.adapter_targets import add_peft_targets
 from .models.glm.configuration_glm import SavedGLMConfig
 
 
@@ -47,25 +47,12 @@ class Architecture(NamedTuple):
     vllm: str = "not served: its prompts see themselves in both directions"  # what serves it there
 
 
-class AdapterTargets(NamedTuple):
-    """Names of the modules that PEFT adapts where a method's configuration names none (`target_modules=None`)."""
-
-    attention: tuple[str, ...]  # what makes queries, keys and values: LoRA and all that follow it
-    feed_forward: tuple[str, ...]  # the last matrix of an MLP: IA³ and OSF, besides
-    norms: tuple[str, ...]  # LN tuning
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        return self.attention + self.feed_forward
-
-
 class Family(NamedTuple):
     """One row."""
 
     config: type[PreTrainedConfig]  # its `model_type` is the key
     models: dict[str, type[PreTrainedModel]]  # name of the auto class -> model class
     tokenizers: tuple[type, ...]  # found by their class names
-    adapter_targets: AdapterTargets
     lines: dict[str, Line]
     line_of: Callable[[Any], str]  # the name of a configuration's line
     architectures: dict[str, Architecture]
@@ -196,9 +183,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
         },
         tokenizers=(baichuan.BaichuanTokenizer, baichuan.BaiChuanTokenizer),
-        adapter_targets=AdapterTargets(
-            ("W_pack",), ("down_proj",), norms=("input_layernorm", "post_attention_layernorm", "norm")
-        ),
         lines={
             "baichuan": Line(
                 "Baichuan",
@@ -238,11 +222,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSequenceClassification": chatglm.ChatGLMForSequenceClassification,
         },
         tokenizers=(chatglm.ChatGLMTokenizer,),
-        adapter_targets=AdapterTargets(
-            ("query_key_value",),
-            ("dense_4h_to_h",),
-            norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
-        ),
         lines={
             "chatglm": Line("ChatGLM-6B", "ChatGLM-6B License", "2406.12793", "chatglm-6b-license", "chatglm"),
             "chatglm2": Line("ChatGLM2-6B", "ChatGLM2-6B License", "2406.12793", "chatglm2-6b-license", "chatglm2"),
@@ -269,7 +248,7 @@ FAMILIES: tuple[Family, ...] = (
             "quantization": lambda c: f"{c.quantization_bit}-bit weights" if c.quantization_bit else "none",
         },
     ),
-    # GLM-4 has the same `model_type`: the configuration hands it over, and its modules are adapters' targets too.
+    # GLM-4 has the same `model_type`: the configuration hands it over.
     Family(
         config=glm.GLMConfig,
         saved_as=(SavedGLMConfig,),
@@ -280,11 +259,6 @@ FAMILIES: tuple[Family, ...] = (
         },
         refusals={"AutoModelForCausalLM": NoCausalGLM},
         tokenizers=(glm.GLMChineseTokenizer, glm.GLMGPT2Tokenizer, glm.GLMBertTokenizer, glm.GLMRobertaTokenizer),
-        adapter_targets=AdapterTargets(
-            ("query_key_value", "q_proj", "v_proj"),
-            ("dense_4h_to_h", "down_proj"),
-            norms=("input_layernorm", "post_attention_layernorm", "final_layernorm", "norm"),
-        ),
         lines={
             "glm": Line(
                 "GLM",
@@ -312,7 +286,6 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForTokenClassification": qwen.QWenForTokenClassification,
         },
         tokenizers=(qwen.QWenTokenizer,),
-        adapter_targets=AdapterTargets(("c_attn",), ("mlp.c_proj",), norms=("ln_1", "ln_2", "ln_f")),
         lines={
             "qwen": Line(
                 "Qwen", "Tongyi Qianwen License Agreement", "2309.16609", "tongyi-qianwen-license-agreement", "qwen"
@@ -351,22 +324,6 @@ class TokenizerFoundByName(PreTrainedConfig):
     model_type = "hf_cnllm_tokenizer"
 
 
-# PEFT's mappings from model types to module names, by the method: every release has more of them.
-PEFT_DEFAULTS: dict[str, dict[str, Any]] = {
-    name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING"): mapping
-    for name, mapping in vars(peft_utils.constants).items()
-    if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING")
-}
-# Those that adapt other modules than LoRA does. BEFT is for matrices of values alone, which no family here has.
-OTHER_ADAPTERS = {
-    "IA3_TARGET": "matrices",
-    "IA3_FEEDFORWARD": "feed_forward",
-    "OSF_TARGET": "matrices",
-    "LNTUNING_TARGET": "norms",
-    "BEFT_TARGET": None,
-}
-
-
 def register() -> None:
     """Registers every family with transformers' auto classes and PEFT's default targets, and its models by their names.
     Idempotent."""
@@ -384,10 +341,7 @@ def register() -> None:
             getattr(transformers, auto_class).register(family.config, refusal, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
-        for method, mapping in PEFT_DEFAULTS.items():
-            kind = OTHER_ADAPTERS.get(method, "attention")
-            if kind is not None:
-                mapping.setdefault(model_type, list(getattr(family.adapter_targets, kind)))
+        add_peft_targets(model_type, family.config.adapter_targets)
     for package in (baichuan, chatglm, glm, qwen):
         for public in (getattr(package, name) for name in package.__all__):
             if issubclass(public, PreTrainedModel):

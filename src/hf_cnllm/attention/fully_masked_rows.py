@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .masks import is_readable
+
 
 class FullyMaskedRows(NamedTuple):
     """Which rows look nowhere, and what their mean is taken over.
@@ -31,7 +33,7 @@ def find_padding_in_front(attention_mask: object, length: int) -> FullyMaskedRow
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape[1:] != (length,) or length == 1:
         return None
     tokens = attention_mask != 0
-    if not torch.compiler.is_compiling() and tokens[:, 0].all():
+    if is_readable(tokens) and tokens[:, 0].all():
         return None
     return FullyMaskedRows(tokens.cumsum(1) == 0)
 

@@ -237,7 +237,7 @@ def largest_number(attention_mask: torch.Tensor, most: int) -> int | None:
         raise ValueError(
             f"`attention_mask` is of dtype {attention_mask.dtype}, but must be bool, whole numbers or floats."
         )
-    if not _is_readable(attention_mask):
+    if not is_readable(attention_mask):
         return None
     if not attention_mask.is_floating_point():
         attention_mask = attention_mask.long()  # of unsigned numbers torch knows no smallest
@@ -255,7 +255,7 @@ def largest_number(attention_mask: torch.Tensor, most: int) -> int | None:
 
 def _check_biases(biases: torch.Tensor) -> None:
     """Refuses an additive mask that holds NaN or +inf, or that is none, being of 0 and 1."""
-    if biases.shape[2] == 1 or not _is_readable(biases) or biases.device.type != "cpu":
+    if biases.shape[2] == 1 or not is_readable(biases) or biases.device.type != "cpu":
         return
     smallest, largest = (value.item() for value in biases.aminmax())
     if not largest < torch.inf:
@@ -266,14 +266,16 @@ def _check_biases(biases: torch.Tensor) -> None:
         )
 
 
-def _is_readable(tensor: torch.Tensor) -> bool:
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether there are values to look at: not while tracing, for `torch.compile` and `torch.export` alike, whose graphs are to
+    hold for others too. Everything that checks values asks here."""
     return not (is_tracing(tensor) or tensor.device.type == "meta" or tensor.numel() == 0)
 
 
 def _refuse_inverted(pairs: torch.Tensor, mask: AttentionMask) -> None:
     """Refuses a 4-D bool mask in which no query sees itself: the original ChatGLM-6B's masks were True where a key is
     hidden. Its padding was hidden from all, so rows that are True throughout tell nothing."""
-    if pairs.dtype != torch.bool or mask.queries == 1 or not _is_readable(pairs):
+    if pairs.dtype != torch.bool or mask.queries == 1 or not is_readable(pairs):
         return
     itself = pairs.gather(-1, mask.query_positions.expand(*pairs.shape[:2], -1)[..., None])[..., 0]
     tells = ~pairs.all(-1)
@@ -293,7 +295,7 @@ def positions_in_sequences(attention_mask: torch.Tensor) -> torch.Tensor:
         # From where each number is met first.
         length = attention_mask.shape[1]
         numbers = attention_mask.long().clamp(0, length)
-        first = count.new_full((len(count), length + 1), length + 1).scatter_reduce(1, numbers, count, "amin")
+        first = count.new_full((count.shape[0], length + 1), length + 1).scatter_reduce(1, numbers, count, "amin")
         count = count - first.gather(1, numbers) + 1
     return (count - 1).clamp(min=0)
 

@@ -114,8 +114,9 @@ def create_prefix_lm_mask(
     new, front = None, None
     if mask.sequences is not None:
         new, front = mask.sequences[:, -queries:], mask.sequences[:, :-queries] != 0
-    two_calls = flash or (backend == "sdpa" and queries > DENSE_LENGTH)
-    if two_calls and not tracing and (front is None or front.all()):
+    # A traced graph is to hold for all lengths, so tracing does not ask for this one.
+    two_calls = not tracing and (flash or (backend == "sdpa" and queries > DENSE_LENGTH))
+    if two_calls and (front is None or front.all()):
         layout = find_layout(prefix, new, int(past))
         if layout is not None:
             return layout

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from .._compat import ALL_ATTENTION_FUNCTIONS, IS_COPY, TokenizerHooks
 from ..hub.publishing import needs_package
+from .adapter_targets import AdapterTargets, add_peft_targets
 
 # Keys that point to code in the checkpoint's folder, which transformers runs with `trust_remote_code=True`. Where that is
 # what runs this file, it needs the key.
@@ -28,6 +29,7 @@ class CheckpointConfigMixin(TokenizerHooks):
 
     written_model_type: ClassVar[str | None] = None
     """The `model_type` in files that are written, where the original one is also that of a model of transformers."""
+    adapter_targets: ClassVar[AdapterTargets]
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
@@ -103,7 +105,9 @@ class CheckpointConfigMixin(TokenizerHooks):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, without pointers to code: the files they point to are not saved with the model."""
+        """As `PreTrainedConfig.to_dict`, without pointers to code: the files they point to are not saved with the model. It is also
+        what PEFT reads of a model before it looks for default targets."""
+        add_peft_targets(self.model_type, self.adapter_targets)
         return {key: value for key, value in super().to_dict().items() if key not in CODE_POINTERS}
 
     def to_json_file(self, json_file_path, use_diff: bool = True):

@@ -16,6 +16,7 @@ from .._compat import (
     pop_cache,
     update_as_others,
 )
+from ..attention.masks import is_readable
 
 # What embedding tables take.
 ID_DTYPES = (torch.int64, torch.int32)
@@ -88,7 +89,7 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Refuses, with a ValueError, what is no [batch, length] tensor of token ids. Ids outside the vocabulary are looked for
     on the CPU only: on accelerators that would wait for them."""
     _check_tensor("input_ids", input_ids, "[batch, length]", 2, ID_DTYPES)
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+    if input_ids.device.type != "cpu" or not is_readable(input_ids):
         return
     smallest, largest = (value.item() for value in input_ids.aminmax())
     if smallest < 0 or largest >= vocab_size:
@@ -115,7 +116,7 @@ def check_positions(position_ids: Any, batch_size: int, length: int, has_blocks:
             f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, *rows[0])}: "
             f"positions{' and block positions' if has_blocks else ''} of the {length} tokens."
         )
-    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if position_ids.device.type != "cpu" or not is_readable(position_ids):
         return
     smallest, largest = (value.item() for value in position_ids.aminmax())
     first = -POSITION_LIMIT if has_blocks is None else 0

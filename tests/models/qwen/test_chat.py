@@ -230,7 +230,7 @@ def test_other_arguments_of_wrong_shape(tokenizer):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = QWenConfig(
         vocab_size=2608,
         hidden_size=32,

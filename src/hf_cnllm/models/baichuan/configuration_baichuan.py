@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..adapter_targets import AdapterTargets
 from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
 DEFAULT_VOCAB_SIZE = 125_696
@@ -65,6 +66,9 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "baichuan"
+    adapter_targets = AdapterTargets(
+        ("W_pack",), ("down_proj",), norms=("input_layernorm", "post_attention_layernorm", "norm")
+    )
     own_tokenizer = "BaichuanTokenizer"
     own_vocabularies = ("tokenizer.model", "tokenizer.json")
     own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do

@@ -32,7 +32,7 @@ from ..._compat import (
 )
 from ...attention.alibi import ALIBI_ATTENTION, ALIBI_MASKS, AlibiMask, create_alibi_mask, prepare_alibi_mask
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
-from ...attention.masks import create_causal_mask, is_packed
+from ...attention.masks import create_causal_mask, is_packed, is_readable
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import loss_and_logits
 from ...loss.norm_head import NormHead, rows_around_mean
@@ -231,12 +231,14 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def _find_fully_masked_rows(self, attention_mask: object, queries: int) -> FullyMaskedRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
-        if not isinstance(attention_mask, torch.Tensor) or set(attention_mask.shape[1:]) != {queries} or queries == 1:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 3) or queries == 1:
+            return None
+        if any(size != queries for size in attention_mask.shape[1:]):
             return None
         tokens = attention_mask != 0
         if tokens.ndim == 3:
             tokens = tokens.tril().any(-1)
-        if not torch.compiler.is_compiling() and tokens.all():
+        if is_readable(tokens) and tokens.all():
             return None
         if self.config.position_embedding == "alibi" or is_packed(attention_mask):
             return FullyMaskedRows(~tokens)
@@ -309,6 +311,19 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         return (
             "packs rows with masks that do not say how far apart tokens are, which ALiBi needs" if is_alibi else None
         )
+
+    @classmethod
+    def check_weight_files(cls, model, files, quantizer):
+        super().check_weight_files(model, files, quantizer)
+        is_quantized = not isinstance(model.lm_head, NormHead) or (
+            quantizer is not None and quantizer.param_needs_quantization(model, "lm_head.weight")
+        )
+        if model.config.norm_head and is_quantized:
+            raise ValueError(
+                "NormHead, this model's `lm_head`, cannot be quantized: its rows would no longer be normalized. Name it among "
+                "the modules that stay as they are (`modules_to_not_convert`, in BitsAndBytesConfig `llm_int8_skip_modules`), "
+                "or leave that list out."
+            )
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         if config.position_embedding == "alibi":

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
 
 # Keys that only one of the two originals has: what an unlabelled checkpoint is recognised by.
@@ -71,6 +72,11 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    adapter_targets = AdapterTargets(
+        ("query_key_value",),
+        ("dense_4h_to_h",),
+        norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
+    )
     own_tokenizer = "ChatGLMTokenizer"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}

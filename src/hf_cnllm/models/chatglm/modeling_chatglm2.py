@@ -18,6 +18,7 @@ from ..._compat import (
     capture_outputs,
     eager_attention_forward,
     find_packed_sequence_indices,
+    is_tracing,
     logging,
     merge_with_config_defaults,
     slice_logits_to_keep,
@@ -280,7 +281,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         length = inputs_embeds.shape[1]
-        if length > self.config.seq_length and not torch.compiler.is_compiling():
+        if not is_tracing(inputs_embeds) and length > self.config.seq_length:
             logger.warning_once(
                 f"The input is longer ({length}) than what the model was trained for (seq_length={self.config.seq_length})"
             )

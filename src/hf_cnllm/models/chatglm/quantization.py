@@ -144,6 +144,11 @@ class ChatGLMQuantizer(HfQuantizer):
             is_linear = isinstance(module, nn.Linear) and name.rpartition(".")[2] in LAYER_LINEARS
             if is_linear or module is embedding or module is head:
                 names[module] = name
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} has no layers of ChatGLM's names ({', '.join(LAYER_LINEARS)}), which this method "
+                "quantizes: use another one, such as BitsAndBytesConfig or TorchAoConfig."
+            )
         return names, embedding, head
 
     def _replace(self, model: PreTrainedModel, with_weights: bool):

@@ -7,6 +7,7 @@ from transformers import GlmConfig, PreTrainedConfig
 
 from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
 
 # Keys that the original's `config.json` has and GLM-4's has not.
@@ -58,6 +59,11 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     model_type = "glm"
     written_model_type = "hf_cnllm_glm"
+    adapter_targets = AdapterTargets(  # GLM-4's too, which has the same `model_type`
+        ("query_key_value", "q_proj", "v_proj"),
+        ("dense_4h_to_h", "down_proj"),
+        norms=("input_layernorm", "post_attention_layernorm", "final_layernorm", "norm"),
+    )
     own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 
-from ...attention.masks import check_mask
+from ...attention.masks import check_mask, is_readable
 from ..validation import cached_length
 
 MASK_FIELDS = ("gmask_token_id", "mask_token_id", "smask_token_id")
@@ -36,6 +36,10 @@ MALFORMED = (
     "has a mask token ({masks}) after the start token ({start}); it belongs in front.",
     "has no mask token ({masks}) before the start token ({start}): there is no blank to fill. Add one, e.g. with the "
     "tokenizer's special tokens.",
+)
+NOT_A_PROMPT = (
+    "a compiled or exported step cannot see whether its cache is empty, and of a text that goes on, `input_ids` do not tell "
+    "where its context ended: pass 2-row `position_ids`, as `generate` does."
 )
 NEED_POSITIONS = (
     "`inputs_embeds` do not tell where the context ends: pass 2-row `position_ids` with them. PEFT's prompt tuning, P-tuning "
@@ -80,7 +84,9 @@ def positions_and_context(
     if position_ids is None:
         if input_ids is None:
             raise ValueError(NEED_POSITIONS)
-        past, checkable = cached_length(cache, getattr(config, "pre_seq_len", None)), not torch.compiler.is_compiling()
+        past, checkable = cached_length(cache, getattr(config, "pre_seq_len", None)), is_readable(input_ids)
+        if not checkable and not (isinstance(past, int) and past == 0):
+            raise ValueError(NOT_A_PROMPT)
         check_mask(attention_mask, batch, past, length)
         # In GLM a text need not have a start token, unless it is behind a cache and may be the rest of another one.
         start_needed = config.has_kinds_of_blanks or (checkable and int(past) > 0)
@@ -127,7 +133,7 @@ def texts_of_packed_row(
 def _refuse_shifted(
     config: PreTrainedConfig, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache
 ) -> None:
-    if config.sop_token_id is None or torch.compiler.is_compiling() or int(cache.get_seq_length()) == 0:
+    if config.sop_token_id is None or not is_readable(input_ids) or int(cache.get_seq_length()) == 0:
         return
     block = position_ids[:, 1].expand_as(input_ids)[(input_ids == config.sop_token_id) & (position_ids[:, 1] > 1)]
     if block.numel():
@@ -170,7 +176,7 @@ def find_positions(
     text = attention_mask.to(input_ids.device, torch.long)
     token = text != 0
     texts = 1
-    if torch.compiler.is_compiling():
+    if not is_readable(text):
         texts = length
     elif attention_mask.dtype != torch.bool:
         smallest, texts = (int(value) for value in text.aminmax())

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from ..._compat import CACHE, logging
 from ...attention.masks import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
+from ..adapter_targets import AdapterTargets
 from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
 
 logger = logging.get_logger(__name__)
@@ -70,6 +71,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     """
 
     model_type = "qwen"
+    adapter_targets = AdapterTargets(("c_attn",), ("mlp.c_proj",), norms=("ln_1", "ln_2", "ln_f"))
     own_tokenizer = "QWenTokenizer"
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..._compat import is_tracing
 from ...attention.masks import is_packed
 
 DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
@@ -113,7 +114,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     f"`prompt_lengths` holds {lengths.shape[0]} lengths, but the inputs are {batch_size} sequences. Give "
                     "one for each."
                 )
-        elif length <= self.seq_length:
+        elif (cache is not None or not is_tracing(inputs_embeds)) and length <= self.seq_length:
             return self.plain_inv_freq
         elif cache is None:
             lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
@@ -127,7 +128,8 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
             # A static cache counts in a tensor, hence no `if`.
-            lengths = true_lengths(inputs_embeds, attention_mask) * (cache.get_seq_length() == 0)
+            lengths = true_lengths(inputs_embeds, attention_mask).amax(-1, keepdim=True)
+            lengths = lengths * (cache.get_seq_length() == 0)
         inv_freq = self.inv_freq_for(lengths)
         if cache is not None:
             carry_inv_freq(cache, inv_freq.expand(batch_size, -1, -1))
@@ -142,7 +144,8 @@ class DynamicNtkRotaryEmbedding(nn.Module):
 
 
 def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids: Tensor | None = None) -> Tensor:
-    """Number of real tokens in each row of a prefill: (batch, 1), (1, 1) if all are full, (rows, length) if packed.
+    """Number of real tokens in each row of a prefill: (batch, 1), (1, 1) if all are full, (rows, length), and 0 for
+    padding, if packed or while tracing, where that cannot be seen.
 
     Args:
         inputs_embeds: (batch, length, hidden).
@@ -153,10 +156,10 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
     Raises:
         ValueError: the mask does not tell.
     """
-    if is_packed(attention_mask):
+    if is_packed(attention_mask) is not False:
         numbers = attention_mask[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device).long()
-        sizes = numbers.new_zeros(len(numbers), attention_mask.shape[1] + 1)
-        return sizes.scatter_add_(1, numbers, torch.ones_like(numbers)).gather(1, numbers)
+        sizes = numbers.new_zeros(numbers.shape[0], attention_mask.shape[1] + 1)
+        return sizes.scatter_add_(1, numbers, torch.ones_like(numbers)).gather(1, numbers) * (numbers != 0)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return (attention_mask != 0).sum(-1, keepdim=True).to(inputs_embeds.device)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:

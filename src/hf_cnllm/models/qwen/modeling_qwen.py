@@ -24,6 +24,7 @@ from ..._compat import (
     capture_outputs,
     eager_attention_forward,
     init,
+    is_tracing,
     logging,
     merge_with_config_defaults,
     slice_logits_to_keep,
@@ -53,6 +54,7 @@ class QWenMLP(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
         self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self.w1(hidden_states) * nn.functional.silu(self.w2(hidden_states)))
@@ -75,6 +77,7 @@ class QWenAttention(nn.Module):
         width = config.kv_channels * config.num_attention_heads
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(
         self,
@@ -172,9 +175,9 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DynamicNtkRotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq())
-        elif isinstance(module, (QWenAttention, QWenMLP)):  # residual branches, scaled as in GPT-2
+        elif getattr(module, "adds_to_residual", False):  # scaled as in GPT-2
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)  # type: ignore[arg-type]
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -231,8 +234,9 @@ class QWenModel(QWenPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         past_length, by_columns = cached_length(cache), position_ids is None
-        # How far the positions reach, where that is known without looking at tensors.
-        reach = past_length + length if by_columns and isinstance(past_length, int) else None
+        # How far the positions reach, where that is known without looking at tensors and is more than an example's.
+        is_known = by_columns and isinstance(past_length, int) and not is_tracing(inputs_embeds)
+        reach = past_length + length if is_known else None
         if by_columns:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         masks: Any = attention_mask
@@ -252,11 +256,14 @@ class QWenModel(QWenPreTrainedModel):
         query_scale = None
         if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
             counted = position_ids
-            if by_columns and is_packed(attention_mask):
-                counted = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
+            if by_columns and (packed := is_packed(attention_mask)) is not False:
+                in_sequences = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
+                counted = (
+                    in_sequences if packed else torch.where((attention_mask > 1).any(), in_sequences, position_ids)
+                )
             query_scale = logn_scale(counted, self.config.seq_length).to(inputs_embeds.dtype)
         too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
-        if too_far and not torch.compiler.is_compiling():
+        if too_far:
             logger.warning_once(
                 f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
                 "`use_dynamic_ntk` off: expect worse predictions there. Load the model with `use_dynamic_ntk=True` for "
