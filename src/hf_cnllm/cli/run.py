@@ -72,7 +72,7 @@ def _console_script(name: str) -> tuple[Callable, str]:
     if found is None:
         raise ValueError(
             f"no installed package has a command {name}. Install the package that has it; a module is run by "
-            f"`hf-cnllm run -m {name}`, a file by its path with a / or .py in it."
+            f"`hf-cnllm run -m {name}`, a file by a path that has a / or ends in .py."
         )
     return partial(_call, found), shutil.which(name) or name
 

@@ -33,8 +33,9 @@ class CheckpointConfigMixin(TokenizerHooks):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in CODE_POINTERS})
-        if self.architectures:
-            self.architectures = [GENERATION_MODELS.get(name, name) for name in self.architectures]
+        for backbone, model in GENERATION_MODELS.items():
+            if self.architectures == [backbone]:
+                self.architectures = [model]
 
     @classmethod
     def from_json_file(cls, json_file):
