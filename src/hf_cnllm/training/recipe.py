@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class RecipeArguments:
 
 
 def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[Any, ...]:
-    """Reads `--config FILE.yaml` and flags, which override it, into one object a class."""
+    """Reads `--config FILE.yaml` and flags, which override it, into one object a class. A file that is not there is looked for
+    among those of this package, `hf_cnllm/recipes/configs`."""
     from trl import TrlParser
 
     parser = TrlParser(
@@ -62,7 +64,13 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     )
     # TRL takes bf16 for granted, and stops where there is none.
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    return parser.parse_args_and_config()
+    words = sys.argv[1:]
+    if "--config" in words[:-1]:
+        place = words.index("--config") + 1
+        ours = files("hf_cnllm.recipes").joinpath("configs", words[place])
+        if not Path(words[place]).exists() and ours.is_file():
+            words[place] = str(ours)
+    return parser.parse_args_and_config(words)
 
 
 def run_recipe(main: Callable[[], None]) -> None:
