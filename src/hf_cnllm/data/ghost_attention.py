@@ -73,7 +73,9 @@ def sample_ghost_attention(
     instructed = []
     for conversation in conversations:
         if conversation[0]["role"] == "system":
-            raise ConversationError("a conversation has a system message already: the instruction would be a second one")
+            raise ConversationError(
+                "a conversation has a system message already: the instruction would be a second one"
+            )
         instructed += [[{"role": "system", "content": text}, *conversation] for text in instructions]
     answers = answer([to_sample(conversation) for conversation in instructed])
     if len(answers) != len(instructed):

@@ -15,7 +15,14 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.training.recipe import RecipeArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
-from hf_cnllm.training.sft_data import encode_rows, fills_blanks, load_rows, make_batches, set_control_ids, use_template
+from hf_cnllm.training.sft_data import (
+    encode_rows,
+    fills_blanks,
+    load_rows,
+    make_batches,
+    set_control_ids,
+    use_template,
+)
 
 
 def option(default: Any, description: str) -> Any:
@@ -30,7 +37,9 @@ class SFTArguments(RecipeArguments):
     response_column: str | None = option(None, "field of its answer")
     history_column: str | None = option(None, "field of earlier rounds, [[question, answer], ...]")
     ignore_fields: list[str] | None = option(None, "fields of the data to leave out")
-    template: str | None = option(None, "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's")
+    template: str | None = option(
+        None, "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"
+    )
     max_length: int = option(2048, "tokens kept of a conversation, its last answer first")
     packing: bool = option(False, "fill rows of --max_length tokens with conversations that do not see each other")
     ghost_attention: bool = option(
@@ -100,7 +109,9 @@ def main() -> None:
             forms = {"ghost_attention": arguments.ghost_attention, "learn_questions": arguments.learn_questions}
             examples, cuts = encode_rows(model, tokenizer, rows, arguments.max_length, **forms)
             for cut, count in cuts.items():
-                print(f"{cut} in {count} of {len(rows)} conversations, longer than --max_length {arguments.max_length}")
+                print(
+                    f"{cut} in {count} of {len(rows)} conversations, longer than --max_length {arguments.max_length}"
+                )
             return make_batches(model, tokenizer, examples, packed_length)
 
         dataset, collate = batches(rows)

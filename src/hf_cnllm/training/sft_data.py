@@ -105,14 +105,18 @@ def encode_rows(
     if ghost_attention:
         is_instructed = [row["messages"][0]["role"] == "system" for row in rows]
         if not any(is_instructed):
-            raise ConversationError("--ghost_attention: no conversation has a system message, which is the instruction")
+            raise ConversationError(
+                "--ghost_attention: no conversation has a system message, which is the instruction"
+            )
         rows = [
             {**row, "messages": learn_last_answer(row["messages"])} if instructed else row
             for row, instructed in zip(rows, is_instructed, strict=True)
         ]
     if fills_blanks(model.config):
         if learn_questions:
-            raise ValueError("--learn_questions: a model that fills blanks sees the question whole, and cannot learn it")
+            raise ValueError(
+                "--learn_questions: a model that fills blanks sees the question whole, and cannot learn it"
+            )
         return _encode_all_blanks(tokenizer, rows, min(max_length, model.config.max_sequence_length))
     _refuse_control_tokens(tokenizer, rows)
     ends = model.generation_config.eos_token_id
@@ -197,9 +201,12 @@ def _encode_blank(tokenizer: Any, question: str, answer: str, max_length: int) -
     texts is text."""
     control = ControlTokens.of(tokenizer)
     asked, told = (
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in (question, answer)
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for text in (question, answer)
     )
-    added = len(control.before) + len(control.after) + 2  # mask and start
+    added = (
+        len(control.before) + len(control.after) + 1
+    )  # the mask; a start token stands where the end is in the labels
     written = [*told, control.end][: max_length - added - min(len(asked), max_length // 2)]
     kept = asked[max(0, len(asked) - (max_length - added - len(written))) :]
     prefix = [*control.before, *kept, control.masks["document"], *control.after]
