@@ -25,28 +25,39 @@ from hf_cnllm.training.sft_data import (
 )
 
 
-def option(default: Any, description: str) -> Any:
-    return field(default=default, metadata={"help": description})
-
-
 @dataclass
 class SFTArguments(RecipeArguments):
-    eval_data: list[str] | None = option(None, "the same, to evaluate on (with --eval_strategy)")
-    split: str = option("train", "split of data sets that are named")
-    prompt_column: str | None = option(None, "field of the question, for data of no known format")
-    response_column: str | None = option(None, "field of its answer")
-    history_column: str | None = option(None, "field of earlier rounds, [[question, answer], ...]")
-    ignore_fields: list[str] | None = option(None, "fields of the data to leave out")
-    template: str | None = option(
-        None, "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
     )
-    max_length: int = option(2048, "tokens kept of a conversation, its last answer first")
-    packing: bool = option(False, "fill rows of --max_length tokens with conversations that do not see each other")
-    ghost_attention: bool = option(
-        False, "the system message is an instruction that holds for all turns (Llama 2): learn the last answer only"
+    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "field of the question, for data of no known format"}
     )
-    learn_questions: bool = option(False, "learn all tokens; by default questions and system messages are masked")
-    z_loss_weight: float | None = option(None, "weight of the max-z loss (Baichuan)")
+    response_column: str | None = field(default=None, metadata={"help": "field of its answer"})
+    history_column: str | None = field(
+        default=None, metadata={"help": "field of earlier rounds, [[question, answer], ...]"}
+    )
+    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
+    )
+    max_length: int = field(default=2048, metadata={"help": "tokens kept of a conversation, its last answer first"})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "fill rows of --max_length tokens with conversations that do not see each other"},
+    )
+    ghost_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "the system message is an instruction that holds for all turns (Llama 2): learn the last answer only"
+        },
+    )
+    learn_questions: bool = field(
+        default=False, metadata={"help": "learn all tokens; by default questions and system messages are masked"}
+    )
+    z_loss_weight: float | None = field(default=None, metadata={"help": "weight of the max-z loss (Baichuan)"})
 
 
 class SFTTrainer(StopAtNonFiniteLoss, Trainer):

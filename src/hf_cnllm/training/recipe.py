@@ -67,7 +67,7 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     words = sys.argv[1:]
     if "--config" in words[:-1]:
         place = words.index("--config") + 1
-        ours = files("hf_cnllm.recipes").joinpath("configs", words[place])
+        ours = files("hf_cnllm.recipes") / "configs" / words[place]
         if not Path(words[place]).exists() and ours.is_file():
             words[place] = str(ours)
     return parser.parse_args_and_config(words)

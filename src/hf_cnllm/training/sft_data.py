@@ -204,11 +204,12 @@ def _encode_blank(tokenizer: Any, question: str, answer: str, max_length: int) -
         tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for text in (question, answer)
     )
-    added = (
-        len(control.before) + len(control.after) + 1
-    )  # the mask; a start token stands where the end is in the labels
-    written = [*told, control.end][: max_length - added - min(len(asked), max_length // 2)]
-    kept = asked[max(0, len(asked) - (max_length - added - len(written))) :]
+    # The start token stands where the labels have the end, so the mask is all that is added between the two texts.
+    room = max_length - len(control.before) - len(control.after) - 1
+    written = [*told, control.end]
+    if len(written) >= room:  # the answer alone is too long: the question keeps up to half
+        written = written[: room - min(len(asked), room // 2)]
+    kept = asked[max(0, len(asked) + len(written) - room) :]
     prefix = [*control.before, *kept, control.masks["document"], *control.after]
     example = {
         "input_ids": [*prefix, control.start, *written[:-1]],
