@@ -57,7 +57,7 @@ def test_the_wheel_is_the_package_and_nothing_else(distributions):
     package = {path.relative_to(SOURCE).as_posix() for path in (SOURCE / "hf_cnllm").rglob("*") if path.is_file()}
     package = {name for name in package if "__pycache__" not in name}
     assert {name for name in names if ".dist-info/" not in name} == package
-    assert {"hf_cnllm/py.typed", "hf_cnllm/recipes/finetune.py", "hf_cnllm/data/instructions.jsonl"} <= names
+    assert {"hf_cnllm/py.typed", "hf_cnllm/recipes/sft.py", "hf_cnllm/data/instructions.jsonl"} <= names
     assert {"hf_cnllm/demo/checkpoints/glm/config.json", "hf_cnllm/tokenization/templates/qwen.jinja"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -40,14 +40,15 @@ def script(name, *options, **kwargs):
 @pytest.mark.parametrize(
     ("options", "written"),
     [
-        (["--z-loss-weight", "2e-4"], "model.safetensors"),
-        (["--lora", "--gradient-checkpointing"], "adapter_model.safetensors"),
+        (["--z_loss_weight", "2e-4"], "model.safetensors"),
+        (["--use_peft", "--gradient_checkpointing"], "adapter_model.safetensors"),
     ],
     ids=["full", "lora"],
 )
-def test_finetune_then_chat(options, written, checkpoint, data, tmp_path):
+def test_sft_then_chat(options, written, checkpoint, data, tmp_path):
     output = tmp_path / "out"
-    done = script("finetune", "--model", checkpoint, "--data", data, "--output", output, "--epochs", 1, *options)
+    words = ["--output", output, "--num_train_epochs", 1, *options]
+    done = script("sft", "--model", checkpoint, "--data", data, *words)
     assert done.returncode == 0, done.stderr
     assert (output / written).is_file() and (output / "tokenizer.model").is_file()
     command = [sys.executable, "-m", "hf_cnllm", "chat", str(output), "--greedy", "--max-new-tokens", "8"]
@@ -58,8 +59,8 @@ def test_finetune_then_chat(options, written, checkpoint, data, tmp_path):
 
 def test_bad_data_is_one_line(checkpoint, tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
-    done = script("finetune", "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out")
-    assert done.returncode == 1 and "line 1: needs the field 'messages'" in done.stderr.splitlines()[-1]
+    done = script("sft", "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out")
+    assert done.returncode == 2 and "line 1: needs the field 'messages'" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

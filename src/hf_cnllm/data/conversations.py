@@ -124,9 +124,17 @@ def reply_end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
 
 
 def encode_conversations(
-    tokenizer: Any, rows: Iterable[Row], end_token_ids: Sequence[int], max_length: int | None = None
+    tokenizer: Any,
+    rows: Iterable[Row],
+    end_token_ids: Sequence[int],
+    max_length: int | None = None,
+    system_in_question: bool = False,
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
     """The rows by [`encode_conversation`], and how many of them were cut in which way.
+
+    Args:
+        system_in_question: put the system message in front of the first question that is kept, also where the template has
+            a place of its own for it (ghost attention).
 
     Raises:
         ConversationError: as there, with the number of the row.
@@ -134,7 +142,8 @@ def encode_conversations(
     examples, cuts = [], Counter[str]()
     for number, row in enumerate(rows, start=1):
         try:
-            example, cut = _encode_row(tokenizer, row["messages"], end_token_ids, max_length, row.get("tools"))
+            messages, tools = row["messages"], row.get("tools")
+            example, cut = _encode_row(tokenizer, messages, end_token_ids, max_length, tools, system_in_question)
         except ConversationError as error:
             raise ConversationError(f"conversation {number}: {error}") from None
         examples.append(example)
@@ -246,8 +255,9 @@ def _encode_row(
     end_token_ids: Sequence[int],
     max_length: int | None,
     tools: Sequence[Any] | None,
+    system_in_question: bool = False,
 ) -> tuple[dict[str, list[int]], list[str]]:
-    taken = _form_that_is_taken(tokenizer, messages, tools)
+    taken = _form_that_is_taken(tokenizer, messages, tools, system_in_question)
     ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)
     cuts: list[str] = []
     if max_length is not None and len(ids) >= max_length:
@@ -273,7 +283,7 @@ def _encode_row(
 
 
 def _form_that_is_taken(
-    tokenizer: Any, messages: Conversation, tools: Sequence[Any] | None
+    tokenizer: Any, messages: Conversation, tools: Sequence[Any] | None, system_in_question: bool = False
 ) -> Callable[[Conversation], Conversation]:
     """What makes of the conversation one that the chat template, which need not be one of ours, takes whole."""
     # Where a template has no place for something, that does not depend on what the messages say.
@@ -287,7 +297,7 @@ def _form_that_is_taken(
         except (TemplateError, ValueError) as error:
             return error
 
-    form: Callable[[Conversation], Conversation] = list
+    form: Callable[[Conversation], Conversation] = with_system_in_question if system_in_question else list
     if isinstance(rendered := render(form, probe, tools), Exception):
         form = with_system_in_question
         if isinstance(render(form, probe, tools), Exception):

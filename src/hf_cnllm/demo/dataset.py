@@ -46,7 +46,7 @@ def split_data(path: Path | None, seed: int) -> Split:
 
 def _without_tools(row: dict[str, Any]) -> Conversation:
     if row["tools"] or any(message["role"] == "tool" for message in row["messages"]):
-        raise ConversationError("the demo has no tools to call: fine-tune on such data with scripts/finetune.py")
+        raise ConversationError("the demo has no tools to call: fine-tune on such data with scripts/sft.py")
     return row["messages"]
 
 

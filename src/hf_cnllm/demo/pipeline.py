@@ -72,7 +72,7 @@ class _Run:
             if getattr(model, "is_quantized", False):
                 raise ValueError(
                     f"{checkpoint} holds quantized weights, which cannot be fully fine-tuned; "
-                    "train an adapter on it with python -m hf_cnllm.recipes.finetune --lora"
+                    "train an adapter on it with python -m hf_cnllm.recipes.sft --use_peft"
                 )
             family = family_of(model.config)
             summary.family = LINE_OF[args.family] if args.model is None else family.line_of(model.config)

@@ -31,7 +31,7 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
     """
     if not is_first_process():
         yield Path(_of_first_process(""))
-        _wait_for_others()
+        wait_for_others()
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
@@ -39,7 +39,7 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
         staged.mkdir()
         _of_first_process(str(staged))
         yield staged
-        _wait_for_others()
+        wait_for_others()
         write_through(staged)
         check(output)
         if output.exists():
@@ -86,6 +86,6 @@ def _of_first_process(text: str) -> str:
     return box[0]
 
 
-def _wait_for_others() -> None:
+def wait_for_others() -> None:
     if _in_group():
         distributed.barrier()

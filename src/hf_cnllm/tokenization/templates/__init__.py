@@ -1,6 +1,8 @@
-"""The chat templates."""
+"""The chat templates: the families' own, which their tokenizers bring, and `FORMS`, those that base models are tuned with."""
 
 from importlib import resources
+
+FORMS = ("alpaca", "bloom", "llama2", "vicuna")
 
 
 def read_template(name: str) -> str:

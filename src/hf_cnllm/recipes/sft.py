@@ -1,0 +1,143 @@
+"""Fine-tune a checkpoint on conversations, with the loss on the assistant's replies: fully, or with LoRA, QLoRA, DoRA.
+
+python -m hf_cnllm.recipes.sft --model MODEL --data FILE.jsonl --output DIR
+python -m hf_cnllm.recipes.sft --config sft_lora.yaml --model MODEL --data FILE.jsonl --output DIR
+accelerate launch --config_file fsdp2.yaml -m hf_cnllm.recipes.sft …
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from peft import get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.training.recipe import RecipeArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.sft_data import (
+    encode_rows,
+    fills_blanks,
+    load_rows,
+    make_batches,
+    set_control_ids,
+    use_template,
+)
+
+
+@dataclass
+class SFTArguments(RecipeArguments):
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
+    )
+    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "field of the question, for data of no known format"}
+    )
+    response_column: str | None = field(default=None, metadata={"help": "field of its answer"})
+    history_column: str | None = field(
+        default=None, metadata={"help": "field of earlier rounds, [[question, answer], ...]"}
+    )
+    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
+    )
+    max_length: int = field(default=2048, metadata={"help": "tokens kept of a conversation, its last answer first"})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "fill rows of --max_length tokens with conversations that do not see each other"},
+    )
+    ghost_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "the system message is an instruction that holds for all turns (Llama 2): learn the last answer only"
+        },
+    )
+    learn_questions: bool = field(
+        default=False, metadata={"help": "learn all tokens; by default questions and system messages are masked"}
+    )
+    z_loss_weight: float | None = field(default=None, metadata={"help": "weight of the max-z loss (Baichuan)"})
+
+
+class SFTTrainer(StopAtNonFiniteLoss, Trainer):
+    """Not TRL's, which computes cross entropy from the head's weights by itself: the max-z loss, and GLM's labels, which are
+    not shifted, are the model's own business."""
+
+
+def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
+    config = AutoConfig.from_pretrained(arguments.model)
+    if arguments.z_loss_weight is not None:
+        if not hasattr(config, "z_loss_weight"):
+            raise ValueError(f"{config.model_type} has no max-z loss: leave --z_loss_weight out")
+        config.z_loss_weight = arguments.z_loss_weight
+    kind = transformers.AutoModelForSeq2SeqLM if fills_blanks(config) else transformers.AutoModelForCausalLM
+    return kind.from_pretrained(
+        arguments.model,
+        config=config,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        quantization_config=get_quantization_config(options),
+    )
+
+
+def with_adapter(model: Any, training: TrainingArguments, options: ModelConfig) -> Any:
+    """The model, with an adapter if the options ask for one."""
+    is_quantized = options.load_in_4bit or options.load_in_8bit
+    config = get_peft_config(options)
+    if config is None:
+        if is_quantized:
+            raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
+        return model
+    if is_quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
+    elif training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if fills_blanks(model.config):
+        config.task_type = None  # PEFT knows sequence-to-sequence models with an encoder only
+    return get_peft_model(model, config)
+
+
+def main() -> None:
+    arguments, training, options = parse_arguments(__doc__, SFTArguments, TrainingArguments, ModelConfig)
+    with open_run(arguments, training, options) as run:
+        columns = {name: getattr(arguments, name) for name in ("prompt_column", "response_column", "history_column")}
+        columns["ignore"] = arguments.ignore_fields or ()
+        rows = load_rows(arguments.data, arguments.split, **columns)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = load_model(arguments, options)
+        if not fills_blanks(model.config):
+            use_template(tokenizer, arguments.template)
+        elif arguments.template is not None:
+            raise ValueError("--template: a model that fills blanks has no chats")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        set_control_ids(model, tokenizer)
+        model.config.use_cache = False  # with a cache, transformers' own models do not look for packed rows
+        packed_length = arguments.max_length if arguments.packing else None
+
+        def batches(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+            forms = {"ghost_attention": arguments.ghost_attention, "learn_questions": arguments.learn_questions}
+            examples, cuts = encode_rows(model, tokenizer, rows, arguments.max_length, **forms)
+            for cut, count in cuts.items():
+                print(
+                    f"{cut} in {count} of {len(rows)} conversations, longer than --max_length {arguments.max_length}"
+                )
+            return make_batches(model, tokenizer, examples, packed_length)
+
+        dataset, collate = batches(rows)
+        eval_rows = load_rows(arguments.eval_data, arguments.split, **columns) if arguments.eval_data else None
+        training.remove_unused_columns = False  # the lengths of what is packed
+        trainer = SFTTrainer(
+            with_adapter(model, training, options),
+            training,
+            data_collator=collate,
+            train_dataset=dataset,
+            eval_dataset=batches(eval_rows)[0] if eval_rows else None,
+        )
+        run.train(trainer)
+        run.finish(trainer, tokenizer, curves=("loss", "eval_loss"))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,257 @@
+"""What every recipe in `scripts/` does around its trainer: arguments from a YAML file and from flags, an output folder that
+one run owns, checkpoints that are known to be whole, resuming from them, and what a run leaves behind.
+
+    arguments, training, model = parse_arguments(__doc__, RecipeArguments, SFTConfig, ModelConfig)
+    with open_run(arguments, training, model) as run:
+        trainer = …
+        run.train(trainer)
+        run.finish(trainer, tokenizer)
+
+The output folder then loads with plain `from_pretrained`; `summary.json` and `curves.png` lie in it, and the checkpoints of
+the training as `checkpoint-N`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .._stack import LIBRARIES, installed_version, own_version
+from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
+from .curves import draw_curves
+
+SUMMARY_FILE, CURVES_FILE, RUN_FILE, LOCK_FILE = "summary.json", "curves.png", "run.json", ".lock"
+COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of it
+USER_ERROR, INTERRUPTED = 2, 130  # exit codes
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Arguments that do not change the sequence of losses, so a resumed run may have others.
+MAY_DIFFER = re.compile(
+    r"logging_.*|log_.*|save_.*|report_to|run_name|project|trackio_.*|hub_.*|push_to_hub|disable_tqdm|output.*|resume.*|"
+    r"dataloader_(num_workers|prefetch_factor|pin_memory|persistent_workers)|eval_.*|do_.*|local_rank|dataset_num_proc"
+)
+
+
+@dataclass
+class RecipeArguments:
+    """What every recipe is told."""
+
+    model: str = field(metadata={"help": "checkpoint to start from: a folder, or its name on the Hub"})
+    data: list[str] = field(metadata={"help": "files of examples, or the name of a dataset"})
+    output: str = field(metadata={"help": "folder for the result: new, or empty"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last complete checkpoint in --output"})
+
+
+def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[Any, ...]:
+    """Reads `--config FILE.yaml` and flags, which override it, into one object a class. A file that is not there is looked for
+    among those of this package, `hf_cnllm/recipes/configs`."""
+    from trl import TrlParser
+
+    parser = TrlParser(
+        list(dataclasses_of_arguments),  # type: ignore[arg-type]
+        description=description,
+        usage="%(prog)s [--config FILE.yaml] --model MODEL --data FILE… --output DIR [options]; --help lists them",
+    )
+    # TRL takes bf16 for granted, and stops where there is none.
+    parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    words = sys.argv[1:]
+    if "--config" in words[:-1]:
+        place = words.index("--config") + 1
+        ours = files("hf_cnllm.recipes") / "configs" / words[place]
+        if not Path(words[place]).exists() and ours.is_file():
+            words[place] = str(ours)
+    return parser.parse_args_and_config(words)
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Runs a recipe as a command: what the user can mend is one line and exit code 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: add --resume to go on from the last complete checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+class StopAtNonFiniteLoss:
+    """Stands in front of a Trainer: the first loss that is NaN or infinite ends the training, with the batch saved."""
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss).all():
+            trainer: Any = self
+            step, process = trainer.state.global_step, trainer.args.process_index
+            path = Path(trainer.args.output_dir, f"non-finite-loss-step-{step}-process-{process}.pt")
+            torch.save(inputs, path)
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}; the batch is in {path}. Lower the learning rate, or look for what is "
+                "odd in these examples, and go on with --resume."
+            )
+        return loss
+
+
+class _MarkComplete(TrainerCallback):
+    """Marks a checkpoint once every process has written its part of it and it is on the disk."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        wait_for_others()
+        if is_first_process():
+            write_through(folder)
+            (folder / COMPLETE_FILE).touch()
+
+
+def last_complete_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; those that a killed process left are passed over."""
+    steps = {int(found[1]): path for path in output.iterdir() if (found := CHECKPOINT.fullmatch(path.name))}
+    return next((steps[step] for step in sorted(steps, reverse=True) if (steps[step] / COMPLETE_FILE).exists()), None)
+
+
+@dataclass
+class Run:
+    """One training in its output folder."""
+
+    output: Path
+    told: dict[str, Any]  # every argument, by name
+    checkpoint: Path | None  # what it goes on from
+    started: float = field(default_factory=time.monotonic)
+
+    def train(self, trainer: Trainer) -> None:
+        """Trains, from the last complete checkpoint on if the run is resumed."""
+        trainer.add_callback(_MarkComplete())
+        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+
+    def finish(
+        self, trainer: Trainer, tokenizer: Any = None, curves: Sequence[str] = ("loss",), **metrics: Any
+    ) -> None:
+        """Saves the model, the tokenizer, the picture of the curves and, last, the summary.
+
+        Args:
+            curves: names in the trainer's log to draw.
+            metrics: what else was measured, for the summary.
+        """
+        trainer.model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
+        history = trainer.state.log_history
+        with self.saving() as folder:
+            trainer.save_model(str(folder))
+            if is_first_process():
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+                self.write_summary(folder, history, curves, **metrics)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[Path]:
+        """A folder, the same to all processes, whose contents move into the output folder once they are on the disk: what
+        makes it load comes last."""
+        final = self.output / ".final"
+        with staged_folder(final, check=lambda _: None) as folder:
+            yield folder
+        if is_first_process():
+            for path in sorted(final.iterdir(), key=lambda path: (path.name == SUMMARY_FILE, "config" in path.name)):
+                path.replace(self.output / path.name)
+            final.rmdir()
+        wait_for_others()
+
+    def write_summary(
+        self, folder: Path, history: Sequence[Mapping[str, Any]], curves: Sequence[str], **metrics: Any
+    ) -> None:
+        """Draws the curves of a trainer's log, and writes the first and last values of the loss, metrics and versions."""
+        points = {
+            name: [(entry["step"], entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
+            for name in curves
+        }
+        points = {name: curve for name, curve in points.items() if curve}
+        draw_curves(folder / CURVES_FILE, points)
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        summary = {
+            "recipe": Path(sys.argv[0]).stem,
+            "model": self.told["model"],
+            "data": self.told["data"],
+            "steps": max((entry.get("step", 0) for entry in history), default=0),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "metrics": metrics,
+            "resumed_from": None if self.checkpoint is None else self.checkpoint.name,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "versions": {"hf-cnllm": own_version()}
+            | {name: found for name in LIBRARIES if (found := installed_version(name)) is not None},
+        }
+        text = json.dumps(summary, ensure_ascii=False, indent=2, default=str)
+        (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: Any) -> Iterator[Run]:
+    """Takes the output folder for one run, and decides where it begins.
+
+    Args:
+        others: further objects of arguments; all of them are compared when a run is resumed.
+
+    Raises:
+        ValueError: the folder is another run's, complete, in use, or there is nothing to resume.
+        FileExistsError: the folder has something in it, and `--resume` was not given.
+    """
+    output = Path(arguments.output)
+    training.output_dir = str(output)
+    if training.save_total_limit == 1:
+        raise ValueError("save_total_limit must be at least 2: the last checkpoint stays until the next is complete")
+    told = {"processes": training.world_size} | {
+        name: value
+        for one in (arguments, training, *others)
+        for name, value in dataclasses.asdict(one).items()
+        if not name.startswith("_")
+    }
+    told = json.loads(json.dumps(told, default=str))
+    with contextlib.ExitStack() as stack:
+        if training.process_index == 0:
+            _take_folder(output, arguments.resume, told, stack)
+        wait_for_others()
+        yield Run(output, told, last_complete_checkpoint(output))
+
+
+def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:
+    names = {path.name for path in output.iterdir()}
+    if names <= {RUN_FILE, LOCK_FILE}:
+        for name in names:
+            (output / name).unlink()
+        output.rmdir()
+
+
+def _take_folder(output: Path, resume: bool, told: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    record = output / RUN_FILE
+    if resume and not record.is_file():
+        raise ValueError(f"there is no run to resume in {output}; leave --resume out to start one")
+    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"--output {output} is not empty: choose a new folder, or go on with --resume")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(FileLock(output / LOCK_FILE, timeout=0))
+    except Timeout as error:
+        raise ValueError(f"--output {output} is in use by another run") from error
+    stack.callback(_leave_nothing_of_a_run_that_did_nothing, output)
+    if (output / SUMMARY_FILE).exists():
+        raise ValueError(f"the run in {output} is complete; there is nothing to resume")
+    if not resume:
+        record.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {before.get(name)!r} and is {told.get(name)!r}"
+        for name in sorted(before.keys() | told.keys())
+        if not MAY_DIFFER.fullmatch(name) and before.get(name) != told.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{output} is the folder of another run: {'; '.join(changed[:5])}. Choose a new folder")

@@ -1,0 +1,425 @@
+"""The SFT recipe on every family: what is learned, packed and accumulated; adapters; forms; what it refuses."""
+
+import json
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_cnllm.data.conversations import load_instructions, with_system_in_question
+from hf_cnllm.data.formats import to_messages
+from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from hf_cnllm.recipes import sft
+from hf_cnllm.tokenization.templates import FORMS
+from hf_cnllm.training.recipe import run_recipe
+from hf_cnllm.training.sft_data import encode_rows, fills_blanks, make_batches, set_control_ids, use_template
+
+# Row of the table -> tiny checkpoint, changes of its configuration, template.
+ROWS = {
+    "baichuan rope": ("baichuan", {}, None),
+    "baichuan alibi": ("baichuan", {"position_embedding": "alibi", "norm_head": True, "z_loss_weight": 2e-4}, None),
+    "chatglm": ("chatglm", {}, None),
+    "chatglm2": ("chatglm2", {}, None),
+    "chatglm3": ("chatglm3", {}, None),
+    "qwen": ("qwen", {"seq_length": 16}, None),  # NTK and LogN act beyond
+    "glm": ("glm", {}, None),
+    "llama": ("llama", {}, "llama2"),
+    "bloom": ("bloom", {}, "bloom"),
+}
+SMALL = {"hidden_size": 32, "vocab_size": 600}
+FOREIGN = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(**SMALL, n_layer=2, n_head=4)),
+}
+CHATS = load_instructions("zh")[:3] + load_instructions("en")[:3]
+ROWS_OF_DATA = [{"messages": chat} for chat in CHATS]
+TURNS = [
+    {"role": "system", "content": "用诗回答。"},
+    *({"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")),
+]
+
+
+def write_bpe(folder):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator((message["content"] for chat in CHATS for message in chat), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny checkpoint, by its name."""
+    root = tmp_path_factory.mktemp("sft")
+
+    def write(name):
+        folder = root / name
+        if not folder.exists() and name in FOREIGN:
+            torch.manual_seed(0)
+            FOREIGN[name]().save_pretrained(folder)
+            write_bpe(folder)
+        elif not folder.exists():
+            write_tiny_checkpoint(name, folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
+    return path
+
+
+def loaded(folder, changes, template):
+    config = transformers.AutoConfig.from_pretrained(folder, **changes)
+    kind = transformers.AutoModelForSeq2SeqLM if fills_blanks(config) else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model, tokenizer = kind.from_config(config), AutoTokenizer.from_pretrained(folder)
+    if not fills_blanks(config):
+        use_template(tokenizer, template)
+    set_control_ids(model, tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.use_cache = False
+    return model.eval(), tokenizer
+
+
+def run(monkeypatch, folder, data, output, *options):
+    common = "--use_cpu --report_to none --logging_steps 1 --disable_tqdm true --max_length 256 --save_strategy no"
+    words = ["--model", folder, "--data", data, "--output", output, *common.split(), *options]
+    monkeypatch.setattr(sys, "argv", ["sft", *map(str, words)])
+    sft.main()
+    return json.loads((output / "summary.json").read_text())
+
+
+# ---- what is learned
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "bloom"])
+def test_packed_examples_have_the_losses_of_each_alone(row, checkpoint):
+    name, changes, template = ROWS[row]
+    model, tokenizer = loaded(checkpoint(name), changes, template)
+    examples, cuts = encode_rows(model, tokenizer, ROWS_OF_DATA, 128)
+    assert not cuts
+    dataset, collate = make_batches(model, tokenizer, examples, packed_length=512)
+    _, collate_alone = make_batches(model, tokenizer, examples)
+    assert len(dataset) < len(examples)
+    packed = collate(list(dataset))
+    starts = (packed["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    parts = list(pairwise([*starts, packed["input_ids"].shape[1]]))
+    found = [packed["input_ids"][0, start:end].tolist() for start, end in parts]
+    assert sorted(found) == sorted(example["input_ids"] for example in examples)
+    losses = token_losses(model, packed)[0]
+    for ids, (start, end) in zip(found, parts, strict=True):
+        (example,) = (example for example in examples if example["input_ids"] == ids)
+        alone = token_losses(model, collate_alone([example]))[0]
+        assert alone.count_nonzero() >= 2
+        torch.testing.assert_close(losses[start:end][: len(alone)], alone, atol=1e-5, rtol=0)
+
+
+def token_losses(model, batch):
+    """[batch, length], 0 where nothing is learned; the model's labels are shifted but for GLM's."""
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    if not fills_blanks(model.config):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
+def test_a_model_without_positions_is_not_packed(checkpoint):
+    model, tokenizer = loaded(checkpoint("bloom"), {}, "bloom")
+    with pytest.raises(ValueError, match="BloomForCausalLM takes no position_ids"):
+        make_batches(model, tokenizer, [{"input_ids": [1], "labels": [1]}], 8)
+
+
+def test_glm_learns_the_answer_behind_a_blank_as_its_own_encoder_has_it(checkpoint):
+    model, tokenizer = loaded(checkpoint("glm"), {}, None)
+    question, answer = (message["content"] for message in CHATS[0][-2:])
+    (example,), _ = encode_rows(model, tokenizer, [{"messages": CHATS[0][-2:]}], 256)
+    inputs = tokenizer([question + "[gMASK]"], return_tensors="pt")
+    expected = tokenizer.build_inputs_for_generation(inputs, 256, targets=[answer])
+    _, collate = make_batches(model, tokenizer, [example])
+    batch = collate([example])
+    assert torch.equal(batch["input_ids"], expected["input_ids"]) and torch.equal(batch["labels"], expected["labels"])
+    torch.testing.assert_close(token_losses(model, batch), token_losses(model, dict(expected)), atol=1e-5, rtol=0)
+
+    forged = [
+        {"role": "user", "content": "[MASK]<|startofpiece|>"},
+        {"role": "assistant", "content": "<|endofpiece|>"},
+    ]
+    (example,), _ = encode_rows(model, tokenizer, [{"messages": forged}], 256)
+    assert example["input_ids"].count(tokenizer.sop_token_id) == 1
+    assert example["labels"].count(tokenizer.eop_token_id) == 1
+    long = [{"role": "user", "content": question * 40}, CHATS[0][-1]]
+    (example,), cuts = encode_rows(model, tokenizer, [{"messages": long}], 64)
+    assert len(example["input_ids"]) == 64 and example["labels"][-1] == tokenizer.eop_token_id
+    assert cuts == {"question shortened": 1}
+
+
+@pytest.mark.parametrize("row", ["llama", "baichuan rope"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_learn_the_answers_and_their_ends(form, row, checkpoint):
+    model, tokenizer = loaded(checkpoint(ROWS[row][0]), {}, form)
+    chat = TURNS if form != "bloom" else TURNS[1:]
+    chat = [{**chat[0]}, *chat[1:-1], {**chat[-1]}]
+    (example,), _ = encode_rows(model, tokenizer, [{"messages": chat}], 512)
+    learned = tokenizer.decode([label for label in example["labels"] if label != -100], skip_special_tokens=False)
+    assert "user" not in learned and "用诗" not in learned
+    answers = [piece.strip() for piece in learned.split(tokenizer.eos_token)]
+    assert answers == ["assistant 0", "assistant 1", "assistant 2", ""]
+    prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert example["input_ids"][: len(prompt)] == prompt
+
+
+def test_forms_are_written_as_published(checkpoint):
+    _, tokenizer = loaded(checkpoint("llama"), {}, "vicuna")
+    rounds = [{"role": role, "content": role[0]} for role in ("user", "assistant")] * 2
+
+    def written(form, messages):
+        use_template(tokenizer, form)
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    assert written("vicuna", rounds).endswith("user's questions. USER: u ASSISTANT: a</s>USER: u ASSISTANT: a</s>")
+    assert written("llama2", [{"role": "system", "content": "s"}, *rounds]) == (
+        "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nu [/INST] a </s><s>[INST] u [/INST] a </s>"
+    )
+    assert written("alpaca", rounds[:2]) == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nu\n\n### Response:a</s>"
+    )
+    assert written("bloom", rounds[:2]) == "u a</s>"
+
+
+@pytest.mark.parametrize("row", ["llama", "qwen"])
+def test_texts_never_become_control_tokens(row, checkpoint):
+    name, changes, template = ROWS[row]
+    model, tokenizer = loaded(checkpoint(name), changes, template)
+    forged = [{"role": "user", "content": "a</s><|im_end|>b"}, {"role": "assistant", "content": "c"}]
+    if row == "llama":
+        with pytest.raises(ValueError, match=r"conversation 1: .* would read the text '</s>' as a control token"):
+            encode_rows(model, tokenizer, [{"messages": forged}], 256)
+        return
+    plain = [{"role": "user", "content": "ab"}, forged[1]]
+    (ids, expected), _ = encode_rows(model, tokenizer, [{"messages": forged}, {"messages": plain}], 256)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids["input_ids"].count(end) == expected["input_ids"].count(end)
+
+
+def test_ghost_attention_moves_the_instruction_and_learns_the_last_answer(checkpoint):
+    model, tokenizer = loaded(checkpoint("qwen"), {}, None)
+    (example,), _ = encode_rows(model, tokenizer, [{"messages": TURNS}], 512, ghost_attention=True)
+    text = tokenizer.decode(example["input_ids"])
+    assert text.count("用诗回答。") == 1 and "user\n用诗回答。\nuser 0" in text
+    learned = tokenizer.decode([label for label in example["labels"] if label != -100])
+    assert learned.strip() == "assistant 2<|im_end|>"
+    # Cut to the last round, the instruction stays, in front of what is the first question now.
+    short = [TURNS[0], *TURNS[-2:]]
+    (expected,), _ = encode_rows(model, tokenizer, [{"messages": with_system_in_question(short)}], 512)
+    length = len(expected["input_ids"]) + 1
+    (cut,), cuts = encode_rows(model, tokenizer, [{"messages": TURNS}], length, ghost_attention=True)
+    assert cut == expected and cuts == {"earlier rounds left out": 1}
+    with pytest.raises(ValueError, match="no conversation has a system message"):
+        encode_rows(model, tokenizer, [{"messages": TURNS[1:]}], 512, ghost_attention=True)
+
+
+def test_questions_are_learned_when_asked_for(checkpoint):
+    model, tokenizer = loaded(checkpoint("qwen"), {}, None)
+    (example,), _ = encode_rows(model, tokenizer, [{"messages": TURNS}], 512, learn_questions=True)
+    assert example["labels"] == example["input_ids"]
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("row", ["baichuan alibi", "baichuan rope", "glm", "bloom"])
+def test_accumulated_gradients_are_those_of_one_batch(row, checkpoint, tmp_path):
+    """With max-z where as large a share of each batch's tokens is learned: its mean is over all tokens."""
+    name, changes, template = ROWS[row]
+    learns_all = "z_loss_weight" in changes
+    weights = []
+    for steps in (1, 3):
+        model, tokenizer = loaded(checkpoint(name), changes, template)
+        examples, _ = encode_rows(model, tokenizer, ROWS_OF_DATA, 128, learn_questions=learns_all)
+        shortest = min(len(example["input_ids"]) for example in examples)
+        examples = [{key: values[-shortest:] for key, values in one.items()} for one in examples]
+        dataset, collate = make_batches(model, tokenizer, examples)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=1, optim="sgd",
+            learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, gradient_accumulation_steps=steps,
+            per_device_train_batch_size=6 // steps, remove_unused_columns=False,
+        )  # fmt: skip
+        sft.SFTTrainer(model, arguments, data_collator=collate, train_dataset=dataset).train()
+        weights.append(dict(model.named_parameters()))
+    for key, value in weights[0].items():
+        torch.testing.assert_close(
+            value, weights[1][key], atol=1e-5, rtol=1e-5, msg=lambda said, key=key: f"{key}: {said}"
+        )
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_family_trains_and_loads_again(row, checkpoint, data, tmp_path, monkeypatch):
+    name, _, template = ROWS[row]
+    options = ["--max_steps", 2, "--learning_rate", 1e-3] + (["--template", template] if template else [])
+    options += ["--z_loss_weight", 2e-4] if name == "baichuan" else []
+    options += [] if name == "bloom" else ["--packing"]
+    summary = run(monkeypatch, checkpoint(name), data, tmp_path / "out", *options)
+    assert summary["last_loss"] < summary["first_loss"]
+    kind = transformers.AutoModelForSeq2SeqLM if name == "glm" else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.use_cache and len(tokenizer)
+    if name != "glm":
+        assert tokenizer.apply_chat_template(CHATS[0]) == tokenizer.apply_chat_template(
+            CHATS[0], chat_template=tokenizer.chat_template
+        )
+
+
+@pytest.mark.parametrize("row", ["baichuan rope", "chatglm2", "qwen"])
+@pytest.mark.parametrize("kind", ["--use_peft", "--use_peft --use_dora --gradient_checkpointing"])
+def test_adapters_train_and_merge(row, kind, checkpoint, data, tmp_path, monkeypatch):
+    folder, output = checkpoint(ROWS[row][0]), tmp_path / "out"
+    options = ["--max_steps", 2, "--learning_rate", 1e-2, *kind.split()]
+    summary = run(monkeypatch, folder, data, output, *options)
+    assert summary["last_loss"] < summary["first_loss"]
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), output).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("baichuan", "W_pack"), ("chatglm", "query_key_value"), ("chatglm2", "query_key_value"), ("qwen", "c_attn")],
+)
+def test_an_untouched_adapter_of_the_original_names_loads_and_merges(name, layer, checkpoint, tmp_path):
+    """The file as PEFT writes it for the original code: its layers' names are in the keys and in target_modules."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
+    torch.manual_seed(1)
+    prefix = {"baichuan": "model.layers.{}.self_attn", "qwen": "transformer.h.{}.attn"}
+    prefix |= {
+        "chatglm": "transformer.layers.{}.attention",
+        "chatglm2": "transformer.encoder.layers.{}.self_attention",
+    }
+    state, changes = {}, {}
+    for number in range(4):
+        path = f"{prefix[name].format(number)}.{layer}"
+        rows, columns = model.get_submodule(path).weight.shape
+        a, b = torch.randn(2, columns) / 10, torch.randn(rows, 2) / 10
+        state |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
+        changes[f"{path}.weight"] = 2 * b @ a
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": [layer]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "original"}))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, tmp_path).merge_and_unload()
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, before[key] + changes.get(key, 0), atol=1e-5, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("row", ["baichuan alibi", "chatglm2", "qwen", "llama"])
+def test_a_4_bit_model_gets_an_adapter(row, checkpoint, data, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    name, _, template = ROWS[row]
+    options = ["--max_steps", 2, "--learning_rate", 1e-2, "--use_peft", "--load_in_4bit", "--packing"]
+    options += ["--template", template] if template else []
+    summary = run(monkeypatch, checkpoint(name), data, tmp_path / "out", *options)
+    assert summary["last_loss"] < summary["first_loss"]
+
+
+def test_neftune_adds_noise_and_leaves_the_model_without(checkpoint, data, tmp_path, monkeypatch):
+    first = []
+    for number, options in enumerate(([], ["--neftune_noise_alpha", 15])):
+        one = run(monkeypatch, checkpoint("baichuan"), data, tmp_path / str(number), "--max_steps", 1, *options)
+        first.append(one["first_loss"])
+    assert abs(first[0] - first[1]) > 1e-3
+
+
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(checkpoint, data, tmp_path, monkeypatch):
+    options = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--per_device_train_batch_size", 2]
+    folder, output = checkpoint("baichuan"), tmp_path / "out"
+    run(monkeypatch, folder, data, output, *options)
+    log = json.loads((output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    (output / "summary.json").unlink()
+    (output / "checkpoint-4/complete").unlink()  # as if it was killed while it wrote this one
+    again = run(monkeypatch, folder, data, output, *options, "--resume")
+    assert again["resumed_from"] == "checkpoint-2"
+    resumed = json.loads((output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert [one["loss"] for one in resumed] == [one["loss"] for one in log]
+
+
+# ---- data, and what is refused
+
+
+def test_data_sets_are_read_by_their_folder(checkpoint, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 2
+    Dataset.from_list(rows).to_parquet(tmp_path / "set/train.parquet")
+    summary = run(monkeypatch, checkpoint("baichuan"), tmp_path / "set", tmp_path / "out", "--max_steps", 1)
+    assert summary["steps"] == 1
+
+
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ("", [], "the file holds no conversation"),
+        ('{"messages": [', [], "line 1: not valid JSON"),
+        ({"messages": [{"role": "user"}, ANSWER]}, [], "line 1: field 'messages[0].content' must be"),
+        ({"messages": [ANSWER]}, [], "line 1: field 'messages[0].role' must be 'user' or 'system'"),
+        ({"messages": [QUESTION]}, [], "must end with a message of the assistant"),
+        ({"messages": [QUESTION, {**ANSWER, "loss": False}]}, [], "conversation 1: nothing of it would be learned"),
+        ({"messages": [QUESTION, ANSWER]}, ["--template", "chatml"], "--template must be one of alpaca"),
+        ({"messages": [QUESTION, ANSWER]}, ["--model", "llama"], "no chat template: choose one with --template"),
+        ({"messages": [QUESTION, ANSWER]}, ["--load_in_8bit"], "add --use_peft"),
+        ({"messages": [QUESTION, ANSWER]}, ["--model", "qwen", "--z_loss_weight", "1"], "has no max-z loss"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(rows, options, said, checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    if "--load_in_8bit" in options:
+        pytest.importorskip("bitsandbytes")
+    name = options.pop(options.index("--model") + 1) if "--model" in options else "baichuan"
+    options = [option for option in options if option != "--model"]
+    words = ["--model", checkpoint(name), "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", *options]
+    monkeypatch.setattr(sys, "argv", ["sft", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(sft.main)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: error: ")]
+    assert stopped.value.code == 2 and said in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_alpaca_and_sharegpt_are_the_same_conversation():
+    sharegpt = [{"from": "human", "value": "q\ni"}, {"from": "gpt", "value": "a"}]
+    alpaca = {"instruction": "q", "input": "i", "output": "a"}
+    assert to_messages({"conversations": sharegpt}) == to_messages(alpaca)
