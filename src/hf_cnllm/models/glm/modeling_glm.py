@@ -49,7 +49,8 @@ class SelfAttention(nn.Module):
         self.attention_dropout = config.attention_dropout_prob
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dense.adds_to_residual = True  # no class of its own, which quantization would pass over  # type: ignore[assignment]  # type: ignore[assignment]
+        # No class of its own, which quantization would pass over.
+        self.dense.adds_to_residual = True  # type: ignore[assignment]
         self.output_dropout = nn.Dropout(config.output_dropout_prob)
 
     def forward(
