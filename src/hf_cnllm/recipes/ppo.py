@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -146,7 +146,7 @@ def main() -> None:
         critic = Critic.from_pretrained(start, **options)
         queries = encode_queries(tokenizer, rows, arguments.max_prompt_length)
         ptx_rows = read_ptx_rows(tokenizer, model, arguments.ptx_data or [], ends, arguments.max_ptx_length)
-        adapter: LoraConfig | None = get_peft_config(model_options)
+        adapter = cast("LoraConfig | None", get_peft_config(model_options))
         if adapter is not None:
             heads = [name for name in HEADS if hasattr(critic.model, name)]
             model = get_peft_model(model, adapter)

@@ -439,8 +439,7 @@ class PPOTrainer:
     def _adapt_kl_coefficient(self, kl: float) -> None:
         args, done = self.args, (self.state.global_step + 1) / self.state.max_steps
         if args.kl_target is not None:
-            responses = args.queries_per_device * args.responses_per_query * args.world_size
-            self.kl_coefficient = adapted_kl_coefficient(self.kl_coefficient, kl, args.kl_target, responses)
+            self.kl_coefficient = adapted_kl_coefficient(self.kl_coefficient, kl, args.kl_target)
         elif args.final_kl_coefficient is not None:
             self.kl_coefficient = args.kl_coefficient + done * (args.final_kl_coefficient - args.kl_coefficient)
 

@@ -66,10 +66,10 @@ def response_mask(tokens: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tenso
     return (ends_before == 0).float(), is_end.any(1)
 
 
-def adapted_kl_coefficient(coefficient: float, kl: float, target: float, responses: int) -> float:
-    """The weight of the KL penalty after a step (arXiv 1909.08593, section 2.2): up where the KL is above its target."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return coefficient * (1 + 0.1 * error * responses / 256)  # the paper's K_β = 0.1 is for 256 responses or more
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """The weight of the KL penalty after a step, up where the KL is above its target: β (1 + K_β clip(KL / target − 1, ±0.2))
+    with K_β = 0.1 (arXiv 1909.08593, section 2.2)."""
+    return coefficient * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 class RunningMoments:

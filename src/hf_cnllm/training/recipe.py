@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,6 +168,8 @@ class Run:
             yield folder
         if is_first_process():
             for path in sorted(final.iterdir(), key=lambda path: (path.name == SUMMARY_FILE, "config" in path.name)):
+                if path.is_dir():  # a file is replaced, a folder of a run that was killed here is not
+                    shutil.rmtree(self.output / path.name, ignore_errors=True)
                 path.replace(self.output / path.name)
             final.rmdir()
         wait_for_others()
