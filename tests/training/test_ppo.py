@@ -10,8 +10,8 @@ from functools import cache
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -182,7 +182,14 @@ def checkpoint(tmp_path_factory):
     @cache
     def write(name):
         folder = tmp_path_factory.mktemp("models") / name
-        write_foreign(name, folder) if name in SIZES else write_tiny_checkpoint(name, folder)
+        if name in SIZES:
+            write_foreign(name, folder)
+        elif name == "baichuan-rope":
+            shutil.copytree(write("baichuan"), folder)
+            overrides = {"position_embedding": "rope", "norm_head": False}
+            AutoModelForCausalLM.from_pretrained(folder, **overrides).save_pretrained(folder)
+        else:
+            write_tiny_checkpoint(name, folder)
         return folder
 
     return write
@@ -236,7 +243,7 @@ def differ(before, model):
 
 
 QUICK = ["llama", "bloom", "baichuan", "chatglm"]
-SLOW = ["chatglm2", "chatglm3", "qwen"]
+SLOW = ["baichuan-rope", "chatglm2", "chatglm3", "qwen"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -311,8 +318,6 @@ def test_with_an_adapter_the_reference_is_the_model_without_it(checkpoint, tmp_p
     base = weights(model.get_base_model().model.layers[0].mlp.gate_proj)
     plain.train()
     assert not differ(base, model.get_base_model().model.layers[0].mlp.gate_proj)
-    from safetensors.torch import load_file
-
     assert all("lora_" in name for name in load_file(tmp_path / "checkpoint-3" / "model.safetensors"))
     plain.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path / "saved")
@@ -379,15 +384,12 @@ def test_a_cut_response_pays(checkpoint, tmp_path):
 # --- bad input ---
 
 
-class Constant(nn.Module):
-    pass
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"per_device_train_batch_size": 3}, "queries_per_device x responses_per_query is 8, which"),
         ({"kl_target": 6.0, "final_kl_coefficient": 0.1}, "give one"),
+        ({"save_strategy": "epoch"}, "save_strategy is steps or no"),
         ({"ptx_coefficient": 0.1}, "pre-training examples: give both"),
         ({"reward": lambda q, r: [0.0]}, "returned 1 rewards for 8 responses"),
     ],
@@ -404,10 +406,17 @@ def test_models_of_another_vocabulary(checkpoint, tmp_path):
     parts = {"reward model": {"reward": reward}, "critic": {"critic": Critic(reward)}}
     parts["reference"] = {"reference": AutoModelForCausalLM.from_pretrained(other)}
     for name, part in parts.items():
-        with pytest.raises(
-            ValueError, match=f"the {name} is of another vocabulary: it has 410 tokens, the actor's 400"
-        ):
+        with pytest.raises(ValueError, match=f"the {name} is of another vocabulary: 410 tokens, the actor has 400"):
             make_trainer(checkpoint("llama"), tmp_path, **part)
+
+
+def test_a_reward_model_that_would_read_the_padding(checkpoint, tmp_path):
+    path = checkpoint("llama")
+    reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, pad_token_id=2)
+    with pytest.raises(
+        ValueError, match="pad_token_id, 0; the config of this one has num_labels 1 and pad_token_id 2"
+    ):
+        make_trainer(path, tmp_path, reward=reward)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -432,8 +441,8 @@ def test_a_loss_that_is_no_number_stops_the_training_with_its_batch(checkpoint, 
 
 def write_queries(path):
     chats = load_instructions("en")[:8]
-    rows = [{"messages": chat} for chat in chats[:4]] + [{"messages": chat} for chat in chats[4:]]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 

@@ -130,7 +130,6 @@ def main() -> None:
                 f"the tokenizer of {arguments.model} has no chat template, which PPO asks its queries with"
             )
         rows = read_queries(arguments.data)
-        reward = load_reward(arguments.reward, tokenizer)
         set_seed(training.seed)
         options = {
             "dtype": model_options.dtype,
@@ -138,9 +137,10 @@ def main() -> None:
             "quantization_config": get_quantization_config(model_options),
         }
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token_id = reply_end_ids(tokenizer, model.generation_config)[0]
         ends = reply_end_ids(tokenizer, model.generation_config)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token_id = ends[0]
+        reward = load_reward(arguments.reward, tokenizer)
         model.generation_config.eos_token_id = ends
         start = arguments.critic or (arguments.model if arguments.reward in REWARDS else arguments.reward)
         critic = Critic.from_pretrained(start, **options)

@@ -7,10 +7,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-HEADS = (
-    "score",
-    "classifier_head",
-)  # what transformers and the families call the layer behind a classifier's backbone
+# What transformers and the families call the layer behind the backbone of a sequence classifier.
+HEADS = ("score", "classifier_head")
 
 
 class Critic(nn.Module):

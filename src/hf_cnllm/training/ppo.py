@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -59,10 +60,6 @@ from .recipe import complete_checkpoints, stop_at_non_finite
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 """Queries and responses as texts, special tokens left out of the responses -> a reward each."""
-HEADS = (
-    "score",
-    "classifier_head",
-)  # what the families and transformers call the layer behind a classifier's backbone
 CRITIC_FOLDER, STATE_FILE = "critic", "trainer_state.json"
 
 
@@ -104,6 +101,10 @@ class PPOConfig(TrainingArguments):
                 f"queries_per_device x responses_per_query is {responses}, which per_device_train_batch_size x "
                 f"gradient_accumulation_steps, {minibatch}, must divide"
             )
+        if "epoch" in (self.save_strategy, self.logging_strategy) or self.eval_strategy != "no":
+            raise ValueError(
+                "PPO logs and saves by steps, and evaluates nothing but its rewards: save_strategy is steps or no"
+            )
         if self.kl_target is not None and self.final_kl_coefficient is not None:
             raise ValueError("kl_target adapts the weight of the KL penalty, final_kl_coefficient fixes it: give one")
 
@@ -143,16 +144,21 @@ class PPOTrainer:
             raise ValueError("ptx_coefficient weighs the loss on pre-training examples: give both, or neither")
         if reference is None and not isinstance(model, PeftModel):
             reference = copy.deepcopy(model)
-        others = {"reward model": reward, "critic": critic.model, "reference": reference}
-        for name, other in others.items():
-            if (
-                isinstance(other, nn.Module)
-                and plain_model(other).config.vocab_size != plain_model(model).config.vocab_size
-            ):
-                sizes = f"{plain_model(other).config.vocab_size} tokens, the actor's {plain_model(model).config.vocab_size}"
-                raise ValueError(f"the {name} is of another vocabulary: it has {sizes}")
-        if isinstance(reward, nn.Module) and reward.config.num_labels != 1:
-            raise ValueError(f"a reward model has one label, this one has {reward.config.num_labels}")
+        vocabulary = plain_model(model).config.vocab_size
+        for name, other in {"reward model": reward, "critic": critic.model, "reference": reference}.items():
+            size = plain_model(other).config.vocab_size if isinstance(other, nn.Module) else vocabulary
+            if size != vocabulary:
+                raise ValueError(f"the {name} is of another vocabulary: {size} tokens, the actor has {vocabulary}")
+        self.end_ids = list(end_ids)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
+        if isinstance(reward, nn.Module) and (reward.config.num_labels, reward.config.pad_token_id) != (
+            1,
+            self.pad_id,
+        ):
+            raise ValueError(
+                f"a reward model has one label and finds the end of a response by the tokenizer's pad_token_id, {self.pad_id}; "
+                f"the config of this one has num_labels {reward.config.num_labels} and pad_token_id {reward.config.pad_token_id}"
+            )
         self.accelerator = Accelerator(
             cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         )
@@ -160,21 +166,18 @@ class PPOTrainer:
             raise ValueError("PPO trains two models and samples in between: use DDP (with LoRA, if memory is short)")
         set_seed(args.seed + args.process_index)  # each process samples responses of its own
         self.args, self.queries, self.tokenizer, self.ptx_rows = args, queries, tokenizer, ptx_rows
-        self.end_ids = list(end_ids)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         self.collate_ptx = DataCollatorForSeq2Seq(tokenizer)
         self.reward, self.reference = reward, reference
         for frozen in (reward, reference):
             if isinstance(frozen, nn.Module):
                 frozen.requires_grad_(False).eval().to(self.accelerator.device)
-        for trained in (model, critic):
+        for trained in (model, critic.model):
             for module in trained.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # the ratio of the same policy is 1
-            trained.train(args.gradient_checkpointing)
-        if args.gradient_checkpointing:
-            for trained in (model, critic.model):
-                trained.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            if args.gradient_checkpointing:
+                how = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+                trained.gradient_checkpointing_enable(how)
         self.state = TrainerState(
             max_steps=_steps(args, len(queries)),
             num_train_epochs=math.ceil(args.num_train_epochs),
@@ -188,7 +191,7 @@ class PPOTrainer:
         self.callbacks.append(PrinterCallback() if args.disable_tqdm else ProgressCallback())
         self._prepare(model, critic)
 
-    def _prepare(self, actor: nn.Module, critic: Critic) -> None:
+    def _prepare(self, actor: Any, critic: Any) -> None:
         args, prepare = self.args, self.accelerator.prepare
         rates = {"actor": (actor, args.learning_rate), "critic": (critic, args.critic_learning_rate)}
         self.has_frozen_weights = False
@@ -196,13 +199,8 @@ class PPOTrainer:
         for name, (model, rate) in rates.items():
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.has_frozen_weights |= len(parameters) < len(list(model.parameters()))
-            optimizer = torch.optim.AdamW(
-                parameters,
-                lr=rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
-            )
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            optimizer = kind(parameters, **settings | {"lr": rate, "weight_decay": args.weight_decay})
             steps = max(self.state.max_steps - (args.critic_warmup_steps if name == "actor" else 0), 1)
             scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
             self.accelerator.register_for_checkpointing(scheduler)
@@ -426,7 +424,7 @@ class PPOTrainer:
             for key, value in measured.items():
                 found[key] = found.get(key, 0.0) + value.item()
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm) and self.accelerator.scaler is None:  # which leaves such a step out
             raise FloatingPointError(f"the {name}'s gradient is not finite at step {self.state.global_step}")
         optimizer.step()
         optimizer.zero_grad()
