@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
@@ -86,20 +87,24 @@ def run_recipe(main: Callable[[], None]) -> None:
         sys.exit(USER_ERROR)
 
 
+def stop_at_non_finite(loss: torch.Tensor, inputs: Any, args: TrainingArguments, step: int) -> None:
+    """Raises FloatingPointError if the loss is NaN or infinite, with the batch that it comes from saved."""
+    if not torch.isfinite(loss).all():
+        path = Path(args.output_dir, f"non-finite-loss-step-{step}-process-{args.process_index}.pt")
+        torch.save(inputs, path)
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step}; the batch is in {path}. Lower the learning rate, or look for what is "
+            "odd in these examples, and go on with --resume."
+        )
+
+
 class StopAtNonFiniteLoss:
     """Stands in front of a Trainer: the first loss that is NaN or infinite ends the training, with the batch saved."""
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if not torch.isfinite(loss).all():
-            trainer: Any = self
-            step, process = trainer.state.global_step, trainer.args.process_index
-            path = Path(trainer.args.output_dir, f"non-finite-loss-step-{step}-process-{process}.pt")
-            torch.save(inputs, path)
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}; the batch is in {path}. Lower the learning rate, or look for what is "
-                "odd in these examples, and go on with --resume."
-            )
+        trainer: Any = self
+        stop_at_non_finite(loss, inputs, trainer.args, trainer.state.global_step)
         return loss
 
 
@@ -114,29 +119,31 @@ class _MarkComplete(TrainerCallback):
             (folder / COMPLETE_FILE).touch()
 
 
-def last_complete_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; those that a killed process left are passed over."""
+def complete_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints that were written to their ends, oldest first; those that a killed process left are passed over."""
     steps = {int(found[1]): path for path in output.iterdir() if (found := CHECKPOINT.fullmatch(path.name))}
-    return next((steps[step] for step in sorted(steps, reverse=True) if (steps[step] / COMPLETE_FILE).exists()), None)
+    return [steps[step] for step in sorted(steps) if (steps[step] / COMPLETE_FILE).exists()]
+
+
+def last_complete_checkpoint(output: Path) -> Path | None:
+    return next(reversed(complete_checkpoints(output)), None)
 
 
 @dataclass
 class Run:
-    """One training in its output folder."""
+    """One training in its output folder. A trainer is transformers' or has what is used of it here, as `PPOTrainer`."""
 
     output: Path
     told: dict[str, Any]  # every argument, by name
     checkpoint: Path | None  # what it goes on from
     started: float = field(default_factory=time.monotonic)
 
-    def train(self, trainer: Trainer) -> None:
+    def train(self, trainer: Any) -> None:
         """Trains, from the last complete checkpoint on if the run is resumed."""
         trainer.add_callback(_MarkComplete())
         trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
 
-    def finish(
-        self, trainer: Trainer, tokenizer: Any = None, curves: Sequence[str] = ("loss",), **metrics: Any
-    ) -> None:
+    def finish(self, trainer: Any, tokenizer: Any = None, curves: Sequence[str] = ("loss",), **metrics: Any) -> None:
         """Saves the model, the tokenizer, the picture of the curves and, last, the summary.
 
         Args:
@@ -161,6 +168,8 @@ class Run:
             yield folder
         if is_first_process():
             for path in sorted(final.iterdir(), key=lambda path: (path.name == SUMMARY_FILE, "config" in path.name)):
+                if path.is_dir():  # a file is replaced, a folder of a run that was killed here is not
+                    shutil.rmtree(self.output / path.name, ignore_errors=True)
                 path.replace(self.output / path.name)
             final.rmdir()
         wait_for_others()
