@@ -91,7 +91,9 @@ class OriginalVocabularyTokenizer(TokenizersBackend):
         if tokenizer_file is not None:
             try:
                 return Tokenizer.from_file(os.fspath(tokenizer_file))
-            except BaseException as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
+            except (
+                BaseException
+            ) as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 raise ValueError(f"{tokenizer_file} is damaged ({error}). Delete it or save it again.") from error

@@ -12,34 +12,25 @@ from ..models.glm import GLMConfig
 from ..models.qwen import QWenConfig, QWenTokenizer
 from ..models.qwen.chat import get_stop_words_ids
 
-TRANSFORMERS = "Use transformers' `generate`"
-PREFIX_LM = f"its prompt sees itself in both directions, which vLLM has for images only. {TRANSFORMERS}."
+PREFIX_LM = "is a prefix language model: its prompt sees itself in both directions, which vLLM has for images only"
+TIED = (lambda c: c.tie_word_embeddings, "`tie_word_embeddings` must be false there")
 
-# For each family: what a configuration may say that is not served -> why, and what to use instead.
+# For each family: what a configuration may say that is not served -> why.
 REFUSALS: dict[type[PreTrainedConfig], tuple[tuple[Callable[[Any], Any], str], ...]] = {
-    BaichuanConfig: (
-        (lambda c: c.hidden_act != "silu", f"`hidden_act` must be 'silu' there. {TRANSFORMERS}."),
-        (lambda c: c.tie_word_embeddings, f"`tie_word_embeddings` must be false there. {TRANSFORMERS}."),
-    ),
-    QWenConfig: (
-        (lambda c: c.tie_word_embeddings, f"`tie_word_embeddings` must be false there. {TRANSFORMERS}."),
-        (lambda c: c.rotary_dim % 2, f"`rotary_pct` must give an even number of dimensions there. {TRANSFORMERS}."),
-    ),
+    BaichuanConfig: (TIED, (lambda c: c.hidden_act != "silu", "`hidden_act` must be 'silu' there")),
+    QWenConfig: (TIED, (lambda c: c.rotary_dim % 2, "`rotary_pct` must give an even number of dimensions there")),
     ChatGLMConfig: (
-        (lambda c: c.architecture == "chatglm", f"ChatGLM-6B is a prefix language model: {PREFIX_LM}"),
-        (lambda c: c.pre_seq_len, f"a P-tuning prefix (`pre_seq_len`) has no place in its cache. {TRANSFORMERS}."),
-        (
-            lambda c: not c.multi_query_attention,
-            f"`multi_query_attention` must be true there (heads are interleaved without). {TRANSFORMERS}.",
-        ),
+        (lambda c: c.architecture == "chatglm", f"ChatGLM-6B {PREFIX_LM}"),
+        (lambda c: c.pre_seq_len, "a P-tuning prefix (`pre_seq_len`) has no place in its cache"),
+        (lambda c: not c.multi_query_attention, "`multi_query_attention` must be true there"),
         (
             lambda c: not (c.rmsnorm and c.post_layer_norm) or c.apply_residual_connection_post_layernorm,
-            "`rmsnorm` and `post_layer_norm` must be true, and `apply_residual_connection_post_layernorm` false, as in all "
-            f"published checkpoints. {TRANSFORMERS}.",
+            "`rmsnorm` and `post_layer_norm` must be true there, and `apply_residual_connection_post_layernorm` false, as in "
+            "all published checkpoints",
         ),
-        (lambda c: c.tie_word_embeddings, f"`tie_word_embeddings` must be false there. {TRANSFORMERS}."),
+        TIED,
     ),
-    GLMConfig: ((lambda c: True, f"GLM is a prefix language model: {PREFIX_LM}"),),
+    GLMConfig: ((lambda c: True, f"GLM {PREFIX_LM}"),),
 }
 
 
@@ -53,7 +44,7 @@ def check_served(config: PreTrainedConfig) -> None:
         if isinstance(config, config_class):
             for applies, reason in refusals:
                 if applies(config):
-                    raise ValueError(f"vLLM cannot serve this checkpoint: {reason}")
+                    raise ValueError(f"vLLM cannot serve this checkpoint: {reason}. Use transformers' `generate`.")
 
 
 def needs_ntk(config: QWenConfig, max_model_len: int) -> bool:
