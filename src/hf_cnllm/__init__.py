@@ -39,6 +39,7 @@ _LATER = {
     "map_conversations": "data.formats",
     "read_conversations": "data.conversations",
     "reply_end_ids": "data.conversations",
+    "sample_ghost_attention": "data.ghost_attention",
     "to_messages": "data.formats",
     "with_system_in_question": "data.conversations",
 }

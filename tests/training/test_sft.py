@@ -1,8 +1,10 @@
 """The SFT recipe on every family: what is learned, packed and accumulated; adapters; forms; what it refuses."""
 
 import json
+import re
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +21,14 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from trl import ModelConfig
 
 from hf_cnllm.data.conversations import load_instructions, with_system_in_question
 from hf_cnllm.data.formats import to_messages
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 from hf_cnllm.recipes import sft
 from hf_cnllm.tokenization.templates import FORMS
-from hf_cnllm.training.recipe import run_recipe
+from hf_cnllm.training.recipe import parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import encode_rows, fills_blanks, make_batches, set_control_ids, use_template
 
 # Row of the table -> tiny checkpoint, changes of its configuration, template.
@@ -417,6 +420,19 @@ def test_what_the_user_can_mend_is_one_line(rows, options, said, checkpoint, tmp
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: error: ")]
     assert stopped.value.code == 2 and said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_for_the_published_scripts_are_understood(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    table = page.partition("### The published scripts' commands")[2].partition("\n\nOptions of")[0]
+    commands = [re.findall(r"`(--[^`]+)`", row.split("|")[2]) for row in table.splitlines() if row.startswith("| ")]
+    commands = [" ".join(command) for command in commands if command]
+    assert len(commands) >= 8
+    commands += [f"--config {name}.yaml" for name in ("sft", "sft_lora", "sft_qlora")]
+    for command in commands:
+        words = ["sft", "--model", "m", "--output", "o", "--data", "d", *command.split()]
+        monkeypatch.setattr(sys, "argv", words)
+        parse_arguments("", sft.SFTArguments, transformers.TrainingArguments, ModelConfig)
 
 
 def test_alpaca_and_sharegpt_are_the_same_conversation():
