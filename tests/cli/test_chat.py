@@ -1,6 +1,7 @@
 """`hf-cnllm chat`: what is answered, what is kept, and what the terminal does. The page is in test_chat_web."""
 
 import argparse
+import fcntl
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from itertools import pairwise
 
@@ -399,10 +401,16 @@ class Pty:
         command = [sys.executable, "-m", "hf_cnllm", *map(str, words)]
         self.process = subprocess.Popen(
             command, stdin=worker, stdout=worker, stderr=worker, env=environment, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=self._in_front,
         )  # fmt: skip
         os.close(worker)
         self.seen = b""
+
+    @staticmethod
+    def _in_front():
+        """The terminal is the command's own, and Ctrl-C reaches it, which it does not in a run in the background."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def expect(self, pattern, seconds=60):
         """What came up to the pattern, which is then done with."""

@@ -72,7 +72,7 @@ def test_a_half_upgraded_environment_is_named_with_what_it_needs(monkeypatch, as
     assert 'pip install "' in told
 
 
-def test_a_library_that_cannot_be_imported_is_named_too(tmp_path):
+def test_a_library_that_cannot_be_imported_is_named(tmp_path):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "__init__.py").write_text("raise AttributeError('transformers has no such thing')")
     (tmp_path / "peft-0.1.dist-info").mkdir()
@@ -81,9 +81,9 @@ def test_a_library_that_cannot_be_imported_is_named_too(tmp_path):
     command = [sys.executable, "-m", "hf_cnllm", "doctor"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    last_line = done.stderr.splitlines()[-1]
-    assert "transformers has no such thing" in last_line
-    assert "peft 0.1 is installed, but hf-cnllm" in last_line and 'pip install "peft>=' in last_line
+    # Nothing here imports peft before it is used.
+    (line,) = [line for line in done.stdout.splitlines() if "peft 0.1 is installed, but hf-cnllm" in line]
+    assert 'pip install "peft>=' in line and "Traceback" not in done.stderr
 
 
 def test_what_only_tests_of_a_library_need_does_not_count(monkeypatch):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,9 @@ def start(hub, work: Path, *arguments: object) -> subprocess.Popen:
         "TMPDIR": str(work / "tmp"),
     }
     command = [sys.executable, str(PUSHER), *map(str, arguments)]
-    return subprocess.Popen(command, env=os.environ | environment, cwd=work, text=True, stderr=subprocess.PIPE)
+    hears = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a run in the background does not
+    options = {"env": os.environ | environment, "cwd": work, "text": True, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, preexec_fn=hears, **options)
 
 
 @pytest.fixture(scope="module")

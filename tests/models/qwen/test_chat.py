@@ -383,6 +383,8 @@ def test_arguments_as_the_originals_had_them(tokenizer, model):
     config = copy.deepcopy(model.generation_config)
     config.update(**options)
     *_, last = model.chat_stream(tokenizer, "q", greeting, "s", None, None, config)
-    assert last.strip() == answer
+    assert last.strip() == answer.replace(
+        "\N{REPLACEMENT CHARACTER}", ""
+    )  # half characters are not streamed, as there
     with pytest.raises(ValueError, match="call chat_stream for an answer as it grows"):
         model.chat(tokenizer, "q", None, stream=True)
