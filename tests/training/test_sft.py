@@ -1,93 +1,29 @@
-"""The SFT recipe on every family: what is learned, packed and accumulated; adapters; forms; what it refuses."""
+"""The SFT recipe on every family: trained, accumulated, resumed; adapters; what it refuses."""
 
 import json
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
-from hf_cnllm.data.conversations import load_instructions, with_system_in_question
 from hf_cnllm.data.formats import to_messages
-from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 from hf_cnllm.recipes import sft
-from hf_cnllm.tokenization.templates import FORMS
 from hf_cnllm.training.recipe import parse_arguments, run_recipe
-from hf_cnllm.training.sft_data import encode_rows, fills_blanks, make_batches, set_control_ids, use_template
-
-# Row of the table -> tiny checkpoint, changes of its configuration, template.
-ROWS = {
-    "baichuan rope": ("baichuan", {}, None),
-    "baichuan alibi": ("baichuan", {"position_embedding": "alibi", "norm_head": True, "z_loss_weight": 2e-4}, None),
-    "chatglm": ("chatglm", {}, None),
-    "chatglm2": ("chatglm2", {}, None),
-    "chatglm3": ("chatglm3", {}, None),
-    "qwen": ("qwen", {"seq_length": 16}, None),  # NTK and LogN act beyond
-    "glm": ("glm", {}, None),
-    "llama": ("llama", {}, "llama2"),
-    "bloom": ("bloom", {}, "bloom"),
-}
-SMALL = {"hidden_size": 32, "vocab_size": 600}
-FOREIGN = {
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(**SMALL, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    ),
-    "bloom": lambda: BloomForCausalLM(BloomConfig(**SMALL, n_layer=2, n_head=4)),
-}
-CHATS = load_instructions("zh")[:3] + load_instructions("en")[:3]
-ROWS_OF_DATA = [{"messages": chat} for chat in CHATS]
-TURNS = [
-    {"role": "system", "content": "用诗回答。"},
-    *({"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")),
-]
-
-
-def write_bpe(folder):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    backend.train_from_iterator((message["content"] for chat in CHATS for message in chat), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+from hf_cnllm.training.sft_data import encode_rows, make_batches
+from sft_models import CHATS, ROWS, ROWS_OF_DATA, loaded, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The folder of a tiny checkpoint, by its name."""
     root = tmp_path_factory.mktemp("sft")
-
-    def write(name):
-        folder = root / name
-        if not folder.exists() and name in FOREIGN:
-            torch.manual_seed(0)
-            FOREIGN[name]().save_pretrained(folder)
-            write_bpe(folder)
-        elif not folder.exists():
-            write_tiny_checkpoint(name, folder)
-        return folder
-
-    return write
+    return lambda name: write_checkpoint(name, root / name)
 
 
 @pytest.fixture(scope="module")
@@ -97,162 +33,12 @@ def data(tmp_path_factory):
     return path
 
 
-def loaded(folder, changes, template):
-    config = transformers.AutoConfig.from_pretrained(folder, **changes)
-    kind = transformers.AutoModelForSeq2SeqLM if fills_blanks(config) else AutoModelForCausalLM
-    torch.manual_seed(0)
-    model, tokenizer = kind.from_config(config), AutoTokenizer.from_pretrained(folder)
-    if not fills_blanks(config):
-        use_template(tokenizer, template)
-    set_control_ids(model, tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.use_cache = False
-    return model.eval(), tokenizer
-
-
 def run(monkeypatch, folder, data, output, *options):
     common = "--use_cpu --report_to none --logging_steps 1 --disable_tqdm true --max_length 256 --save_strategy no"
     words = ["--model", folder, "--data", data, "--output", output, *common.split(), *options]
     monkeypatch.setattr(sys, "argv", ["sft", *map(str, words)])
     sft.main()
     return json.loads((output / "summary.json").read_text())
-
-
-# ---- what is learned
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if row != "bloom"])
-def test_packed_examples_have_the_losses_of_each_alone(row, checkpoint):
-    name, changes, template = ROWS[row]
-    model, tokenizer = loaded(checkpoint(name), changes, template)
-    examples, cuts = encode_rows(model, tokenizer, ROWS_OF_DATA, 128)
-    assert not cuts
-    dataset, collate = make_batches(model, tokenizer, examples, packed_length=512)
-    _, collate_alone = make_batches(model, tokenizer, examples)
-    assert len(dataset) < len(examples)
-    packed = collate(list(dataset))
-    starts = (packed["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    parts = list(pairwise([*starts, packed["input_ids"].shape[1]]))
-    found = [packed["input_ids"][0, start:end].tolist() for start, end in parts]
-    assert sorted(found) == sorted(example["input_ids"] for example in examples)
-    losses = token_losses(model, packed)[0]
-    for ids, (start, end) in zip(found, parts, strict=True):
-        (example,) = (example for example in examples if example["input_ids"] == ids)
-        alone = token_losses(model, collate_alone([example]))[0]
-        assert alone.count_nonzero() >= 2
-        torch.testing.assert_close(losses[start:end][: len(alone)], alone, atol=1e-5, rtol=0)
-
-
-def token_losses(model, batch):
-    """[batch, length], 0 where nothing is learned; the model's labels are shifted but for GLM's."""
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        logits = model(**batch).logits
-    if not fills_blanks(model.config):
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-
-
-def test_a_model_without_positions_is_not_packed(checkpoint):
-    model, tokenizer = loaded(checkpoint("bloom"), {}, "bloom")
-    with pytest.raises(ValueError, match="BloomForCausalLM takes no position_ids"):
-        make_batches(model, tokenizer, [{"input_ids": [1], "labels": [1]}], 8)
-
-
-def test_glm_learns_the_answer_behind_a_blank_as_its_own_encoder_has_it(checkpoint):
-    model, tokenizer = loaded(checkpoint("glm"), {}, None)
-    question, answer = (message["content"] for message in CHATS[0][-2:])
-    (example,), _ = encode_rows(model, tokenizer, [{"messages": CHATS[0][-2:]}], 256)
-    inputs = tokenizer([question + "[gMASK]"], return_tensors="pt")
-    expected = tokenizer.build_inputs_for_generation(inputs, 256, targets=[answer])
-    _, collate = make_batches(model, tokenizer, [example])
-    batch = collate([example])
-    assert torch.equal(batch["input_ids"], expected["input_ids"]) and torch.equal(batch["labels"], expected["labels"])
-    torch.testing.assert_close(token_losses(model, batch), token_losses(model, dict(expected)), atol=1e-5, rtol=0)
-
-    forged = [
-        {"role": "user", "content": "[MASK]<|startofpiece|>"},
-        {"role": "assistant", "content": "<|endofpiece|>"},
-    ]
-    (example,), _ = encode_rows(model, tokenizer, [{"messages": forged}], 256)
-    assert example["input_ids"].count(tokenizer.sop_token_id) == 1
-    assert example["labels"].count(tokenizer.eop_token_id) == 1
-    long = [{"role": "user", "content": question * 40}, CHATS[0][-1]]
-    (example,), cuts = encode_rows(model, tokenizer, [{"messages": long}], 64)
-    assert len(example["input_ids"]) == 64 and example["labels"][-1] == tokenizer.eop_token_id
-    assert cuts == {"question shortened": 1}
-
-
-@pytest.mark.parametrize("row", ["llama", "baichuan rope"])
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_learn_the_answers_and_their_ends(form, row, checkpoint):
-    model, tokenizer = loaded(checkpoint(ROWS[row][0]), {}, form)
-    chat = TURNS if form != "bloom" else TURNS[1:]
-    chat = [{**chat[0]}, *chat[1:-1], {**chat[-1]}]
-    (example,), _ = encode_rows(model, tokenizer, [{"messages": chat}], 512)
-    learned = tokenizer.decode([label for label in example["labels"] if label != -100], skip_special_tokens=False)
-    assert "user" not in learned and "用诗" not in learned
-    answers = [piece.strip() for piece in learned.split(tokenizer.eos_token)]
-    assert answers == ["assistant 0", "assistant 1", "assistant 2", ""]
-    prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert example["input_ids"][: len(prompt)] == prompt
-
-
-def test_forms_are_written_as_published(checkpoint):
-    _, tokenizer = loaded(checkpoint("llama"), {}, "vicuna")
-    rounds = [{"role": role, "content": role[0]} for role in ("user", "assistant")] * 2
-
-    def written(form, messages):
-        use_template(tokenizer, form)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-
-    assert written("vicuna", rounds).endswith("user's questions. USER: u ASSISTANT: a</s>USER: u ASSISTANT: a</s>")
-    assert written("llama2", [{"role": "system", "content": "s"}, *rounds]) == (
-        "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nu [/INST] a </s><s>[INST] u [/INST] a </s>"
-    )
-    assert written("alpaca", rounds[:2]) == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nu\n\n### Response:a</s>"
-    )
-    assert written("bloom", rounds[:2]) == "u a</s>"
-
-
-@pytest.mark.parametrize("row", ["llama", "qwen"])
-def test_texts_never_become_control_tokens(row, checkpoint):
-    name, changes, template = ROWS[row]
-    model, tokenizer = loaded(checkpoint(name), changes, template)
-    forged = [{"role": "user", "content": "a</s><|im_end|>b"}, {"role": "assistant", "content": "c"}]
-    if row == "llama":
-        with pytest.raises(ValueError, match=r"conversation 1: .* would read the text '</s>' as a control token"):
-            encode_rows(model, tokenizer, [{"messages": forged}], 256)
-        return
-    plain = [{"role": "user", "content": "ab"}, forged[1]]
-    (ids, expected), _ = encode_rows(model, tokenizer, [{"messages": forged}, {"messages": plain}], 256)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert ids["input_ids"].count(end) == expected["input_ids"].count(end)
-
-
-def test_ghost_attention_moves_the_instruction_and_learns_the_last_answer(checkpoint):
-    model, tokenizer = loaded(checkpoint("qwen"), {}, None)
-    (example,), _ = encode_rows(model, tokenizer, [{"messages": TURNS}], 512, ghost_attention=True)
-    text = tokenizer.decode(example["input_ids"])
-    assert text.count("用诗回答。") == 1 and "user\n用诗回答。\nuser 0" in text
-    learned = tokenizer.decode([label for label in example["labels"] if label != -100])
-    assert learned.strip() == "assistant 2<|im_end|>"
-    # Cut to the last round, the instruction stays, in front of what is the first question now.
-    short = [TURNS[0], *TURNS[-2:]]
-    (expected,), _ = encode_rows(model, tokenizer, [{"messages": with_system_in_question(short)}], 512)
-    length = len(expected["input_ids"]) + 1
-    (cut,), cuts = encode_rows(model, tokenizer, [{"messages": TURNS}], length, ghost_attention=True)
-    assert cut == expected and cuts == {"earlier rounds left out": 1}
-    with pytest.raises(ValueError, match="no conversation has a system message"):
-        encode_rows(model, tokenizer, [{"messages": TURNS[1:]}], 512, ghost_attention=True)
-
-
-def test_questions_are_learned_when_asked_for(checkpoint):
-    model, tokenizer = loaded(checkpoint("qwen"), {}, None)
-    (example,), _ = encode_rows(model, tokenizer, [{"messages": TURNS}], 512, learn_questions=True)
-    assert example["labels"] == example["input_ids"]
 
 
 # ---- training
