@@ -92,17 +92,17 @@ class Wheel:
     that they are all that the wheel and its extras ask for."""
 
     def __init__(self, folder: Path):
-        venv.create(folder / "venv", with_pip=True)
+        venv.create(folder / "venv")
         self.folder, self.python = folder, folder / "venv" / "bin" / "python"
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
         root = Path(__file__).parents[2]
         self.run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, root)
         (wheel,) = folder.glob("*.whl")
         (installed,) = (folder / "venv").glob("lib/python*/site-packages")
         libraries = [path for path in sys.path if path.endswith("site-packages")] or site.getsitepackages()
         (installed / "libraries.pth").write_text("\n".join(libraries))
-        self.run(*pip, "install", "--no-index", f"{wheel}[train,serve]")
+        self.run(*pip, "--python", self.python, "install", "--no-index", f"{wheel}[train,serve]")
 
     def run(self, *command, **options) -> None:
         subprocess.run([str(word) for word in command], cwd=self.folder, env=self.environment, check=True, **options)
