@@ -9,21 +9,11 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
-def start_server(port: int, *arguments: str, **kwargs) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "hf_cnllm",
-        "run",
-        "transformers",
-        "serve",
-        "--device",
-        "cpu",
-        "--port",
-        str(port),
-    ]
+def start_server(port: int, *arguments: str, python: str | Path = sys.executable, **kwargs) -> subprocess.Popen:
+    command = [str(python), "-m", "hf_cnllm", "run", "transformers", "serve", "--device", "cpu", "--port", str(port)]
     return subprocess.Popen([*command, *arguments], text=True, **kwargs)
 
 

@@ -1,19 +1,25 @@
-"""A newcomer's week, in the order in which it happens, with the commands of docs/tools.md: a checkpoint as on the Hub, LoRA on
-one's own chats, DPO on what that saved, a server, an evaluation. In this process; and, slow, by the wheel outside of the
-clone. A further step is a test on the folder that it starts from."""
+"""A newcomer's week, in the order in which it happens, with the commands of docs/tools.md: a checkpoint as on the Hub, a chat,
+LoRA on one's own chats, DPO on what that saved, its card, the way to a stand-in of the Hub and back from there by name into a
+server, an evaluation. In this process; and, slow, by the wheel in an environment of its own outside of the clone. A further
+step is a test on the folder that it starts from."""
 
+import io
 import json
 import os
+import site
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cnllm.cli import main
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from hub_stand_in import serving
 from openai_server import running_server
 
 pytest.importorskip("trl")
@@ -71,29 +77,38 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 class Here:
     """Commands in this process."""
 
-    environment = None
+    python, environment = sys.executable, dict(os.environ)
 
-    def __call__(self, *words) -> None:
+    def __call__(self, *words, typed: str = "") -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [])
             patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(sys, "stdin", io.StringIO(typed))
             assert not main([str(word) for word in words])
 
 
 class Wheel:
-    """Commands in processes that find the package in a folder which the wheel was installed into."""
+    """The command that the wheel brings, in a virtual environment that has nothing else but the libraries of this one. pip checks
+    that they are all that the wheel and its extras ask for."""
 
     def __init__(self, folder: Path):
+        venv.create(folder / "venv")
+        self.folder, self.python = folder, folder / "venv" / "bin" / "python"
+        self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
         root = Path(__file__).parents[2]
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--target", folder / "installed", root], check=True)
-        self.folder = folder
-        self.environment = os.environ | {"PYTHONPATH": str(folder / "installed")}
+        self.run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, root)
+        (wheel,) = folder.glob("*.whl")
+        (installed,) = (folder / "venv").glob("lib/python*/site-packages")
+        libraries = [path for path in sys.path if path.endswith("site-packages")] or site.getsitepackages()
+        (installed / "libraries.pth").write_text("\n".join(libraries))
+        self.run(*pip, "--python", self.python, "install", "--no-index", f"{wheel}[train,serve]")
 
-    def __call__(self, *words) -> None:
-        command = [sys.executable, "-m", "hf_cnllm", *map(str, words)]
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, stdout=None, check=False)
-        assert done.returncode == 0
+    def run(self, *command, **options) -> None:
+        subprocess.run([str(word) for word in command], cwd=self.folder, env=self.environment, check=True, **options)
+
+    def __call__(self, *words, typed: str = "") -> None:
+        self.run(self.python.with_name("hf-cnllm"), *words, input=typed, text=True)
 
 
 @pytest.fixture(scope="module", params=["here", pytest.param("wheel", marks=pytest.mark.slow)])
@@ -128,9 +143,35 @@ def aligned(hf_cnllm, tuned):
     return tuned.parent / "aligned"
 
 
+@pytest.fixture(scope="module")
+def published(hf_cnllm, aligned):
+    """The name that it has on the Hub now, with a card; the Hub; and an environment that finds it there, and nothing else."""
+    hf_cnllm("card", aligned, "--repo", "me/week", "--overwrite", "--dataset", "me/chats", "--training", "method=DPO")
+    with serving() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_mine"}
+        environment = hf_cnllm.environment | environment | {"HF_HOME": str(aligned.parent / "home")}
+        command = [hf_cnllm.python, "-m", "huggingface_hub.cli.hf", "upload", "me/week", aligned]
+        subprocess.run(
+            [*map(str, command), "--exclude", "checkpoint-*"], env=environment, cwd=aligned.parent, check=True
+        )
+        yield "me/week", hub, environment
+
+
 def test_info(hf_cnllm, original, capfd):
     hf_cnllm("info", original)
     assert original.name in capfd.readouterr().out
+
+
+def test_a_chat_before(hf_cnllm, original, capfd):
+    hf_cnllm("chat", original, "--greedy", "--max-new-tokens", 4, typed="你好\n再见\n/exit\n")
+    out = capfd.readouterr().out
+    assert out.count("--max-new-tokens sets it") == 2 and "error" not in out
+
+
+def test_a_chat_after(hf_cnllm, tuned, capfd):
+    hf_cnllm("chat", tuned, "--greedy", typed="/clear\n".join(f"{question}\n" for question in QUESTIONS))
+    out = capfd.readouterr().out
+    assert all(answer in out.splitlines() for answer in QUESTIONS.values())
 
 
 def test_lora_on_share_gpt(tuned):
@@ -158,13 +199,28 @@ def test_dpo_on_what_lora_saved(tuned, aligned):
     assert any(not before[name].equal(after[name]) for name in before)
 
 
-def test_a_server_and_its_client(hf_cnllm, aligned):
+def test_what_dpo_saved_is_whole(hf_cnllm, aligned, capfd):
+    hf_cnllm("verify", aligned)
+    assert "no problem found" in capfd.readouterr().out
+
+
+def test_it_is_on_the_hub_with_its_card(published, aligned):
+    name, hub, _ = published
+    files = hub.repositories[name].files
+    assert files["model.safetensors"] == (aligned / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets == ["me/chats"] and "| method | DPO |" in card.text
+    assert f'from_pretrained("{name}")' in card.text and "import hf_cnllm" in card.text
+
+
+def test_from_there_into_a_server_and_its_client(hf_cnllm, published, tmp_path):
     openai = pytest.importorskip("openai")
-    with running_server(str(aligned), env=hf_cnllm.environment, cwd=aligned) as address:
+    name, _, environment = published
+    with running_server(name, python=hf_cnllm.python, env=environment, cwd=tmp_path) as address:
         client = openai.OpenAI(base_url=address, api_key="none")
         for question, answer in QUESTIONS.items():
             completion = client.chat.completions.create(
-                model=str(aligned), messages=[{"role": "user", "content": question}], max_tokens=16, temperature=0
+                model=name, messages=[{"role": "user", "content": question}], max_tokens=16, temperature=0
             )
             assert without_role(completion.choices[0].message.content) == answer
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -160,6 +161,29 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(checkpoint
     assert again["resumed_from"] == "checkpoint-2"
     resumed = json.loads((output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [one["loss"] for one in resumed] == [one["loss"] for one in log]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_ctrl_c_leaves_whole_checkpoints_only(complete, checkpoint, data, tmp_path, monkeypatch, capsys):
+    """A real signal, while the second checkpoint is written, or the first."""
+    output, save_optimizer = tmp_path / "out", sft.SFTTrainer._save_optimizer_and_scheduler
+
+    def interrupted(trainer, folder):
+        if trainer.state.global_step == (2 if complete else 1):
+            assert (output / f"checkpoint-{trainer.state.global_step}" / "model.safetensors").exists()
+            signal.raise_signal(signal.SIGINT)
+        save_optimizer(trainer, folder)
+
+    options = ["--max_steps", 3, "--save_strategy", "steps", "--save_steps", 1]
+    words = (monkeypatch, checkpoint("baichuan"), data, output, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.SFTTrainer, "_save_optimizer_and_scheduler", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            run_recipe(lambda: run(*words))
+    said = "add --resume to go on from checkpoint-1" if complete else "no checkpoint was complete yet"
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith(f"\ninterrupted: {said}\n")
+    assert [path.name for path in output.glob("*-*")] == ["checkpoint-1"] if complete else not output.exists()
+    assert run(*words, *(["--resume"] if complete else []))["steps"] == 3
 
 
 # ---- data, and what is refused

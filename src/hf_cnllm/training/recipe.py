@@ -78,8 +78,8 @@ def run_recipe(main: Callable[[], None]) -> None:
     """Runs a recipe as a command: what the user can mend is one line and exit code 2."""
     try:
         main()
-    except KeyboardInterrupt:
-        print("\ninterrupted: add --resume to go on from the last complete checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted{interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
@@ -119,10 +119,20 @@ class _MarkComplete(TrainerCallback):
             (folder / COMPLETE_FILE).touch()
 
 
+def _checkpoints(output: Path) -> list[Path]:
+    steps = {int(found[1]): path for path in output.iterdir() if (found := CHECKPOINT.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps)]
+
+
 def complete_checkpoints(output: Path) -> list[Path]:
     """The checkpoints that were written to their ends, oldest first; those that a killed process left are passed over."""
-    steps = {int(found[1]): path for path in output.iterdir() if (found := CHECKPOINT.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps) if (steps[step] / COMPLETE_FILE).exists()]
+    return [path for path in _checkpoints(output) if (path / COMPLETE_FILE).exists()]
+
+
+def _remove_half_written_checkpoints(output: Path) -> None:
+    for path in _checkpoints(output):
+        if not (path / COMPLETE_FILE).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def last_complete_checkpoint(output: Path) -> Path | None:
@@ -228,7 +238,15 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         if training.process_index == 0:
             _take_folder(output, arguments.resume, told, stack)
         wait_for_others()
-        yield Run(output, told, last_complete_checkpoint(output))
+        try:
+            yield Run(output, told, last_complete_checkpoint(output))
+        except KeyboardInterrupt as interrupt:
+            last = last_complete_checkpoint(output)
+            hint = f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
+            raise KeyboardInterrupt(f": {hint}") from interrupt
+        finally:
+            if training.process_index == 0:
+                _remove_half_written_checkpoints(output)
 
 
 def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:
