@@ -1,10 +1,11 @@
 """The stages of the demo, top to bottom."""
 
+import math
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -38,12 +39,25 @@ def run_demo(args: Namespace) -> Summary:
     check(args.output)
     split = split_data(args.data, args.seed)
     set_seed(args.seed)
-    with warnings.catch_warnings(), staged_folder(args.output, check) as folder:
+    threads = nullcontext() if args.model is not None else one_thread()
+    with warnings.catch_warnings(), threads, staged_folder(args.output, check) as folder:
         warnings.simplefilter("ignore", FutureWarning)  # renamed arguments inside transformers and PEFT
         run = _Run(args, split, folder)
         run.all_stages()
     print(run.summary.as_text(args.output))
     return run.summary
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For models so small that threads wait for each other longer than they work: on two busy cores two of them took several
+    times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Run:
@@ -78,7 +92,9 @@ class _Run:
             summary.family = LINE_OF[args.family] if args.model is None else family.line_of(model.config)
             summary.parameters = model.num_parameters()
             print(f"{type(model).__name__}: {summary.parameters:,} parameters, {len(tokenizer):,} tokens")
+            since = time.perf_counter()
             self._measure("before training", "train", "held_out")
+            self._print_estimate(time.perf_counter() - since)
 
         with self._stage(f"Full fine-tuning on {len(split.train)} conversations, {args.epochs} epochs"):
             self._train("full fine-tuning", split.train, learning_rate=args.learning_rate)
@@ -131,6 +147,20 @@ class _Run:
                     "max-z loss weight": getattr(model.config, "z_loss_weight", "none"),
                 },
             )
+
+    def _print_estimate(self, measuring: float) -> None:
+        """How long the rest will take, from a training step and from the seconds that the first measurement took, whose replies
+        are as long as allowed; there are three more, and two of replies to the `transfer` questions."""
+        batch = self.task.collate([self.task.example(c) for c in self.split.train[: self.args.batch_size]])
+        for _ in range(2):  # the first is slower than the others
+            since = time.perf_counter()
+            self.task.model.train()(**batch.to(self.task.model.device)).loss.backward()
+            step = time.perf_counter() - since
+        self.task.model.zero_grad()
+        steps = sum(math.ceil(len(use) / self.args.batch_size) for use in (self.split.train, self.split.adapter))
+        measurements = 3 + 2 * len(self.split.transfer) / len(self.questions)
+        seconds = step * steps * self.args.epochs + measuring * measurements
+        print(f"At the machine's speed of now the rest takes at most about {math.ceil(seconds / 60)} min", flush=True)
 
     @contextmanager
     def _stage(self, title: str) -> Iterator[None]:

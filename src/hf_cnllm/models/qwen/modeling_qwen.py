@@ -53,7 +53,7 @@ class QWenMLP(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
         self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
-        self.c_proj.adds_to_residual = True
+        self.c_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self.w1(hidden_states) * nn.functional.silu(self.w2(hidden_states)))
@@ -76,7 +76,7 @@ class QWenAttention(nn.Module):
         width = config.kv_channels * config.num_attention_heads
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
-        self.c_proj.adds_to_residual = True
+        self.c_proj.adds_to_residual = True  # type: ignore[assignment]
 
     def forward(
         self,
@@ -174,7 +174,7 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DynamicNtkRotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq())
-        elif getattr(module, "adds_to_residual", False):  # scaled as in GPT-2
+        elif isinstance(module, nn.Linear) and getattr(module, "adds_to_residual", False):  # scaled as in GPT-2
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
