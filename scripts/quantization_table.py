@@ -5,8 +5,8 @@
     python scripts/quantization_table.py --families glm --methods torchao-int8 --output outputs/quantization.md
 
 All methods go through `from_pretrained(quantization_config=...)`; what its package is missing for is left out. Perplexity is
-that of the assistant's replies in conversations that were not trained on, in fp32 and so after rounding alone; time is
-processor time of greedy decoding, by that of the floats (run it with OMP_NUM_THREADS=1). docs/quantization.md reads a run.
+that of the assistant's replies in fp32, so that rounding alone changes it, and the tiny models' in conversations that they
+were trained on: they know nothing else. Time is processor time of greedy decoding, by that of the floats (run it with OMP_NUM_THREADS=1). docs/quantization.md reads a run.
 """
 
 import argparse
@@ -159,12 +159,12 @@ def train(task: ChatTask, conversations: list, learning_rate: float, steps: int)
         optimizer.zero_grad()
 
 
-def measure(checkpoint: Path, family: str, methods: list[str], held_out: list) -> Iterator[Figures]:
+def measure(checkpoint: Path, family: str, methods: list[str], conversations: list) -> Iterator[Figures]:
     """The line of the floats, and one for each method."""
     task = load_task(checkpoint, 512)
     auto_class = getattr(transformers, family_of(task.model.config).generates_with)
     device = task.model.device
-    before = size(task.model), seconds_to_generate(task, held_out), perplexity(task, held_out)
+    before = size(task.model), seconds_to_generate(task, conversations), perplexity(task, conversations)
     floats = sum(linear_layers(task.model).values())
     yield Figures(family, "float32", f"0 of {floats}", f"{before[0] / 1e6:.2f} MB", "1.00", f"{before[2]:.3f}", "")
     for name in methods:
@@ -175,8 +175,10 @@ def measure(checkpoint: Path, family: str, methods: list[str], held_out: list) -
             checkpoint, quantization_config=method.make_config(), dtype=torch.float32, device_map=str(device)
         )
         task.model.generation_config.eos_token_id = task.end_token_ids if hasattr(task, "end_token_ids") else None
-        reload = save_and_reload(task, auto_class, held_out)  # before the first forward pass, which packs weights anew
-        after = size(task.model), seconds_to_generate(task, held_out), perplexity(task, held_out)
+        reload = save_and_reload(
+            task, auto_class, conversations
+        )  # before the first forward pass, which packs weights anew
+        after = size(task.model), seconds_to_generate(task, conversations), perplexity(task, conversations)
         layers = linear_layers(task.model)
         yield Figures(
             family,
@@ -248,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
                 checkpoint = folder / "trained"
                 task.model.save_pretrained(checkpoint)
                 task.tokenizer.save_pretrained(checkpoint)
-            for figures in measure(checkpoint, family, methods, split.held_out):
+            for figures in measure(checkpoint, family, methods, split.train[:64]):
                 print(*figures, sep="  ", flush=True)
                 lines.append(figures)
     table = as_markdown(lines)

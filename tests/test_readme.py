@@ -47,3 +47,12 @@ def test_every_command_of_the_table_exists(readme):
 def test_every_family_of_the_demo_is_named():
     (row,) = [line for line in READMES[0].read_text().splitlines() if "demo --family" in line]
     assert set(re.findall(r"`(\w+)`", row)) == set(demo.TINY_FAMILIES)
+
+
+def test_an_index_shows_no_link_that_leads_nowhere():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    (rule,) = hook["fancy-pypi-readme"]["substitutions"]
+    shown = re.sub(rule["pattern"], rule["replacement"], READMES[0].read_text())
+    assert "docs/security.md" in shown and "](https://github.com/huggingface/transformers)" in shown
+    assert not re.findall(r"\]\((?!https://)", shown)

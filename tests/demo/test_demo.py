@@ -1,6 +1,8 @@
 """The demo, shortened: few steps and short replies, but every stage and every family."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
@@ -40,10 +42,30 @@ def run(family, output, *options):
 
 
 @pytest.fixture(scope="module")
-def output(short, tmp_path_factory):
+def output_and_text(short, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "baichuan"
-    assert run("baichuan", folder) == 0
-    return folder
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with redirect_stdout(StringIO()) as text:
+        assert run("baichuan", folder) == 0
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    return folder, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def output(output_and_text):
+    return output_and_text[0]
+
+
+def test_it_says_early_how_long_it_takes(output_and_text):
+    before_training, _ = output_and_text[1].split("[3/8]")
+    assert "the rest takes at most about 1 min" in before_training
+
+
+def test_tiny_models_run_on_one_thread():
+    with pipeline.one_thread():
+        assert torch.get_num_threads() == 1
 
 
 def test_everything_is_in_the_output_folder(output):

@@ -40,8 +40,8 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 
+from .._compat import reporting_callbacks
 from ..models.glm_line.blank_positions import MASK_FIELDS
 from ..models.glm_line.generation import PrefixLMGenerationMixin
 from .critic import Critic, inputs_of, plain_model
@@ -187,7 +187,7 @@ class PPOTrainer:
         self.state.compute_steps(args, self.state.max_steps)
         self.control = TrainerControl()
         self.callbacks: list[TrainerCallback] = [DefaultFlowCallback()]
-        self.callbacks += [one() for one in get_reporting_integration_callbacks(args.report_to)]
+        self.callbacks += [one() for one in reporting_callbacks(args.report_to)]
         self.callbacks.append(PrinterCallback() if args.disable_tqdm else ProgressCallback())
         self._prepare(model, critic)
 

@@ -49,7 +49,7 @@ class SelfAttention(nn.Module):
         self.attention_dropout = config.attention_dropout_prob
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        # No class of its own, which quantization would pass over.
+        # A mark and no class of its own, which quantization would pass over.
         self.dense.adds_to_residual = True  # type: ignore[assignment]
         self.output_dropout = nn.Dropout(config.output_dropout_prob)
 
@@ -160,7 +160,7 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if getattr(module, "adds_to_residual", False):
+        if isinstance(module, nn.Linear) and getattr(module, "adds_to_residual", False):
             # As in Megatron-LM: what is added 2 · num_layers times starts that much smaller.
             std = self.config.initializer_range / (2 * self.config.num_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)  # type: ignore[arg-type]

@@ -175,7 +175,7 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DynamicNtkRotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq())
-        elif getattr(module, "adds_to_residual", False):  # scaled as in GPT-2
+        elif isinstance(module, nn.Linear) and getattr(module, "adds_to_residual", False):  # scaled as in GPT-2
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)  # type: ignore[arg-type]
 
