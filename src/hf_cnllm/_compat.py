@@ -269,7 +269,7 @@ def training_summary(trainer) -> Any:
     return TrainingSummary.from_trainer(trainer, license="other")  # or it would ask the Hub for the base model's
 
 
-def reporting_callbacks(report_to: list[str]) -> list:
+def reporting_callbacks(report_to: Any) -> list:
     """The callback classes of what `TrainingArguments(report_to=…)` names: TensorBoard and the like."""
     from transformers.integrations import get_reporting_integration_callbacks
 
