@@ -1,6 +1,7 @@
 """The lanes: the whole suite on the newest transformers, and what must hold on every release on each minor one.
 
 nox -s newest                  the whole suite, versions as in constraints.txt
+nox -s slow                    what the suite leaves out: whole products of families and trainers, long trainings
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
 nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
@@ -61,6 +62,12 @@ def run_lane(session: nox.Session, name: str) -> None:
 def newest(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev]")
     session.run("pytest", "-n", "2", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev]")
+    session.run("pytest", "-n", "2", "-m", "slow and not sweep", *session.posargs, env=OFFLINE)
 
 
 @nox.session
