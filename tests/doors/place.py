@@ -15,6 +15,7 @@ from hf_cnllm.auto import family_of
 
 NEW_TOKENS = 4
 TEXT, TEXTS = "天空为什么是蓝色的？", ["你好", "天空为什么是蓝色的？今天天气怎么样？", "Hello"]
+GLM_TOKENS = {"sop_token_id": "<|startofpiece|>", "gmask_token_id": "[gMASK]"}
 CHAT = [{"role": "user", "content": "你好"}]
 ANSWER = [{"role": "assistant", "content": "你好，我能帮你什么？"}]
 
@@ -29,6 +30,9 @@ class Place(NamedTuple):
     def model(self, folder: Path | None = None, **options: Any) -> Any:
         folder = folder or self.folder
         auto_class = family_of(AutoConfig.from_pretrained(folder)).generates_with
+        if self.family == "glm" and folder == self.folder:  # its original config.json does not have them
+            ids = self.tokenizer().convert_tokens_to_ids
+            options = {name: ids(token) for name, token in GLM_TOKENS.items()} | options
         return getattr(transformers, auto_class).from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
 
     def tokenizer(self, **options: Any) -> Any:
@@ -47,7 +51,9 @@ class Place(NamedTuple):
         if self.family == "glm":
             tokenizer = self.tokenizer()
             blank = tokenizer(f"{TEXT}[gMASK]", return_tensors="pt")
-            return dict(tokenizer.build_inputs_for_generation(blank, targets=["世界和平"], max_gen_length=8))
+            inputs = tokenizer.build_inputs_for_generation(blank, targets=["世界和平"], max_gen_length=8)
+            mask = torch.ones_like(inputs["input_ids"])
+            return {"input_ids": inputs["input_ids"], "attention_mask": mask, "labels": inputs["labels"]}
         prompt = self.prompt()
         return {name: prompt[name] for name in ("input_ids", "attention_mask")} | {"labels": prompt["input_ids"]}
 
