@@ -32,7 +32,8 @@ Written by `python scripts/compatibility.py` with {versions}.
 
 The doors of transformers' native models, and of the libraries that build on it, each tried on a tiny checkpoint in the Hub's
 layout. A cell *works*: its test asserts what comes out, such as the same tokens with and without a static cache, not only that
-nothing is raised. Or it is *refused* with the sentence below that has its number. The test of a cell is
+nothing is raised. Or it is *refused* with the sentence below that has its number. *Failed* is neither, and *not tried* says that
+no run has come there. GLM is loaded with the ids of its control tokens, which its config.json lacks. The test of a cell is
 `tests/test_doors.py::test_door[DOOR-FAMILY]`, and its function stands in `tests/doors`;
 `pytest "tests/test_doors.py::test_door[model.chat-qwen]"` runs one.
 

@@ -16,6 +16,7 @@ from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
 NO_CHAT = {"glm": "GLM has no form for chats"}
 UNKNOWN = "Unrecognized configuration class"
 NO_CAUSAL = {"glm": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM"}
+NO_CONTEXT = {"glm": "to find context and blanks in `input_ids` the configuration needs `sop_token_id`"}
 PREFIX_LM = "is causal and has no place for the prefix of a prefix language model: use `generate`"
 NEEDS_IDS = r"`inputs_embeds` do not tell where the context ends.*PEFT's prompt tuning.* cannot"
 # Door -> families -> the sentence that refuses.
@@ -24,8 +25,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "AutoModelForSeq2SeqLM": {"baichuan qwen": UNKNOWN},
     "AutoModelForSequenceClassification": {"glm": UNKNOWN},
     "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm": PREFIX_LM},
-    'pipeline("text-generation")': NO_CAUSAL,
-    'pipeline("text-generation"), batched': NO_CAUSAL,
+    'pipeline("text-generation")': NO_CONTEXT,
+    'pipeline("text-generation"), batched': NO_CONTEXT,
     "apply_chat_template": NO_CHAT,
     "model.chat": {"glm": "'GLMForConditionalGeneration' object has no attribute 'chat'"},
     "transformers serve (class lookup)": NO_CHAT,

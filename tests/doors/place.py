@@ -27,13 +27,18 @@ class Place(NamedTuple):
     family: str
     scratch: Path
 
-    def model(self, folder: Path | None = None, **options: Any) -> Any:
-        folder = folder or self.folder
-        auto_class = family_of(AutoConfig.from_pretrained(folder)).generates_with
-        if self.family == "glm" and folder == self.folder:  # its original config.json does not have them
+    def load(self, auto_class: str, folder: Path | None = None, **options: Any) -> Any:
+        """A model in fp32, unless another dtype is asked for."""
+        if self.family == "glm" and folder is None:  # its original config.json does not have them
             ids = self.tokenizer().convert_tokens_to_ids
             options = {name: ids(token) for name, token in GLM_TOKENS.items()} | options
-        return getattr(transformers, auto_class).from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
+        options = {"dtype": torch.float32, **options}
+        return getattr(transformers, auto_class).from_pretrained(folder or self.folder, **options).eval()
+
+    def model(self, folder: Path | None = None, **options: Any) -> Any:
+        """The model with its output head."""
+        config = AutoConfig.from_pretrained(folder or self.folder)
+        return self.load(family_of(config).generates_with, folder, **options)
 
     def tokenizer(self, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(self.folder, **options)

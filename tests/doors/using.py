@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, pipeline
 
 from hf_cnllm import vllm as vllm_models
 from hf_cnllm.auto import family_of
@@ -37,19 +37,19 @@ def auto_tokenizer(place):
 def auto_model(place):
     example = place.example()
     del example["labels"]
-    output = AutoModel.from_pretrained(place.folder, dtype=torch.float32).eval()(**example)
+    output = place.load("AutoModel")(**example)
     assert output[0].isfinite().all() and output[0].shape[:2] == example["input_ids"].shape
 
 
 @door("AutoModelForCausalLM")
 def auto_causal(place):
-    model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=torch.float32).eval()
+    model = place.load("AutoModelForCausalLM")
     assert place.logits(model).shape[-1] == model.config.vocab_size
 
 
 @door("AutoModelForSeq2SeqLM")
 def auto_seq2seq(place):
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(place.folder, dtype=torch.float32).eval()
+    model = place.load("AutoModelForSeq2SeqLM")
     assert place.logits(model).shape[-1] >= model.config.vocab_size
 
 
