@@ -84,7 +84,7 @@ for family in hf_cnllm.FAMILIES:
 from peft import LoraConfig, get_peft_model
 warnings.simplefilter("ignore", FutureWarning)  # renamed attributes between PEFT and transformers
 for model in models:
-    targets = model.config.lora_targets
+    targets = model.config.adapter_targets.attention
     assert get_peft_model(model, LoraConfig(r=2)).peft_config["default"].target_modules == set(targets)
 """
 

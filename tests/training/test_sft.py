@@ -164,7 +164,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(checkpoint
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_ctrl_c_leaves_whole_checkpoints_only(complete, checkpoint, data, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_leaves_whole_checkpoints_only(complete, checkpoint, data, tmp_path, monkeypatch, capsys, request):
     """A real signal, while the second checkpoint is written, or the first."""
     output, save_optimizer = tmp_path / "out", sft.SFTTrainer._save_optimizer_and_scheduler
 
@@ -174,6 +174,8 @@ def test_ctrl_c_leaves_whole_checkpoints_only(complete, checkpoint, data, tmp_pa
             signal.raise_signal(signal.SIGINT)
         save_optimizer(trainer, folder)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a run in the background has not
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     options = ["--max_steps", 3, "--save_strategy", "steps", "--save_steps", 1]
     words = (monkeypatch, checkpoint("baichuan"), data, output, *options)
     with monkeypatch.context() as patch:
