@@ -42,13 +42,15 @@ def served(folder, *options: str):
     with log.open("w") as file:
         server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert server.poll() is None, log.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
+        else:
+            pytest.fail("the server does not come up: " + log.read_text()[-3000:])
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
     finally:
         server.terminate()  # it ends its engine's process itself
