@@ -6,7 +6,8 @@
 
 All methods go through `from_pretrained(quantization_config=...)`; what its package is missing for is left out. Perplexity is
 that of the assistant's replies in fp32, so that rounding alone changes it, and the tiny models' in conversations that they
-were trained on: they know nothing else. Time is processor time of greedy decoding, by that of the floats (run it with OMP_NUM_THREADS=1). docs/quantization.md reads a run.
+were trained on: they know nothing else. Time is processor time of greedy decoding, by that of the floats (run it with
+OMP_NUM_THREADS=1). docs/quantization.md reads a run.
 """
 
 import argparse
@@ -175,10 +176,10 @@ def measure(checkpoint: Path, family: str, methods: list[str], conversations: li
             checkpoint, quantization_config=method.make_config(), dtype=torch.float32, device_map=str(device)
         )
         task.model.generation_config.eos_token_id = task.end_token_ids if hasattr(task, "end_token_ids") else None
-        reload = save_and_reload(
-            task, auto_class, conversations
-        )  # before the first forward pass, which packs weights anew
-        after = size(task.model), seconds_to_generate(task, conversations), perplexity(task, conversations)
+        # Both before the first forward pass: on some CPUs bitsandbytes then packs 4-bit weights anew, and spoils them when
+        # it is asked for them.
+        stored, reload = size(task.model), save_and_reload(task, auto_class, conversations)
+        after = stored, seconds_to_generate(task, conversations), perplexity(task, conversations)
         layers = linear_layers(task.model)
         yield Figures(
             family,

@@ -89,3 +89,14 @@ def test_length_extrapolation_writes_table_and_plot(tmp_path):
     assert (tmp_path / "out" / "plot.png").stat().st_size > 5000
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "| dynamic NTK + LogN + windows | " in table and table in done.stdout
+
+
+def test_the_table_of_quantizations(tmp_path):
+    table = tmp_path / "table.md"
+    done = script(
+        "quantization_table.py", "--families", "chatglm", "--steps", 1, "--methods", "chatglm-int8", "--output", table
+    )
+    assert done.returncode == 0, done.stderr
+    floats, integers = ([cell.strip() for cell in row.split("|")[2:-1]] for row in table.read_text().splitlines()[2:])
+    assert (floats[0], floats[1], integers[0], integers[1]) == ("float32", "0 of 17", "chatglm-int8", "16 of 17")
+    assert integers[-1] == "identical"
