@@ -27,17 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import transformers  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification  # noqa: E402
+from noxfile import REPORTS  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
 
 from hf_cnllm.data.conversations import load_instructions  # noqa: E402
 from hf_cnllm.training.recipe import run_recipe  # noqa: E402
-from noxfile import REPORTS  # noqa: E402
 from sft_models import ROWS, loaded, write_checkpoint  # noqa: E402
 
 PAGE = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- table of scripts/training_table.py -->", "<!-- its end -->"
 OUTCOMES = ROOT / REPORTS / "training.json"
-COMMON = "--use_cpu --report_to none --logging_steps 1 --disable_tqdm true --save_strategy steps".split()
+COMMON = "--use_cpu --report_to none --logging_steps 1 --disable_tqdm true --save_strategy steps"
 Rows = Callable[[], list[dict[str, Any]]]
 
 
@@ -68,18 +68,18 @@ class Recipe:
     """
 
     rows: Rows
-    options: Sequence[Any]
+    options: str
     curve: str = "loss"
     steps: int = 8
     auto: Any = AutoModelForCausalLM
 
 
 RECIPES = {
-    "sft": Recipe(conversations, ["--learning_rate", 3e-3, "--max_length", 128]),
+    "sft": Recipe(conversations, "--learning_rate 3e-3 --max_length 128"),
     "ppo": Recipe(
         prompts,
         "--reward chinese --critic_warmup_steps 1 --queries_per_device 2 --per_device_train_batch_size 4 "
-        "--max_new_tokens 8 --learning_rate 1e-3".split(),
+        "--max_new_tokens 8 --learning_rate 1e-3",
         curve="reward",
     ),
 }  # fmt: skip
@@ -132,18 +132,8 @@ def try_cell(recipe_name: str, row: str, scratch: Path) -> tuple[bool, str]:
     data = scratch / f"{recipe_name}.jsonl"
     data.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in recipe.rows()), encoding="utf-8")
     output, half = scratch / f"{recipe_name}-{row}", recipe.steps // 2
-    words = [
-        "--model",
-        model,
-        "--data",
-        data,
-        *COMMON,
-        *recipe.options,
-        "--max_steps",
-        recipe.steps,
-        "--save_steps",
-        half,
-    ]
+    told = f"--max_steps {recipe.steps} --save_steps {half} {COMMON} {recipe.options}"
+    words = ["--model", model, "--data", data, *told.split()]
     log = scratch / f"{recipe_name}-{row}.log"
     if code := in_a_process_of_its_own(recipe_name, [*words, "--output", output], log):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
