@@ -21,7 +21,7 @@ from hf_cnllm.attention.alibi import alibi_sdpa_attention, alibi_slopes, fold_al
 def attend(form: str, query, key, value, slopes, scaling):
     """The last queries of `key`, on SDPA."""
     queries, keys = query.shape[2], key.shape[2]
-    index = torch.arange(keys)
+    index = torch.arange(keys, device=query.device)
     rows = index[keys - queries :]
     hidden = index[None, :] > rows[:, None]
     if form == "folded":
@@ -37,7 +37,7 @@ def attend(form: str, query, key, value, slopes, scaling):
 def truth(query, key, value, slopes, scaling):
     query, key, value = query.double(), key.double(), value.double()
     queries, keys = query.shape[2], key.shape[2]
-    index = torch.arange(keys, dtype=torch.double)
+    index = torch.arange(keys, dtype=torch.double, device=query.device)
     distance = index[None, :] - index[keys - queries :, None]
     scores = query @ key.transpose(-1, -2) * scaling + slopes.double()[:, None, None] * distance
     return scores.masked_fill(distance > 0, -math.inf).softmax(-1) @ value
@@ -58,6 +58,7 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--device", default="cpu", help="whose kernels: cpu (default) or cuda")
     args = parser.parse_args()
     forms = ("folded", "dense", "dense, slope·j")
     scaling = args.head_dim**-0.5
@@ -66,12 +67,12 @@ def main():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for heads in args.heads:
             slopes = alibi_slopes(heads)
-            slopes = torch.stack([slopes.max(), slopes.min()])
+            slopes = torch.stack([slopes.max(), slopes.min()]).to(args.device)
             for length in args.lengths:
                 generator = torch.Generator().manual_seed(length)
                 shapes = [(1, 2, n, args.head_dim) for n in (args.rows, length, length)]
-                tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-                weights = torch.randn(shapes[0], generator=generator)
+                tensors = [torch.randn(shape, generator=generator).to(args.device, dtype) for shape in shapes]
+                weights = torch.randn(shapes[0], generator=generator).to(args.device)
                 exact = results("truth", tensors, slopes, scaling, weights)
                 cells = []
                 for form in forms:

@@ -100,3 +100,10 @@ def test_the_table_of_quantizations(tmp_path):
     floats, integers = ([cell.strip() for cell in row.split("|")[2:-1]] for row in table.read_text().splitlines()[2:])
     assert (floats[0], floats[1], integers[0], integers[1]) == ("float32", "0 of 17", "chatglm-int8", "16 of 17")
     assert integers[-1] == "identical"
+
+
+def test_every_section_of_the_gpu_report_runs(tmp_path):
+    done = script("gpu_report.py", "--output", tmp_path / "out", "--quick")
+    assert done.returncode == 0, done.stdout
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert report.count("\n## ") == report.count(": done\n") == 7
