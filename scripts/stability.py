@@ -96,10 +96,17 @@ def main() -> None:
         diverged = sum(run["diverged"] for run in at_rate)
         if diverged:
             return f"{diverged} of {len(at_rate)} diverge"
-        loss = statistics.median(run["losses"][-1][1] for run in at_rate)
-        return f"{loss:.3f}, {statistics.median(run['largest_logits'][-1][1] for run in at_rate):.1f}"
+        last, highest, logit = (
+            statistics.median(find(run) for run in at_rate)
+            for find in (
+                lambda run: run["losses"][-1][1],
+                lambda run: max(loss for _, loss in run["losses"]),
+                lambda run: run["largest_logits"][-1][1],
+            )
+        )
+        return f"{last:.2f}, {highest:.1f}, {logit:.1f}"
 
-    head = ["last loss, largest logit", *(f"rate {rate:g}" for rate in args.rates), "steady up to"]
+    head = ["last and highest loss, largest logit", *(f"rate {rate:g}" for rate in args.rates), "steady up to"]
     rows = [
         [name, *(cell(runs, rate) for rate in args.rates), highest_steady_rate(runs, args.rates)]
         for name, runs in results.items()
