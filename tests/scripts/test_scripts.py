@@ -81,14 +81,34 @@ def test_pretraining_glm_shows_losses_and_a_filled_blank(streamed, tmp_path):
     assert again.returncode != 0 and "is not empty" in again.stderr
 
 
-def test_length_extrapolation_writes_table_and_plot(tmp_path):
-    done = script(
-        "length_extrapolation.py", "--steps", 2, "--seq-length", 16, "--eval-tokens", 512, "--output", tmp_path / "out"
-    )
+STUDIES = {
+    "length_extrapolation": "--steps 2 --length 16 --eval-tokens 512",
+    "stability": "--steps 10 --rates 1e-3 10 --seeds 0 --hidden-size 32",
+    "scaling_law": "--widths 8 16 24 32 --tokens-per-parameter 0.3 --eval-tokens 4096",
+    "efficiency": "--lengths 64 128 --hidden-size 64 --vocabulary 2000 --train-tokens 32 --rounds 1",
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_writes_table_numbers_and_plot(study, tmp_path):
+    done = script(f"{study}.py", *STUDIES[study].split(), "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "plot.png").stat().st_size > 5000
-    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert "| dynamic NTK + LogN + windows | " in table and table in done.stdout
+    assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") in done.stdout + "\n"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    if study == "stability":
+        assert {name for name, runs in results.items() if runs[-1]["diverged"]} >= {"plain head", "plain head + max-z"}
+    if study == "efficiency":
+        assert results["int4_gb"]["ChatGLM2-6B"]["8192"] < 6 < results["int4_gb"]["ChatGLM-6B"]["8192"]
+
+
+def test_the_law_is_found_in_its_own_values():
+    """scaling_law.fit on a = 30, b = -0.2, L_inf = 1.5."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from scaling_law import fit; print(*fit(*zip(*[(10.0**n, 30 * 10 ** (-0.2 * n) + 1.5) for n in range(5, 11)])))"],
+        capture_output=True, text=True, check=True, cwd=SCRIPTS,
+    )  # fmt: skip
+    assert [float(number) for number in done.stdout.split()] == pytest.approx([30, -0.2, 1.5], rel=0.02)
 
 
 def test_the_table_of_quantizations(tmp_path):
