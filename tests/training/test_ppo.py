@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_cnllm import load_instructions, reply_end_ids
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
-from hf_cnllm.recipes.ppo import REWARDS, encode_queries, main
+from hf_cnllm.recipes.ppo import main
 from hf_cnllm.training.critic import Critic
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import (
@@ -41,6 +41,8 @@ from hf_cnllm.training.ppo_equations import (
     token_rewards,
     value_losses,
 )
+from hf_cnllm.training.reward import REWARDS
+from hf_cnllm.training.sampling import encode_queries
 
 # --- the equations ---
 
@@ -220,7 +222,7 @@ def make_trainer(
     model = AutoModelForCausalLM.from_pretrained(path) if model is None else model
     ends = reply_end_ids(tokenizer, model.generation_config)
     rows = [{"messages": chat[:1], "tools": None} for chat in load_instructions("en")[:8]]
-    queries = encode_queries(tokenizer, rows, max_length=512)
+    queries = [row["query"] for row in encode_queries(tokenizer, rows, max_length=512)]
     critic = Critic.from_pretrained(str(path)) if critic is None else critic
     return PPOTrainer(
         model,
