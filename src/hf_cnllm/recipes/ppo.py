@@ -7,7 +7,6 @@ accelerate launch -m hf_cnllm.recipes.ppo …          # on several GPUs: DDP
 `--data` are conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": "…"}`.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,18 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import encode_conversations, read_conversations, reply_end_ids
-from hf_cnllm.training.critic import HEADS, Critic
+from hf_cnllm.training.critic import Critic, adapter_of_classifier
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import rise_p_value
 from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
-from hf_cnllm.training.reward import REWARDS, RewardArguments, load_queries, load_reward
+from hf_cnllm.training.reward import REWARDS, QueryArguments, load_queries, load_reward
 from hf_cnllm.training.sampling import pad_apart_from_ends
 
 CURVES = ("reward", "kl", "value_error", "entropy", "value_loss", "policy_loss")
 
 
 @dataclass
-class PPOArguments(RewardArguments):
+class PPOArguments(QueryArguments):
     critic: str | None = field(
         default=None, metadata={"help": "where the critic begins; default: the first reward model, else --model"}
     )
@@ -81,10 +80,8 @@ def main() -> None:
         ptx_rows = read_ptx_rows(tokenizer, model, arguments.ptx_data or [], ends, arguments.max_ptx_length)
         adapter = cast("LoraConfig | None", get_peft_config(model_options))
         if adapter is not None:
-            heads = [name for name in HEADS if hasattr(critic.model, name)]
             model = get_peft_model(model, adapter)
-            of_critic = dataclasses.replace(adapter, task_type="SEQ_CLS", modules_to_save=heads)
-            critic = Critic(get_peft_model(critic.model, of_critic))
+            critic = Critic(get_peft_model(critic.model, adapter_of_classifier(adapter, critic.model)))
         trainer = PPOTrainer(
             model, training, [row["query"] for row in rows], reward, tokenizer, critic, ends, ptx_rows=ptx_rows
         )

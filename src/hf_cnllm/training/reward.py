@@ -94,7 +94,7 @@ class RewardModels(nn.Module):
 
 
 @dataclass
-class RewardArguments(RecipeArguments):
+class QueryArguments(RecipeArguments):
     """What recipes are told that answer queries and have the answers rewarded."""
 
     reward: list[str] = field(
@@ -132,7 +132,7 @@ def load_reward(
     return RewardModels(*models, safety_queries=safety_queries)
 
 
-def load_queries(arguments: RewardArguments, tokenizer: Any) -> tuple[list[dict[str, Any]], list[list[int]]]:
+def load_queries(arguments: QueryArguments, tokenizer: Any) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The rows of `--data` and `--safety_data` by `encode_queries`, and the queries of the latter."""
     rows, safety_rows = (
         encode_queries(tokenizer, read_queries(paths), arguments.max_prompt_length) if paths else []
