@@ -46,7 +46,6 @@ class RejectionArguments(QueryArguments):
     )
     template: str | None = field(default=None, metadata={"help": "chat template, as of recipes.sft"})
     max_length: int = field(default=2048, metadata={"help": "tokens kept of a conversation that is learned"})
-    packing: bool = field(default=False, metadata={"help": "pack what is learned, as recipes.sft does"})
     z_loss_weight: float | None = field(default=None, metadata={"help": "weight of the max-z loss (Baichuan)"})
 
 
@@ -89,7 +88,7 @@ class Versions:
         return {"model": learned or self.arguments.model}
 
     def learning(self, number: int, **more: Any) -> SFTArguments:
-        names = ("template", "max_length", "packing", "z_loss_weight")
+        names = ("template", "max_length", "z_loss_weight")
         same = {name: getattr(self.arguments, name) for name in names}
         return SFTArguments(**self.start(number) | {"data": [], "output": ""} | same | more)
 
@@ -131,8 +130,8 @@ class Versions:
     def samples(self, number: int) -> list[dict[str, Any]]:
         return read_samples(sorted(self.folder(number).glob("samples-*.jsonl")))
 
-    def learn(self, number: int) -> float:
-        """Makes the next version, unless it is there. Returns its last loss."""
+    def learn(self, number: int) -> float | None:
+        """Makes the next version, unless it is there. Returns its last loss, if that was logged."""
         folder = self.folder(number) / "model"
         if not (folder / SUMMARY_FILE).exists():
             selected, is_begun = self.folder(number) / "selected.jsonl", (folder / RUN_FILE).exists()
@@ -149,7 +148,8 @@ class Versions:
             arguments = self.learning(number, data=[str(selected)], output=str(folder), resume=is_begun)
             with open_run(arguments, self.training, self.options) as run:
                 learn(run, arguments, self.training, self.options)
-        return float(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["last_loss"])
+        loss: float | None = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["last_loss"]
+        return loss
 
 
 def main() -> None:
@@ -164,7 +164,8 @@ def main() -> None:
             print(f"V{number}: mean reward {history[-1]['reward']:.4g}, of the best {history[-1]['best_reward']:.4g}")
             if number < arguments.rounds:
                 del model  # to make room for its training
-                history[-1]["loss"] = versions.learn(number)
+                loss = versions.learn(number)
+                history[-1] |= {} if loss is None else {"loss": loss}
         if isinstance(model, PeftModel) and not getattr(model, "is_quantized", False):
             model = model.merge_and_unload()
         with run.saving() as folder:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import trl
+from peft import PeftModel
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -138,6 +139,8 @@ def main() -> None:
         )
         run.train(trainer)
         found = trainer.evaluate()
+        if isinstance(trainer.model, PeftModel) and not getattr(trainer.model, "is_quantized", False):
+            trainer.model = trainer.model.merge_and_unload()  # transformers would load an adapter with two labels
         run.finish(
             trainer,
             tokenizer,
