@@ -9,8 +9,8 @@ conversations (docs/data.md), whose last answers are left out, or rows `{"prompt
 `samples-*.jsonl`, `selected.jsonl` and the model (or adapter); the output folder the last model, which recipes.ppo can go on with.
 """
 
+import copy
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
 from hf_cnllm.hub.saving import is_first_process, wait_for_others
 from hf_cnllm.recipes.sft import SFTArguments, learn, load_model
-from hf_cnllm.training.recipe import RUN_FILE, SUMMARY_FILE, open_run, parse_arguments, run_recipe
-from hf_cnllm.training.rejection import best_answers, read_samples, reward_of, sample_to_file
+from hf_cnllm.training.recipe import SUMMARY_FILE, Run, last_complete_checkpoint, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.rejection import best_answers, read_samples, readable_control_tokens, reward_of, sample_to_file
 from hf_cnllm.training.reward import QueryArguments, RewardModels, load_queries, load_reward
 from hf_cnllm.training.sampling import pad_apart_from_ends
 from hf_cnllm.training.sft_data import fills_blanks, use_template
@@ -108,22 +108,19 @@ class Versions:
         if not getattr(model, "is_quantized", False):
             model.to(training.device)
         place, processes = training.process_index, training.world_size
-        try:
-            sample_to_file(
-                self.folder(number) / f"samples-{place}.jsonl",
-                model,
-                self.tokenizer,
-                self.rows[place::processes],
-                reward,
-                ends,
-                arguments.samples_per_query,
-                arguments.queries_per_batch,
-                seed=f"{training.seed} {number} {place}",
-                missing_end_penalty=arguments.missing_end_penalty,
-                **{name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")},
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(": add --resume to go on behind the answers that are written") from None
+        sample_to_file(
+            self.folder(number) / f"samples-{place}.jsonl",
+            model,
+            self.tokenizer,
+            self.rows[place::processes],
+            reward,
+            ends,
+            arguments.samples_per_query,
+            arguments.queries_per_batch,
+            seed=f"{training.seed} {number} {place}",
+            missing_end_penalty=arguments.missing_end_penalty,
+            **{name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")},
+        )
         wait_for_others()
         return model
 
@@ -134,20 +131,21 @@ class Versions:
         """Makes the next version, unless it is there. Returns its last loss, if that was logged."""
         folder = self.folder(number) / "model"
         if not (folder / SUMMARY_FILE).exists():
-            selected, is_begun = self.folder(number) / "selected.jsonl", (folder / RUN_FILE).exists()
+            selected = self.folder(number) / "selected.jsonl"
             if is_first_process():
-                if not is_begun:
-                    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed when it had just made it
                 first = 0 if self.arguments.of_all_rounds else number
-                best = best_answers([one for version in range(first, number + 1) for one in self.samples(version)])
+                samples = [one for version in range(first, number + 1) for one in self.samples(version)]
+                best = best_answers(samples, readable_control_tokens(self.tokenizer))
                 if not best:
                     raise ValueError(f"all answers in {self.folder(number)} are blank: there is nothing to learn")
                 lines = [json.dumps(row, ensure_ascii=False) for row in best]
                 selected.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                folder.mkdir(exist_ok=True)
             wait_for_others()
-            arguments = self.learning(number, data=[str(selected)], output=str(folder), resume=is_begun)
-            with open_run(arguments, self.training, self.options) as run:
-                learn(run, arguments, self.training, self.options)
+            arguments = self.learning(number, data=[str(selected)], output=str(folder))
+            training = copy.copy(self.training)
+            training.output_dir = str(folder)
+            learn(Run(folder, vars(arguments), last_complete_checkpoint(folder)), arguments, training, self.options)
         loss: float | None = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["last_loss"]
         return loss
 
@@ -158,14 +156,18 @@ def main() -> None:
         check(arguments, training)
         versions = Versions(run.output, arguments, training, options)
         history: list[dict[str, float]] = []
-        for number in range(arguments.rounds + 1):
-            model = versions.sample(number)
-            history.append({"step": number, **reward_of(versions.samples(number))})
-            print(f"V{number}: mean reward {history[-1]['reward']:.4g}, of the best {history[-1]['best_reward']:.4g}")
-            if number < arguments.rounds:
-                del model  # to make room for its training
-                loss = versions.learn(number)
-                history[-1] |= {} if loss is None else {"loss": loss}
+        try:
+            for number in range(arguments.rounds + 1):
+                model = versions.sample(number)
+                history.append({"step": number, **reward_of(versions.samples(number))})
+                found = history[-1]
+                print(f"V{number}: mean reward {found['reward']:.4g}, of the best answers {found['best_reward']:.4g}")
+                if number < arguments.rounds:
+                    del model  # to make room for its training
+                    loss = versions.learn(number)
+                    found |= {} if loss is None else {"loss": loss}
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(": add --resume to go on behind the answers and models that are written") from None
         if isinstance(model, PeftModel) and not getattr(model, "is_quantized", False):
             model = model.merge_and_unload()
         with run.saving() as folder:

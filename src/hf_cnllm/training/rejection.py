@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..tokenization.chat_sections import ChatTokenizer
 from .reward import RewardFunction, RewardModels, score_responses
 from .sampling import response_texts, sample_responses
 
@@ -86,18 +87,27 @@ def _whole_batches(path: Path, batch_size: int, total: int) -> int:
     return -(-kept // batch_size)
 
 
+def readable_control_tokens(tokenizer: Any) -> list[str]:
+    """The control tokens that the tokenizer would read in a text; those of this package read none."""
+    if isinstance(tokenizer, ChatTokenizer):
+        return []
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def read_samples(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def best_answers(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Conversations that end with the response of the highest reward to each query, over all of its samples. Blank responses are
-    none; a query that has no others is left out."""
+def best_answers(samples: Iterable[Mapping[str, Any]], control_tokens: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Conversations that end with the response of the highest reward to each query, over all of its samples. Blank responses, and
+    texts that hold a control token, are none; a query that has no others is left out."""
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for sample in samples:
         query = json.dumps([sample["messages"], sample["tools"]])
         for text, reward in zip(sample["responses"], sample["rewards"], strict=True):
-            if text.strip() and (query not in best or reward > best[query][0]):
+            if not text.strip() or any(token in text for token in control_tokens):
+                continue
+            if query not in best or reward > best[query][0]:
                 messages = [*sample["messages"], {"role": "assistant", "content": text}]
                 best[query] = reward, {"messages": messages, "tools": sample["tools"]}
     return [row for _, row in best.values()]
