@@ -77,9 +77,9 @@ def read_question(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
         others = {name: value for name, value in row.items() if name not in ("prompt", "tools", *ignore)}
         asked = {name: row[name] for name in ("prompt", "tools") if name in row}
         return {**_question(_answered(asked, "?", "prompt", ())), **others}
-    if isinstance(row, Mapping) and (name := next((name for name in TURNS if isinstance(row.get(name), list)), None)):
-        if row[name] and _role(row[name][-1]) != "assistant":
-            return _question(_answered({**row}, "?", name, ignore))
+    name = next((name for name in TURNS if isinstance(row, Mapping) and isinstance(row.get(name), list)), None)
+    if name is not None and row[name] and _role(row[name][-1]) != "assistant":
+        return _question(_answered({**row}, "?", name, ignore))
     return _question(to_messages(row, ignore=ignore))
 
 
