@@ -8,14 +8,22 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import RewardConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+    get_scheduler,
+)
+from trl import ModelConfig, RewardConfig
 
 from hf_cnllm import load_instructions, reply_end_ids
 from hf_cnllm.data.formats import ConversationError
-from hf_cnllm.recipes import ppo, reward
+from hf_cnllm.recipes import ppo, rejection_sampling, reward
 from hf_cnllm.recipes.reward import RewardTrainer
+from hf_cnllm.training.ppo import PPOConfig
 from hf_cnllm.training.ppo_equations import RunningMoments
+from hf_cnllm.training.recipe import parse_arguments
 from hf_cnllm.training.reward import REWARDS, RewardModels, combined_rewards, load_reward, score_responses
 from hf_cnllm.training.reward_data import MARGINS, encode_pairs, read_rated_pair, split_by_prompt
 from hf_cnllm.training.sampling import encode_queries, pad_apart_from_ends, sample_responses
@@ -390,6 +398,28 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             run(monkeypatch, row, checkpoint, arguments.pop("data"), out, **arguments)
         assert not out.exists(), message
+
+
+SETTINGS_OF_PAPERS = {
+    "ppo_baichuan2": (ppo.PPOArguments, PPOConfig),
+    "ppo_llama2": (ppo.PPOArguments, PPOConfig),
+    "ppo_qwen": (ppo.PPOArguments, PPOConfig),
+    "rejection_sampling_llama2": (rejection_sampling.RejectionArguments, TrainingArguments),
+    "reward_llama2": (reward.RewardArguments, RewardConfig),
+    "reward_qwen": (reward.RewardArguments, RewardConfig),
+}
+
+
+@pytest.mark.parametrize("config", SETTINGS_OF_PAPERS)
+def test_the_papers_settings_are_understood(config, tmp_path, monkeypatch):
+    words = f"{config} --config {config}.yaml --model m --data d --output {tmp_path} --use_cpu true --report_to none"
+    monkeypatch.setattr(sys, "argv", words.split())
+    _, training, _ = parse_arguments("", *SETTINGS_OF_PAPERS[config], ModelConfig)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert batch in {"reward_llama2": [512], "ppo_qwen": [8], "ppo_baichuan2": [8]}.get(config, [64])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    kwargs = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
+    assert get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(100), 100, **kwargs)
 
 
 def test_texts_that_need_no_model():
