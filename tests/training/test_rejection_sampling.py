@@ -213,11 +213,14 @@ def test_a_family(row, checkpoint, tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
+FIVE_ROUNDS = {"rounds": 5, "num_train_epochs": 2, "learning_rate": 1.4e-3}  # a reward of 1, the most there is, comes later
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_mean_reward_rises_in_each_of_five_rounds(seed, checkpoint, tmp_path, monkeypatch):
     data = write_prompts(tmp_path / "prompts.jsonl", 32)
-    summary = run(monkeypatch, "baichuan rope", checkpoint, data, tmp_path / "out", rounds=5, seed=seed)
+    summary = run(monkeypatch, "baichuan rope", checkpoint, data, tmp_path / "out", **FIVE_ROUNDS, seed=seed)
     rewards = summary["metrics"]["rewards"]
     print(seed, [round(value, 3) for value in rewards], summary["seconds"])
     assert all(after > before for before, after in itertools.pairwise(rewards)), rewards
