@@ -213,7 +213,11 @@ def test_a_family(row, checkpoint, tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
-FIVE_ROUNDS = {"rounds": 5, "num_train_epochs": 2, "learning_rate": 1.4e-3}  # a reward of 1, the most there is, comes later
+FIVE_ROUNDS = {
+    "rounds": 5,
+    "num_train_epochs": 2,
+    "learning_rate": 1.4e-3,
+}  # a reward of 1, the most there is, comes later
 
 
 @pytest.mark.slow
@@ -255,3 +259,18 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             run(monkeypatch, row, checkpoint, data, out, **changes)
         assert not out.exists(), message
+
+
+def test_an_interrupted_run_tells_how_to_go_on(checkpoint, tmp_path, monkeypatch):
+    data, batches = write_prompts(tmp_path / "prompts.jsonl", 4), []
+
+    def interrupted(queries, responses):
+        batches.append(queries)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return [0.0] * len(responses)
+
+    monkeypatch.setitem(REWARDS, "chinese", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="add --resume to go on behind the answers and models"):
+        run(monkeypatch, "baichuan rope", checkpoint, data, tmp_path / "out", queries_per_batch=2)
+    assert texts_of(tmp_path / "out")["round-1/samples-0.jsonl"].count("\n") == 2
