@@ -66,12 +66,17 @@ class SFTTrainer(StopAtNonFiniteLoss, CountPositions, Trainer):
     not shifted, are the model's own business."""
 
 
-def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
-    config = AutoConfig.from_pretrained(arguments.model)
-    if arguments.z_loss_weight is not None:
+def set_z_loss_weight(config: Any, weight: float | None) -> None:
+    """Raises ValueError if there is a weight, and the model has no max-z loss."""
+    if weight is not None:
         if not hasattr(config, "z_loss_weight"):
             raise ValueError(f"{config.model_type} has no max-z loss: leave --z_loss_weight out")
-        config.z_loss_weight = arguments.z_loss_weight
+        config.z_loss_weight = weight
+
+
+def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
+    config = AutoConfig.from_pretrained(arguments.model)
+    set_z_loss_weight(config, arguments.z_loss_weight)
     kind = transformers.AutoModelForSeq2SeqLM if fills_blanks(config) else transformers.AutoModelForCausalLM
     return kind.from_pretrained(
         arguments.model,
