@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 from importlib import import_module
 from itertools import islice
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from trl import ModelConfig
@@ -340,3 +342,26 @@ def test_several_workers_are_refused(checkpoint, texts):
     stream = Stream(Documents([str(texts)], AutoTokenizer.from_pretrained(checkpoint("llama"))), lambda d: pack(d, 8))
     with pytest.raises(ValueError, match="set dataloader_num_workers to 0 or 1"):
         next(iter(torch.utils.data.DataLoader(stream, num_workers=2, batch_size=None)))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(checkpoint, texts, tmp_path):
+    """Each reads the stream and takes its rows of it; max-z is that of all of them."""
+    weights = []
+    words = f"--model {checkpoint('baichuan')} --data {texts} {COMMON} --max_steps 3 --learning_rate 1e-3 --z_loss_weight 0.01"
+    for processes, size, steps in ((1, 4, 1), (2, 1, 2)):
+        output = tmp_path / str(processes)
+        command = (
+            f"{words} --output {output} --per_device_train_batch_size {size} --gradient_accumulation_steps {steps}"
+        )
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "-m"]
+        done = subprocess.run(
+            [sys.executable, *start, "hf_cnllm.recipes.pretrain", *command.split(), "--ddp_backend", "gloo"],
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        weights.append(load_file(output / "model.safetensors"))
+    for key, value in weights[0].items():
+        torch.testing.assert_close(
+            value, weights[1][key], atol=1e-5, rtol=0, msg=lambda said, key=key: f"{key}: {said}"
+        )
