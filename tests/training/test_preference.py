@@ -234,7 +234,9 @@ def test_the_reward_rises(name, checkpoint, tmp_path, monkeypatch):
 
 # ---- what is refused
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 BAD_INPUT = {
+    "tools": ("grpo", "chatglm3", {"prompt": "a", "tools": [TOOL]}, ["--reward", "length"], "question 1 has tools"),
     "no pair": ("dpo", "baichuan rope", {"prompt": "a", "chosen": "b"}, [], "line 1: needs the field 'rejected'"),
     "no question": ("dpo", "baichuan rope", {"chosen": "a", "rejected": "b"}, [], "needs the question"),
     "not JSON": ("kto", "baichuan rope", "{", [], "line 1: not valid JSON"),

@@ -338,6 +338,14 @@ def test_a_malformed_line_later_on_keeps_the_last_checkpoint(checkpoint, tmp_pat
     assert not (tmp_path / "out/summary.json").exists()
 
 
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text")
+    with pytest.raises(ValueError, match=r"a.csv: of files .txt, .json, .jsonl, .parquet are read"):
+        find_sources([str(tmp_path / "a.csv")])
+    with pytest.raises(OSError, match=r"there is no \.txt"):
+        find_sources([str(tmp_path)])
+
+
 def test_several_workers_are_refused(checkpoint, texts):
     stream = Stream(Documents([str(texts)], AutoTokenizer.from_pretrained(checkpoint("llama"))), lambda d: pack(d, 8))
     with pytest.raises(ValueError, match="set dataloader_num_workers to 0 or 1"):
@@ -348,7 +356,7 @@ def test_several_workers_are_refused(checkpoint, texts):
 def test_two_processes_have_the_losses_of_one(checkpoint, texts, tmp_path):
     """Each reads the stream and takes its rows of it; max-z is that of all of them."""
     weights = []
-    words = f"--model {checkpoint('baichuan')} --data {texts} {COMMON} --max_steps 3 --learning_rate 1e-3 --z_loss_weight 0.01"
+    words = f"--model {checkpoint('baichuan')} --data {texts} {COMMON} --max_steps 3 --optim sgd --learning_rate 0.1 --z_loss_weight 0.01"
     for processes, size, steps in ((1, 4, 1), (2, 1, 2)):
         output = tmp_path / str(processes)
         command = (

@@ -239,12 +239,18 @@ def _reward_of_texts(name: str, prompts: Any, completions: Any, **_: Any) -> Seq
 
 
 def _short_enough(policy: Policy, rows: Sequence[Row], max_length: int) -> Any:
-    """The data set of the questions that have at most `max_length` tokens."""
+    """The data set of the questions that have at most `max_length` tokens.
+
+    Raises:
+        ValueError: none has, or one has tools, which TRL would drop.
+    """
+    if number := next((number for number, row in enumerate(rows, start=1) if row["tools"]), None):
+        raise ConversationError(f"question {number} has tools, which TRL does not ask with: leave it out")
     dataset = as_dataset(policy, rows)
 
     def length(row: Mapping[str, Any]) -> int:
         asked = policy.tokenizer.apply_chat_template(
-            row["prompt"], tools=row["tools"], add_generation_prompt=True, tokenize=True, return_dict=True
+            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return len(asked["input_ids"])
 

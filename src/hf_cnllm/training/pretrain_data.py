@@ -60,6 +60,7 @@ def find_sources(names: Iterable[str]) -> list[str]:
 
     Raises:
         OSError: a folder has no file that is read here.
+        ValueError: a file is of another kind.
     """
     sources: list[str] = []
     for name in names:
@@ -68,6 +69,8 @@ def find_sources(names: Iterable[str]) -> list[str]:
             if not found:
                 raise FileNotFoundError(f"{name}: there is no {', '.join(READERS)} file in the folder")
             sources += found
+        elif Path(name).is_file() and Path(name).suffix not in READERS:
+            raise ValueError(f"{name}: of files {', '.join(READERS)} are read")
         else:
             sources.append(name)
     return sources
