@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.training.max_z import CountPositions
 from hf_cnllm.training.recipe import RecipeArguments, Run, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import (
     encode_rows,
@@ -61,17 +62,22 @@ class SFTArguments(RecipeArguments):
     adapter: str | None = field(default=None, metadata={"help": "adapter to go on with, instead of a new one"})
 
 
-class SFTTrainer(StopAtNonFiniteLoss, Trainer):
+class SFTTrainer(StopAtNonFiniteLoss, CountPositions, Trainer):
     """Not TRL's, which computes cross entropy from the head's weights by itself: the max-z loss, and GLM's labels, which are
     not shifted, are the model's own business."""
 
 
-def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
-    config = AutoConfig.from_pretrained(arguments.model)
-    if arguments.z_loss_weight is not None:
+def set_z_loss_weight(config: Any, weight: float | None) -> None:
+    """Raises ValueError if there is a weight, and the model has no max-z loss."""
+    if weight is not None:
         if not hasattr(config, "z_loss_weight"):
             raise ValueError(f"{config.model_type} has no max-z loss: leave --z_loss_weight out")
-        config.z_loss_weight = arguments.z_loss_weight
+        config.z_loss_weight = weight
+
+
+def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
+    config = AutoConfig.from_pretrained(arguments.model)
+    set_z_loss_weight(config, arguments.z_loss_weight)
     kind = transformers.AutoModelForSeq2SeqLM if fills_blanks(config) else transformers.AutoModelForCausalLM
     return kind.from_pretrained(
         arguments.model,
