@@ -16,11 +16,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data.conversations import ConversationError, Row, as_template_takes, reply_end_ids
 from ..data.preferences import Reader, read_preferences, read_question
-from ..models.glm_line.blank_positions import MASK_FIELDS
-from ..models.glm_line.generation import PrefixLMGenerationMixin
-from ..recipes.ppo import REWARDS
 from .ppo_equations import rise_p_value
 from .recipe import RecipeArguments, open_run, parse_arguments
+from .reward import REWARDS
+from .sampling import tokens_out_of_place
 from .sft_data import fills_blanks, refuse_control_tokens, use_template
 
 ANSWERS = ("chosen", "rejected", "completion")
@@ -165,9 +164,7 @@ def train_on_rewards(description: str, trainer_class: Any, config: type) -> None
         rows = _read(arguments, read_question)
         policy = Policy.load(arguments, training, options)
         rewards, tokenizers = load_rewards(arguments.reward)
-        if isinstance(policy.model, PrefixLMGenerationMixin):  # a second start or blank would make another text of it
-            controls = {getattr(policy.model.config, name) for name in (*MASK_FIELDS, "sop_token_id")}
-            suppressed = sorted(controls - {None, *policy.end_ids})
+        if (suppressed := tokens_out_of_place(policy.model, policy.end_ids)) is not None:
             training.generation_kwargs = {"suppress_tokens": suppressed, **(training.generation_kwargs or {})}
         trainer = trainer_class(
             policy.model,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..tokenization.chat_sections import ChatTokenizer
 from .reward import RewardFunction, RewardModels, score_responses
 from .sampling import response_texts, sample_responses
 
@@ -85,13 +84,6 @@ def _whole_batches(path: Path, batch_size: int, total: int) -> int:
     kept = total if len(lines) == total else len(lines) // batch_size * batch_size
     os.truncate(path, sum(map(len, lines[:kept])))
     return -(-kept // batch_size)
-
-
-def readable_control_tokens(tokenizer: Any) -> list[str]:
-    """The control tokens that the tokenizer would read in a text; those of this package read none."""
-    if isinstance(tokenizer, ChatTokenizer):
-        return []
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def read_samples(paths: Iterable[Path]) -> list[dict[str, Any]]:

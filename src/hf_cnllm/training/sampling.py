@@ -61,6 +61,15 @@ def pad_apart_from_ends(tokenizer: Any, end_ids: Sequence[int]) -> None:
         tokenizer.pad_token_id = next((one for one in known if one not in end_ids), known[-2:][0])
 
 
+def tokens_out_of_place(model: Any, end_ids: Sequence[int]) -> list[int] | None:
+    """Those that a prefix language model must not sample: a second start or blank would make another text of its answer."""
+    plain = plain_model(model)
+    if not isinstance(plain, PrefixLMGenerationMixin):
+        return None
+    controls = {getattr(plain.config, name) for name in (*MASK_FIELDS, "sop_token_id")}
+    return sorted(controls - {None, *end_ids})
+
+
 def sample_responses(
     model: Any,
     queries: Sequence[Sequence[int]],
@@ -79,10 +88,6 @@ def sample_responses(
     longest, device = max(map(len, queries)), model.device
     ids = torch.tensor([[pad_id] * (longest - len(query)) + list(query) for query in queries], device=device)
     is_query = torch.tensor([[0] * (longest - len(query)) + [1] * len(query) for query in queries], device=device)
-    plain, suppressed = plain_model(model), None
-    if isinstance(plain, PrefixLMGenerationMixin):  # a second start or blank would make another text of it
-        controls = [getattr(plain.config, name) for name in (*MASK_FIELDS, "sop_token_id")]
-        suppressed = [token for token in controls if token is not None and token not in end_ids]
     options = GenerationConfig(
         do_sample=True,
         top_p=top_p,
@@ -92,7 +97,7 @@ def sample_responses(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(end_ids),
         pad_token_id=pad_id,
-        suppress_tokens=suppressed,
+        suppress_tokens=tokens_out_of_place(model, end_ids),
     )
     tokens = model.generate(input_ids=ids, attention_mask=is_query, generation_config=options)[:, longest:]
     mask, has_end = response_mask(tokens, end_ids)

@@ -219,16 +219,20 @@ def _encode_blank(tokenizer: Any, question: str, answer: str, max_length: int) -
     return example, cuts
 
 
-def refuse_control_tokens(tokenizer: Any, rows: Sequence[Row], fields: Sequence[str] = ("messages", "tools")) -> None:
-    """The tokenizers of this package keep control tokens out of texts. Others read them there.
-
-    Raises:
-        ConversationError: one of these fields of a row has such a token in it.
-    """
+def readable_control_tokens(tokenizer: Any) -> set[str]:
+    """The control tokens that the tokenizer would read in a text. Those of this package read none."""
     if isinstance(tokenizer, ChatTokenizer):
-        return
-    tokens = set(tokenizer.all_special_tokens)
-    tokens |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return set()
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | set(tokenizer.all_special_tokens)
+
+
+def refuse_control_tokens(tokenizer: Any, rows: Sequence[Row], fields: Sequence[str] = ("messages", "tools")) -> None:
+    """
+    Raises:
+        ConversationError: one of these fields of a row has a control token in it, which the tokenizer would read there.
+    """
+    tokens = readable_control_tokens(tokenizer)
     for number, row in enumerate(rows, start=1):
         text = json.dumps([row.get(name) for name in fields], ensure_ascii=False)
         if found := next((token for token in tokens if token in text), None):
