@@ -54,15 +54,20 @@ def test_shift_labels_replace_labels():
     )
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_accumulated_micro_batches_equal_one_big_batch(micro_batches):
+@pytest.mark.parametrize("has_positions", [False, True])
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_accumulated_micro_batches_equal_one_big_batch(micro_batches, has_positions):
+    """With max-z: where as large a share of each is learned, or where the number of positions is known."""
     logits, labels = make_batch(batch=8)
     labels[:] = torch.randint(VOCAB, labels.shape)
     labels[:, :4] = -100
-    num_items = (labels[:, 1:] != -100).sum()
+    counts = {"num_items_in_batch": (labels[:, 1:] != -100).sum()}
+    if has_positions:
+        labels[1, 1:] = labels[0, 5] = -100  # another share of each, and none of one
+        counts = {"num_items_in_batch": (labels[:, 1:] != -100).sum(), "num_positions_in_batch": labels[:, 1:].numel()}
     whole = causal_lm_loss(logits, labels, VOCAB, z_loss_weight=0.05)
     parts = sum(
-        causal_lm_loss(*part, VOCAB, num_items_in_batch=num_items, z_loss_weight=0.05)
+        causal_lm_loss(*part, VOCAB, **counts, z_loss_weight=0.05)
         for part in zip(logits.chunk(micro_batches), labels.chunk(micro_batches), strict=True)
     )
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
@@ -320,12 +325,12 @@ def test_inside_a_checkpoint(use_reentrant):
 
 def test_accumulated_chunked_micro_batches_equal_one_big_batch():
     hidden_states, weight, _, labels = make_head_batch(batch=4)
-    labels[:, :4] = -100
+    labels[:, :4] = labels[0] = -100
     options = {"normalize": True, "z_loss_weight": 0.05}
-    num_items = (labels[:, 1:] != -100).sum()
+    counts = {"num_items_in_batch": (labels[:, 1:] != -100).sum(), "num_positions_in_batch": labels[:, 1:].numel()}
     whole = reference_causal_lm_loss(hidden_states, weight, labels, **options)
     parts = sum(
-        chunked_causal_lm_loss(h, weight, y, num_items_in_batch=num_items, chunk_size=3, **options)
+        chunked_causal_lm_loss(h, weight, y, **counts, chunk_size=3, **options)
         for h, y in zip(hidden_states.split(1), labels.split(1), strict=True)
     )
     torch.testing.assert_close(parts, whole)

@@ -224,7 +224,8 @@ class DataCollatorForBlankInfilling:
     """Makes batches for blank infilling from texts, a random objective for each. For Trainer, DataLoader and streams.
 
     A text is a mapping with `input_ids` (without special tokens) or with `text`. With `text`, tell Trainer
-    `remove_unused_columns=False`. A text that would be too long loses tokens at both ends, randomly.
+    `remove_unused_columns=False`. A text that would be too long loses tokens at both ends, randomly. If it has a `seed`, its row
+    depends on that alone, and not on the rows before it.
 
     Args:
         tokenizer: any of the GLM line's: GLM, ChatGLM, ChatGLM2, ChatGLM3.
@@ -262,7 +263,7 @@ class DataCollatorForBlankInfilling:
             )
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"`mask_rate` must be between 0 and 1, but is {self.mask_rate}")
-        if self._longest_text < 1:
+        if self.longest_text < 1:
             raise ValueError(f"`max_length` ({self.max_length}) leaves no room for a text")
         self._worker: int | None = None
         self._rng = random.Random(self.seed)
@@ -276,7 +277,8 @@ class DataCollatorForBlankInfilling:
         return self._rng
 
     @property
-    def _longest_text(self) -> int:
+    def longest_text(self) -> int:
+        """Tokens of a text that a row has room for."""
         # Each span costs a mask and a start token. There are at most as many spans as masked tokens, and the last span may
         # go beyond the rate; the shifted form has one token more.
         room = self.max_length - len(self.control.before) - len(self.control.after) - 3
@@ -287,19 +289,20 @@ class DataCollatorForBlankInfilling:
 
     def make_row(self, feature: Mapping[str, Any]) -> tuple[str, Example]:
         """The objective that was drawn for a text, and the row."""
-        tokens = self._tokens(feature)
-        objective = self.rng.choices(list(self.mix), weights=list(self.mix.values()))[0]
+        rng = random.Random(feature["seed"]) if "seed" in feature else self.rng
+        tokens = self._tokens(feature, rng)
+        objective = rng.choices(list(self.mix), weights=list(self.mix.values()))[0]
         if objective == "sentence":
             sentences = split_sentences([str(token) for token in self.tokenizer.convert_ids_to_tokens(tokens)])
             if len(sentences) > 1:
-                spans = sample_sentence_spans(sentences, self.rng, self.mask_rate)
+                spans = sample_sentence_spans(sentences, rng, self.mask_rate)
             else:
                 objective = "token"
         if objective == "token":
-            spans = sample_token_spans(len(tokens), self.rng, self.mask_rate)
+            spans = sample_token_spans(len(tokens), rng, self.mask_rate)
         elif objective == "document":
-            spans = sample_document_span(len(tokens), self.rng)
-        return objective, make_example(tokens, spans, self.control.masks[objective], self.control, self.rng)
+            spans = sample_document_span(len(tokens), rng)
+        return objective, make_example(tokens, spans, self.control.masks[objective], self.control, rng)
 
     def pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Rows as one batch, padded on the right."""
@@ -321,7 +324,7 @@ class DataCollatorForBlankInfilling:
             "labels": labels,
         }
 
-    def _tokens(self, feature: Mapping[str, Any]) -> list[int]:
+    def _tokens(self, feature: Mapping[str, Any], rng: random.Random) -> list[int]:
         if "input_ids" in feature:
             tokens = list(feature["input_ids"])
         elif "text" in feature:
@@ -330,10 +333,10 @@ class DataCollatorForBlankInfilling:
             tokens = encoding["input_ids"]
         else:
             raise ValueError(f"a text needs a field `input_ids` or `text`, but has {sorted(feature) or 'none'}")
-        excess = len(tokens) - self._longest_text
+        excess = len(tokens) - self.longest_text
         if excess > 0:
-            start = self.rng.randint(0, excess)
-            tokens = tokens[start : start + self._longest_text]
+            start = rng.randint(0, excess)
+            tokens = tokens[start : start + self.longest_text]
         return [int(token) for token in tokens]
 
     def _shift(self, example: Example) -> Example:

@@ -11,6 +11,7 @@ position, also those whose label is ignored.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     z_loss_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    num_positions_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> Tensor:
     """Cross entropy plus max-z, in the calling convention of transformers' `ForCausalLMLoss`.
@@ -46,9 +48,11 @@ def causal_lm_loss(
         labels: (batch, length) token ids, `ignore_index` where nothing is to be learned; shifted here.
         vocab_size: the size of the last dimension of `logits`.
         num_items_in_batch: number of counted labels in the whole accumulated batch. Cross entropy is then summed and
-            divided by it, and this micro-batch's mean of m^2 is weighted by its share of the counted labels. The sum
-            over the micro-batches is the loss of the one big batch: always for the cross entropy, and for the max-z
-            term whenever counted labels make up the same fraction of the positions in each micro-batch.
+            divided by it, so that the sum over the micro-batches is that of the one big batch.
+        num_positions_in_batch: number of shifted positions in the whole accumulated batch, by which the sum of m^2 is then
+            divided (`training.max_z` counts them). Without it this micro-batch's mean of m^2 is weighted by its share of the
+            counted labels, which is the one big batch's term only where they make up the same fraction of the positions in
+            each micro-batch.
         shift_labels: (batch, length) labels that are already aligned with `logits`; replaces `labels`, and every
             position then counts as a shifted position.
         z_loss_weight: weight of the max-z term; 0 leaves plain cross entropy.
@@ -79,7 +83,8 @@ def causal_lm_loss(
     if z_loss_weight:
         largest = logits.max(dim=-1).values
         largest = largest[..., :-1] if shift_labels is None else largest
-        loss = loss + largest.square().sum() * counted * (z_loss_weight / max(positions, 1))
+        of_all = _Counts.of(counted, positions, num_items_in_batch, num_positions_in_batch)
+        loss = loss + largest.square().sum() * of_all.learned / of_all.positions * z_loss_weight
     return _average(loss, counted, num_items_in_batch)
 
 
@@ -109,6 +114,7 @@ def chunked_causal_lm_loss(
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    num_positions_in_batch: Tensor | int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     **kwargs,
 ) -> Tensor:
@@ -122,7 +128,8 @@ def chunked_causal_lm_loss(
     Args:
         hidden_states: (batch, length, hidden_size).
         weight: (vocab_size, hidden_size), the head's stored weight, of the dtype of `hidden_states`.
-        labels: as for `causal_lm_loss`, like `num_items_in_batch`, `shift_labels`, `ignore_index`, `z_loss_weight`.
+        labels: as for `causal_lm_loss`, like `num_items_in_batch`, `num_positions_in_batch`, `shift_labels`, `ignore_index`,
+            `z_loss_weight`.
         normalize: the head is a NormHead: `weight` is the raw weight, and its rows are scaled to length 1.
         bias: (vocab_size,), not scaled.
         chunk_size: tokens per chunk.
@@ -142,6 +149,7 @@ def chunked_causal_lm_loss(
             bias=bias,
             z_loss_weight=z_loss_weight,
             num_items_in_batch=num_items_in_batch,
+            num_positions_in_batch=num_positions_in_batch,
             shift_labels=shift_labels,
             ignore_index=ignore_index,
         )
@@ -163,11 +171,12 @@ def chunked_causal_lm_loss(
 
     targets = targets.reshape(-1).to(hidden_states.device)
     counted = (targets != ignore_index).sum()
+    of_all = _Counts.of(counted, targets.numel(), num_items_in_batch, num_positions_in_batch)
     chunks = _Chunks(
         size=chunk_size,
         dtype=torch.get_autocast_dtype(device) if autocast else hidden_states.dtype,
         normalize=normalize,
-        max_z=z_loss_weight / max(targets.numel(), 1),
+        max_z=z_loss_weight * of_all.learned.item() / of_all.positions.item() if z_loss_weight else 0.0,
         ignore_index=ignore_index,
         needed=tuple(
             torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_states, weight, bias)
@@ -183,6 +192,19 @@ def _refuse_label_smoothing(label_smoothing: float) -> None:
             f"label_smoothing={label_smoothing} is not part of this loss; leave it at 0, or use "
             "TrainingArguments(label_smoothing_factor=...), which computes it from the logits"
         )
+
+
+class _Counts(NamedTuple):
+    """By whose ratio the sum of m^2 is weighted, to become a mean when it is divided by the number of learned labels."""
+
+    learned: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, learned: Tensor, positions: int, *of_all: Tensor | int | None) -> "_Counts":
+        """The counts of the whole accumulated batch, if they are known, else those given."""
+        counts = (learned, max(positions, 1)) if any(count is None for count in of_all) else of_all
+        return cls(*(torch.as_tensor(count, device=learned.device) for count in counts))
 
 
 def _average(loss_sum: Tensor, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -229,7 +251,7 @@ class _ChunkedLoss(torch.autograd.Function):
 class _Chunks:
     """How the loss is cut up and computed. Sums over tokens i, with logits z_iv = h_i . u_v + b_v, u_v = w_v r_v::
 
-        L = sum_i [counted] (logsumexp_v z_iv - z_iy)  +  c sum_i max_v z_iv^2      c = max_z * number of counted
+        L = sum_i [counted] (logsumexp_v z_iv - z_iy)  +  c sum_i max_v z_iv^2      c = max_z
         g_iv = dL/dz_iv = [counted] (softmax(z_i)_v - [v = y_i])  +  2 c max_v z_iv [v = argmax z_i]
         dL/dh_i = sum_v g_iv u_v,    dL/du_v = sum_i g_iv h_i,    dL/db_v = sum_i g_iv
         dL/dw_v = r_v dL/du_v - r_v^3 (w_v . dL/du_v) w_v         r_v = 1 / |w_v| for a NormHead, else u = w
@@ -241,7 +263,7 @@ class _Chunks:
     size: int
     dtype: torch.dtype  # of the matmuls
     normalize: bool
-    max_z: float
+    max_z: float  # weight of the squares' sum
     ignore_index: int
     needed: tuple[bool, ...]  # of hidden states, weight and bias: whose gradients
 
@@ -262,7 +284,7 @@ class _Chunks:
 
         is_counted = targets != self.ignore_index
         counted = is_counted.nonzero().squeeze(1)
-        max_z = self.max_z * len(counted)
+        max_z = self.max_z
         ignored = (~is_counted).nonzero().squeeze(1) if max_z else counted[:0]
 
         work = _Workspace(min(self.size, max(len(counted), len(ignored))), matrix, exact)

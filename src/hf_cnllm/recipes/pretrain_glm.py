@@ -1,149 +1,115 @@
-"""Pre-trains a small GLM by blank infilling, shows the loss of each objective before and after, and fills a blank.
+"""Pre-train GLM or ChatGLM-6B by blank infilling (arXiv 2103.10360): a new model of a configuration, or a checkpoint that goes on.
 
-    python -m hf_cnllm.recipes.pretrain_glm --output pretrained                  # demo on the embedded texts: minutes on a CPU
-    python -m hf_cnllm.recipes.pretrain_glm --output pretrained --texts corpus.txt --tokenizer THUDM/glm-large-chinese \
-        --hidden-size 768 --layers 12 --heads 12 --max-length 512 --steps 100000 --infill "北京是[MASK]的首都。"
+python -m hf_cnllm.recipes.pretrain_glm --config pretrain_glm.yaml --model MODEL --data TEXTS --output DIR --max_steps N
 
-`--texts` are text files, one text a line, which are streamed, or conversations (.json, .jsonl; docs/data.md). Without
-`--tokenizer` a vocabulary is trained on them.
+`--data` are .txt files with a text a line, .jsonl and .parquet files with `text`, `content` or token ids in `input_ids`, folders
+of them, or names of data sets. They are streamed. `--model` is a checkpoint, or a folder with a tokenizer and config.json alone.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
+from trl import ModelConfig
 
-from hf_cnllm import GLMChineseTokenizer, GLMConfig, GLMForConditionalGeneration
-from hf_cnllm.data.blank_infilling import MIX, DataCollatorForBlankInfilling, infill
-from hf_cnllm.data.conversations import load_instructions, read_conversations
-from hf_cnllm.demo.tiny_checkpoints import write_glm_chinese
-from hf_cnllm.hub.saving import check_new_folder, staged_folder
+import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.data.blank_infilling import MIX, ControlTokens, DataCollatorForBlankInfilling, infill
+from hf_cnllm.recipes.sft import with_adapter
+from hf_cnllm.training.pretrain import (
+    PretrainArguments,
+    is_prefix_lm,
+    load_config,
+    load_model,
+    make_trainer,
+    read_documents,
+)
+from hf_cnllm.training.pretrain_data import pieces
+from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
+from hf_cnllm.training.sft_data import fills_blanks
 
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--texts", nargs="+", help="text files; default: the embedded instruction set")
-    parser.add_argument("--tokenizer", help="checkpoint whose tokenizer to use; default: train one")
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--max-length", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--mix", type=float, nargs=3, default=list(MIX.values()), metavar=tuple(MIX))
-    parser.add_argument("--infill", nargs="+", help="texts with blanks to fill at the end; default: some of --texts")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+SAMPLE = 64  # texts on which each objective's loss is measured, before and after
 
 
-def load_texts(files):
-    """(texts for training, some of them for measuring)."""
-    conversations = load_instructions() if files is None else []
-    if files is not None and all(Path(file).suffix in (".json", ".jsonl") for file in files):
-        conversations = [row["messages"] for file in files for row in read_conversations(file)]
-    if conversations:
-        texts = [message["content"] for conversation in conversations for message in conversation]
-        return Dataset.from_dict({"text": texts}), texts[:64]
-    stream = load_dataset("text", data_files=files, split="train", streaming=True)
-    return stream.shuffle(seed=0, buffer_size=1000), [row["text"] for row in stream.take(64)]
-
-
-def make_tokenizer(name, texts):
-    if name is not None:
-        return AutoTokenizer.from_pretrained(name)
-    with tempfile.TemporaryDirectory() as folder:
-        write_glm_chinese(Path(folder), texts)
-        return GLMChineseTokenizer.from_pretrained(folder)
-
-
-def make_model(args, tokenizer):
-    config = GLMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        num_layers=args.layers,
-        num_attention_heads=args.heads,
-        max_sequence_length=args.max_length,
-        pad_token_id=tokenizer.pad_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        smask_token_id=tokenizer.smask_token_id,
-        gmask_token_id=tokenizer.gmask_token_id,
-        sop_token_id=tokenizer.sop_token_id,
-        eop_token_id=tokenizer.eop_token_id,
-        embedding_dropout_prob=0.0,
-        attention_dropout_prob=0.0,
-        output_dropout_prob=0.0,
+@dataclass
+class BlankArguments(PretrainArguments):
+    max_length: int = field(default=512, metadata={"help": "tokens of a row, blanks and marks included"})
+    mix: list[float] = field(
+        default_factory=lambda: list(MIX.values()), metadata={"help": f"weights of the objectives {', '.join(MIX)}"}
     )
-    return GLMForConditionalGeneration(config)
+    infill: list[str] = field(default_factory=list, metadata={"help": "texts with [MASK] in them to fill at the end"})
+
+
+def tell_control_ids(config: Any, control: ControlTokens) -> None:
+    """Sets what a configuration leaves open of the control tokens, by which the model tells text from blanks."""
+    masks = {
+        f"{kind}mask_token_id": control.masks[name]
+        for kind, name in (("", "token"), ("s", "sentence"), ("g", "document"))
+    }
+    for name, token in {**masks, "sop_token_id": control.start, "eop_token_id": control.end}.items():
+        if getattr(config, name, 0) is None:
+            setattr(config, name, token)
 
 
 @torch.no_grad()
-def losses_by_objective(model, tokenizer, texts, max_length):
+def losses_by_objective(model: Any, collator: DataCollatorForBlankInfilling, rows: Sequence[Any]) -> dict[str, float]:
+    was_training, losses = model.training, {}
     model.eval()
-    losses = {}
     for objective in MIX:
-        collator = DataCollatorForBlankInfilling(tokenizer, max_length=max_length, mix={objective: 1.0}, seed=1)
-        batch = collator([{"text": text} for text in texts])
-        losses[objective] = model(**{name: values.to(model.device) for name, values in batch.items()}).loss.item()
+        one = DataCollatorForBlankInfilling(
+            collator.tokenizer, collator.max_length, {objective: 1.0}, shift_labels=collator.shift_labels
+        )
+        batch = {name: values.to(model.device) for name, values in one(rows).items()}
+        losses[objective] = round(model(**batch).loss.item(), 4)
+    model.train(was_training)
     return losses
 
 
-def main():
-    args = parse_arguments()
-    check_new_folder(args.output)
-    set_seed(args.seed)
-    dataset, sample = load_texts(args.texts)
-    all_texts = dataset["text"] if isinstance(dataset, Dataset) else [row["text"] for row in dataset.take(10_000)]
-    tokenizer = make_tokenizer(args.tokenizer, all_texts)
-    model = make_model(args, tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
-
-    before = losses_by_objective(model, tokenizer, sample, args.max_length)
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            str(args.output),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=args.steps // 20,
-            adam_beta2=0.98,
-            weight_decay=0.1,
-            logging_steps=max(args.steps // 10, 1),
-            remove_unused_columns=False,
-            save_strategy="no",
-            report_to=[],
-            seed=args.seed,
-        ),
-        data_collator=DataCollatorForBlankInfilling(
-            tokenizer, max_length=args.max_length, mix=dict(zip(MIX, args.mix, strict=True)), seed=args.seed
-        ),
-        train_dataset=dataset,
-    )
-    trainer.train()
-    after = losses_by_objective(model, tokenizer, sample, args.max_length)
-
-    print("| objective | loss before | after |\n|---|---|---|")
-    for objective, loss in before.items():
-        print(f"| {objective} | {loss:.2f} | {after[objective]:.2f} |")
-    for blanked in args.infill or blank_out(sample):
-        print(f"{blanked}\n-> {infill(model.eval(), tokenizer, blanked, max_new_tokens=32)}")
-    with staged_folder(args.output) as folder:
-        model.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
+def main() -> None:
+    arguments, training, options = parse_arguments(__doc__, BlankArguments, TrainingArguments, ModelConfig)
+    with open_run(arguments, training, options) as run:
+        config = load_config(arguments)
+        if not is_prefix_lm(config):
+            raise ValueError(f"{config.model_type} is causal and fills no blanks: recipes.pretrain trains it")
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        if len(arguments.mix) != len(MIX):
+            raise ValueError(f"--mix needs {len(MIX)} weights, for {', '.join(MIX)}; got {len(arguments.mix)}")
+        collator = DataCollatorForBlankInfilling(
+            tokenizer,
+            arguments.max_length,
+            dict(zip(MIX, arguments.mix, strict=True)),
+            shift_labels=not fills_blanks(config),
+        )
+        if arguments.max_length > (longest := getattr(config, "max_sequence_length", arguments.max_length)):
+            raise ValueError(f"--max_length is {arguments.max_length}, but the model has room for {longest} tokens")
+        documents = read_documents(arguments, training, tokenizer, config, is_ended=False)
+        tell_control_ids(config, collator.control)
+        model = load_model(arguments, options, config, AutoModelForSeq2SeqLM, training.seed)
+        make_rows = partial(pieces, length=collator.longest_text, least=1)
+        sample = [{**row, "seed": place} for place, row in enumerate(islice(make_rows(documents[0].epoch(0)), SAMPLE))]
+        model = with_adapter(model, training, options)
+        trainer = make_trainer(model, training, documents, make_rows, collator)
+        before = losses_by_objective(model, collator, sample)
+        run.train(trainer)
+        after = losses_by_objective(model, collator, sample)
+        filled = {text: infill(model.eval(), tokenizer, text, max_new_tokens=32) for text in arguments.infill}
         if trainer.is_world_process_zero():
-            tokenizer.save_pretrained(folder)
-
-
-def blank_out(texts, count=3):
-    """Some of the shorter texts, each with a blank for its third quarter."""
-    texts = sorted((text for text in texts if len(text) >= 16), key=len)[:count]
-    return [f"{text[: len(text) // 2]}[MASK]{text[3 * len(text) // 4 :]}" for text in texts]
+            print("| objective | loss before | after |\n|---|---|---|")
+            print("\n".join(f"| {name} | {loss:.2f} | {after[name]:.2f} |" for name, loss in before.items()))
+            for text, answer in filled.items():
+                print(f"{text}\n-> {answer}")
+        run.finish(
+            trainer,
+            tokenizer,
+            curves=("loss", "eval_loss", "learning_rate"),
+            before=before,
+            after=after,
+            filled=filled,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

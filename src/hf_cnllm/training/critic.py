@@ -1,5 +1,6 @@
 """The critic of PPO, and how it and the other models are asked about rows that are padded on both sides."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -40,6 +41,14 @@ class Critic(nn.Module):
 
 def head_of(classifier: nn.Module) -> nn.Module | None:
     return next((getattr(classifier, name) for name in HEADS if hasattr(classifier, name)), None)
+
+
+def adapter_of_classifier(config: Any, classifier: nn.Module) -> Any:
+    """The adapter for a sequence classifier, whose head is trained and saved whole; None is no adapter."""
+    if config is None:
+        return None
+    heads = [name for name in HEADS if hasattr(classifier, name)]
+    return dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=heads)
 
 
 def plain_model(model: Any) -> Any:

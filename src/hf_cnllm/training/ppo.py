@@ -14,7 +14,7 @@ import copy
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from transformers import (
     DataCollatorForSeq2Seq,
     DefaultFlowCallback,
-    GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -42,24 +41,21 @@ from transformers import (
 )
 
 from .._compat import reporting_callbacks
-from ..models.glm_line.blank_positions import MASK_FIELDS
-from ..models.glm_line.generation import PrefixLMGenerationMixin
 from .critic import Critic, inputs_of, plain_model
 from .ppo_equations import (
     RunningMoments,
     adapted_kl_coefficient,
     advantages_and_returns,
     policy_losses,
-    response_mask,
     token_entropy,
     token_log_probs,
     token_rewards,
     value_losses,
 )
 from .recipe import complete_checkpoints, stop_at_non_finite
+from .reward import RewardFunction, RewardModels, score_responses
+from .sampling import sample_responses
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""Queries and responses as texts, special tokens left out of the responses -> a reward each."""
 CRITIC_FOLDER, STATE_FILE = "critic", "trainer_state.json"
 
 
@@ -115,7 +111,7 @@ class PPOTrainer:
     Args:
         model: the actor, a causal language model or one with a PEFT adapter, which switched off is the reference.
         queries: token ids of each query, as the chat template opens the reply.
-        reward: a sequence classifier with one label, or a function of texts.
+        reward: a sequence classifier with one label, two as one [`RewardModels`], or a function of texts.
         tokenizer: of all the models.
         critic: trained beside the actor.
         end_ids: tokens that end a response.
@@ -131,7 +127,7 @@ class PPOTrainer:
         model: PreTrainedModel | PeftModel,
         args: PPOConfig,
         queries: Sequence[Sequence[int]],
-        reward: PreTrainedModel | RewardFunction,
+        reward: PreTrainedModel | RewardModels | RewardFunction,
         tokenizer: Any,
         critic: Critic,
         end_ids: Sequence[int],
@@ -145,20 +141,16 @@ class PPOTrainer:
         if reference is None and not isinstance(model, PeftModel):
             reference = copy.deepcopy(model)
         vocabulary = plain_model(model).config.vocab_size
-        for name, other in {"reward model": reward, "critic": critic.model, "reference": reference}.items():
+        for name, other in {"critic": critic.model, "reference": reference}.items():
             size = plain_model(other).config.vocab_size if isinstance(other, nn.Module) else vocabulary
             if size != vocabulary:
                 raise ValueError(f"the {name} is of another vocabulary: {size} tokens, the actor has {vocabulary}")
         self.end_ids = list(end_ids)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
-        if isinstance(reward, nn.Module) and (reward.config.num_labels, reward.config.pad_token_id) != (
-            1,
-            self.pad_id,
-        ):
-            raise ValueError(
-                f"a reward model has one label and finds the end of a response by the tokenizer's pad_token_id, {self.pad_id}; "
-                f"the config of this one has num_labels {reward.config.num_labels} and pad_token_id {reward.config.pad_token_id}"
-            )
+        if isinstance(reward, PreTrainedModel):
+            reward = RewardModels(reward)
+        if isinstance(reward, RewardModels):
+            reward.check(vocabulary, self.pad_id)
         self.accelerator = Accelerator(
             cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         )
@@ -263,7 +255,8 @@ class PPOTrainer:
         self.model.eval()
         self.critic.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            batch, has_end = self._answer(queries)
+            lengths = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+            batch, has_end = sample_responses(self.model, queries, self.end_ids, self.pad_id, **lengths)
             mask = batch["mask"]
             rows = _split(batch, torch.arange(len(mask)).split(args.per_device_train_batch_size))
             actor = [(token_log_probs(*found), token_entropy(found[0])) for found in self._logits(self.model, rows)]
@@ -272,7 +265,7 @@ class PPOTrainer:
                 of_reference = self._logits(self.reference or self.model, rows)
                 ref_log_probs = torch.cat([token_log_probs(*found) for found in of_reference])
             values = torch.cat([self._values(self.critic, row) for row in rows])
-            scores = self._scores(queries, rows)
+            scores = score_responses(self.reward, self.tokenizer, queries, batch, args.per_device_train_batch_size)
         if not torch.isfinite(self.accelerator.gather(scores)).all():
             raise FloatingPointError(f"a reward is not finite at step {self.state.global_step}")
         raw, scores = scores, scores - args.missing_end_penalty * ~has_end
@@ -342,31 +335,6 @@ class PPOTrainer:
             chosen.append(data[orders[epoch][index]])
         return chosen
 
-    def _answer(self, queries: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Tensor]:
-        longest, device = max(map(len, queries)), self.accelerator.device
-        ids = torch.tensor([[self.pad_id] * (longest - len(query)) + list(query) for query in queries], device=device)
-        is_query = torch.tensor([[0] * (longest - len(query)) + [1] * len(query) for query in queries], device=device)
-        plain, suppressed = plain_model(self.model), None
-        if isinstance(plain, PrefixLMGenerationMixin):  # a second start or blank would make another text of it
-            controls = [getattr(plain.config, name) for name in (*MASK_FIELDS, "sop_token_id")]
-            suppressed = [token for token in controls if token is not None and token not in self.end_ids]
-        options = GenerationConfig(
-            do_sample=True,
-            top_p=self.args.top_p,
-            top_k=0,
-            temperature=self.args.temperature,
-            repetition_penalty=1.0,
-            max_new_tokens=self.args.max_new_tokens,
-            eos_token_id=self.end_ids,
-            pad_token_id=self.pad_id,
-            suppress_tokens=suppressed,
-        )
-        tokens = self.model.generate(input_ids=ids, attention_mask=is_query, generation_config=options)[:, longest:]
-        mask, has_end = response_mask(tokens, self.end_ids)
-        tokens = tokens.masked_fill(mask == 0, self.pad_id)
-        batch = {"ids": torch.cat([ids, tokens], 1), "attention": torch.cat([is_query, mask.long()], 1), "mask": mask}
-        return batch, has_end
-
     def _logits(self, model: Any, rows: Sequence[dict[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Of one row of responses after the other, the logits [n, R, vocabulary] of each token's choice, and the tokens."""
         plain = plain_model(self.accelerator.unwrap_model(model))
@@ -380,20 +348,6 @@ class PPOTrainer:
     def _values(self, critic: Any, row: dict[str, Tensor]) -> Tensor:
         inputs = inputs_of(plain_model(self.critic.model), row["ids"], row["attention"])
         return critic(**inputs)[:, -row["mask"].shape[1] - 1 : -1]
-
-    def _scores(self, queries: Sequence[Sequence[int]], rows: Sequence[dict[str, Tensor]]) -> Tensor:
-        if isinstance(self.reward, nn.Module):
-            inputs = [inputs_of(self.reward, row["ids"], row["attention"]) for row in rows]
-            return torch.cat([self.reward(**one).logits[:, 0].float() for one in inputs])
-        responses = [
-            self.tokenizer.decode(ids[-len(mask) :][mask.bool()], skip_special_tokens=True)
-            for row in rows
-            for ids, mask in zip(row["ids"], row["mask"], strict=True)
-        ]
-        scores = self.reward([self.tokenizer.decode(query) for query in queries], responses)
-        if len(scores) != len(responses):
-            raise ValueError(f"the reward function returned {len(scores)} rewards for {len(responses)} responses")
-        return torch.tensor(scores, dtype=torch.float32, device=self.accelerator.device)
 
     def _policy_loss(self, row: dict[str, Tensor], tokens: Tensor, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         log_probs = token_log_probs(*next(self._logits(model, [row])))

@@ -241,6 +241,8 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         try:
             yield Run(output, told, last_complete_checkpoint(output))
         except KeyboardInterrupt as interrupt:
+            if interrupt.args:  # of a run within this one
+                raise
             last = last_complete_checkpoint(output)
             hint = f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
             raise KeyboardInterrupt(f": {hint}") from interrupt

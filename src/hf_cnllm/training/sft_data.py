@@ -118,7 +118,7 @@ def encode_rows(
                 "--learn_questions: a model that fills blanks sees the question whole, and cannot learn it"
             )
         return _encode_all_blanks(tokenizer, rows, min(max_length, model.config.max_sequence_length))
-    _refuse_control_tokens(tokenizer, rows)
+    refuse_control_tokens(tokenizer, rows)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     examples, cuts = encode_conversations(tokenizer, rows, ends, max_length, system_in_question=ghost_attention)
@@ -219,14 +219,22 @@ def _encode_blank(tokenizer: Any, question: str, answer: str, max_length: int) -
     return example, cuts
 
 
-def _refuse_control_tokens(tokenizer: Any, rows: Sequence[Row]) -> None:
-    """The tokenizers of this package keep control tokens out of texts. Others read them there."""
+def readable_control_tokens(tokenizer: Any) -> set[str]:
+    """The control tokens that the tokenizer would read in a text. Those of this package read none."""
     if isinstance(tokenizer, ChatTokenizer):
-        return
-    tokens = set(tokenizer.all_special_tokens)
-    tokens |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return set()
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | set(tokenizer.all_special_tokens)
+
+
+def refuse_control_tokens(tokenizer: Any, rows: Sequence[Row], fields: Sequence[str] = ("messages", "tools")) -> None:
+    """
+    Raises:
+        ConversationError: one of these fields of a row has a control token in it, which the tokenizer would read there.
+    """
+    tokens = readable_control_tokens(tokenizer)
     for number, row in enumerate(rows, start=1):
-        text = json.dumps([row["messages"], row.get("tools")], ensure_ascii=False)
+        text = json.dumps([row.get(name) for name in fields], ensure_ascii=False)
         if found := next((token for token in tokens if token in text), None):
             raise ConversationError(
                 f"conversation {number}: {type(tokenizer).__name__} would read the text {found!r} as a control token: cut it "

@@ -1,0 +1,154 @@
+"""Preference data in the published formats, each read whole or refused by field.
+
+| fields                                                      | what is read | as in                          |
+|-------------------------------------------------------------|--------------|--------------------------------|
+| `prompt`, `chosen`, `rejected`                              | a pair       | TRL                            |
+| `chosen`, `rejected`, conversations but for the last answer alike | a pair | UltraFeedback                  |
+| a conversation's fields without the answer, `chosen`, `rejected` | a pair  | LLaMA-Factory                  |
+| `prompt`, `completion`, `label`                             | a judgment   | TRL                            |
+| a conversation, `label` or `kto_tag`                        | a judgment   | LLaMA-Factory                  |
+| `prompt`, or a conversation, whose last answer is left out  | a question   | TRL, everything in `formats.py` |
+
+An answer is a text, one message, or a list of messages. What comes out is what TRL's trainers take: `prompt`, a list of
+messages, and `chosen` and `rejected`, or `completion` and `label`, each answer a list of one message; with `tools`.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .conversations import Row, read_json_rows
+from .formats import ROLES, ConversationError, to_messages
+
+SIDES = ("chosen", "rejected")
+LABELS = ("label", "kto_tag")
+# What published sets say of a pair that these objectives do not read.
+IGNORED = (
+    "score_chosen",
+    "score_rejected",
+    "chosen_score",
+    "rejected_score",
+    "chosen_model",
+    "rejected_model",
+    "margin",
+)
+TURNS = ("messages", "conversations")
+
+Reader = Callable[[Mapping[str, Any]], Row]
+
+
+def read_pair(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
+    """`{"prompt", "chosen", "rejected", "tools"}` of a row: two answers to the same conversation.
+
+    Raises:
+        ConversationError: a field is missing, is not read, or the two answer different questions.
+    """
+    rest = _rest(row, SIDES)
+    chosen, rejected = (_answered(rest, row[side], side, [*IGNORED, *ignore]) for side in SIDES)
+    if chosen["messages"][:-1] != rejected["messages"][:-1]:
+        raise ConversationError("fields 'chosen' and 'rejected' must answer the same conversation")
+    answers = {side: one["messages"][-1:] for side, one in zip(SIDES, (chosen, rejected), strict=True)}
+    return {"prompt": chosen["messages"][:-1], **answers, "tools": chosen["tools"]}
+
+
+def read_judgment(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
+    """`{"prompt", "completion", "label", "tools"}` of a row: an answer, and whether it is a good one.
+
+    Raises:
+        ConversationError: a field is missing or not read, or the label says neither yes nor no.
+    """
+    name = next((name for name in LABELS if name in row), LABELS[0])
+    rest = _rest(row, (name,))
+    if not isinstance(row[name], bool | int) or row[name] not in (0, 1):
+        raise ConversationError(f"field {name!r} must say yes or no, got {row[name]!r}")
+    answer = rest.pop("completion", None)
+    found = to_messages(rest, ignore=ignore) if answer is None else _answered(rest, answer, "completion", ignore)
+    *prompt, completion = found["messages"]
+    return {"prompt": prompt, "completion": [completion], "label": bool(row[name]), "tools": found["tools"]}
+
+
+def read_question(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
+    """`{"prompt", "tools"}` of a row and, beside a `prompt`, its other fields, which reward functions are given.
+
+    Raises:
+        ConversationError: there is no conversation, or no question in it.
+    """
+    if isinstance(row, Mapping) and "prompt" in row and not {"response", "completion"} & row.keys():
+        others = {name: value for name, value in row.items() if name not in ("prompt", "tools", *ignore)}
+        asked = {name: row[name] for name in ("prompt", "tools") if name in row}
+        return {**_question(_answered(asked, "?", "prompt", ())), **others}
+    name = next((name for name in TURNS if isinstance(row, Mapping) and isinstance(row.get(name), list)), None)
+    if name is not None and row[name] and _role(row[name][-1]) != "assistant":
+        return _question(_answered({**row}, "?", name, ignore))
+    return _question(to_messages(row, ignore=ignore))
+
+
+def read_preferences(names: Iterable[str], read: Reader, split: str = "train") -> list[Row]:
+    """The rows of files, and of `datasets` by their name or folder, by one of the readers above.
+
+    Raises:
+        ConversationError: a row is none; file and line, or data set and row, and field are named.
+        OSError: there is no such file or data set.
+    """
+    rows = []
+    for name in names:
+        is_file = Path(name).is_file() or Path(name).suffix in (".json", ".jsonl")
+        for place, value in _file_rows(name) if is_file else _set_rows(name, split):
+            try:
+                rows.append(read(value))
+            except ConversationError as error:
+                raise ConversationError(f"{name}, {place}: {error}") from None
+    if not rows:
+        raise ConversationError(f"{', '.join(names)}: there is no row")
+    return rows
+
+
+def _file_rows(path: str) -> Iterable[tuple[str, Any]]:
+    return ((f"line {number}", value) for number, value in read_json_rows(path))
+
+
+def _set_rows(name: str, split: str) -> Iterable[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    return ((f"row {number}", value) for number, value in enumerate(load_dataset(name, split=split)))
+
+
+def _rest(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The row without these fields, all of which it must have."""
+    if not isinstance(row, Mapping):
+        raise ConversationError(f"expected an object, got {type(row).__name__}")
+    if missing := [name for name in names if row.get(name) is None]:
+        raise ConversationError(f"needs the field {missing[0]!r}; has {sorted(row)}")
+    return {name: value for name, value in row.items() if name not in names and value is not None}
+
+
+def _answered(rest: dict[str, Any], answer: Any, field: str, ignore: Collection[str]) -> Row:
+    """The conversation that is the rest of a row and this answer."""
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    turns = [turns] if isinstance(turns, Mapping) else turns
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ConversationError(f"field {field!r} must be a text, a message or a list of messages")
+    asked = rest.get("prompt")
+    if _role(turns[0]) in ("system", "user"):  # the whole conversation
+        rest = {name: value for name, value in rest.items() if name not in ("prompt", *TURNS)} | {"messages": turns}
+    elif isinstance(asked, str | list):
+        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        rest = {name: value for name, value in rest.items() if name != "prompt"} | {"messages": [*asked, *turns]}
+    elif name := next((name for name in TURNS if isinstance(rest.get(name), list)), None):
+        rest = {**rest, name: [*rest[name], *turns]}
+    elif "instruction" in rest and len(turns) == 1:
+        rest = {**rest, "output": turns[0].get("content", turns[0].get("value"))}
+    else:
+        raise ConversationError(
+            f"needs the question: the field 'prompt', or a conversation in {field!r}; has {sorted(rest)}"
+        )
+    return to_messages(rest, ignore=ignore)
+
+
+def _role(turn: Any) -> str | None:
+    named = (turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else None
+    return ROLES.get(named) if isinstance(named, str) else None
+
+
+def _question(row: Row) -> Row:
+    return {"prompt": row["messages"][:-1], "tools": row["tools"]}

@@ -1,0 +1,25 @@
+"""REINFORCE leave-one-out (arXiv 2402.14740) of a chat model: several answers to a question, each against the others.
+
+python -m hf_cnllm.recipes.rloo --config rloo.yaml --model MODEL --reward REWARD_MODEL --data FILE.jsonl --output DIR
+
+`--data` are rows `{"prompt": …}`, whose other fields reward functions are given, or conversations (docs/data.md), whose last
+answers are left out. `--reward` is a reward model, `length` or `chinese`, or a function of your own (package.module.name).
+"""
+
+import trl
+
+import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.training.preference import train_on_rewards
+from hf_cnllm.training.recipe import StopAtNonFiniteLoss, run_recipe
+
+
+class RLOOTrainer(StopAtNonFiniteLoss, trl.RLOOTrainer):
+    """TRL's."""
+
+
+def main() -> None:
+    train_on_rewards(__doc__, RLOOTrainer, trl.RLOOConfig)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

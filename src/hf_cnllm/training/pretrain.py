@@ -1,0 +1,111 @@
+"""What the recipes for pre-training share: their arguments, the model from a configuration or a checkpoint, and the stream."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
+from trl import ModelConfig, get_quantization_config
+
+from .max_z import CountPositions
+from .pretrain_data import Documents, Stream, find_sources
+from .recipe import RecipeArguments, StopAtNonFiniteLoss
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass
+class PretrainArguments(RecipeArguments):
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "make a new model of this configuration, a folder or a name; the tokenizer is --model's. A --model folder "
+            "without weights makes one of its own"
+        },
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
+    )
+    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
+    text_field: str | None = field(default=None, metadata={"help": "field of the text; default: text, or content"})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "documents among which the next one is drawn; 0 keeps their order"}
+    )
+    max_length: int = field(default=2048, metadata={"help": "tokens of a row"})
+
+
+class PretrainTrainer(StopAtNonFiniteLoss, CountPositions, Trainer):
+    """transformers' own: the max-z loss, and GLM's labels, which are not shifted, are the model's business."""
+
+
+def load_config(arguments: PretrainArguments) -> Any:
+    return AutoConfig.from_pretrained(arguments.config_name or arguments.model)
+
+
+def is_prefix_lm(config: Any) -> bool:
+    """Whether a model of this configuration fills blanks: GLM and ChatGLM-6B."""
+    return hasattr(config, "has_kinds_of_blanks")
+
+
+def load_model(arguments: PretrainArguments, options: ModelConfig, config: Any, kind: Any, seed: int) -> Any:
+    """A new model of the configuration, or the checkpoint, in fp32 unless the options say otherwise: what is trained in 16 bits
+    without master weights loses small steps."""
+    dtype, attention = options.dtype or "float32", options.attn_implementation
+    folder = Path(arguments.model)
+    if arguments.config_name or (folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)):
+        set_seed(seed)
+        return kind.from_config(config, dtype=dtype, attn_implementation=attention)
+    quantization = get_quantization_config(options)
+    return kind.from_pretrained(
+        arguments.model, config=config, dtype=dtype, attn_implementation=attention, quantization_config=quantization
+    )
+
+
+def read_documents(
+    arguments: PretrainArguments, training: TrainingArguments, tokenizer: Any, config: Any, is_ended: bool
+) -> tuple[Documents, Documents | None]:
+    """The documents of `--data`, and those of `--eval_data` or None.
+
+    Raises:
+        ValueError: what was asked for does not go together, or there is no text.
+    """
+    if training.max_steps <= 0:
+        raise ValueError("--max_steps is missing: the stream of texts has no end")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, {config.vocab_size}"
+        )
+    training.remove_unused_columns = False
+    training.accelerator_config.dispatch_batches = False  # rows of a batch have its own length
+
+    def documents(names: Iterable[str]) -> Documents:
+        found = Documents(
+            find_sources(names), tokenizer, is_ended, arguments.text_field, arguments.split, seed=training.seed
+        )
+        next(found.forever())  # what is wrong with the first is said before the model is loaded
+        return found
+
+    of_evaluation = documents(arguments.eval_data) if arguments.eval_data else None
+    of_training = documents(arguments.data)
+    of_training.shuffle_buffer = arguments.shuffle_buffer
+    return of_training, of_evaluation
+
+
+def make_trainer(
+    model: Any,
+    training: TrainingArguments,
+    documents: tuple[Documents, Documents | None],
+    make_rows: Callable[[Iterable[list[int]]], Iterator[dict[str, Any]]],
+    collate: Callable[..., Any],
+) -> PretrainTrainer:
+    of_training, of_evaluation = documents
+    rows = None if of_evaluation is None else list(make_rows(of_evaluation.epoch(0)))
+    model.config.use_cache = False  # with a cache, transformers' own models do not look for packed rows
+    return PretrainTrainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=Stream(of_training, make_rows),
+        eval_dataset=rows,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,259 @@
+"""Texts as an endless stream of training rows, read while training goes, and the same again after a resume.
+
+| data                                          | rows                                                                       |
+|-----------------------------------------------|----------------------------------------------------------------------------|
+| `.txt` files                                  | a text a line                                                              |
+| `.jsonl`, `.json`, `.parquet` files           | `text` or `content`; or token ids: `input_ids`, with `seq_lengths` if packed |
+| a folder                                      | all such files below it                                                    |
+| the name of a data set of `datasets`          | as in the files, streamed                                                  |
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..data.conversations import IGNORE_INDEX, read_json_rows
+from ..data.formats import ConversationError
+
+Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
+TEXT_FIELDS = ("text", "content")
+
+
+def _read_lines(path: Path) -> Rows:
+    number = 0
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"line {number}", {"text": line.rstrip("\n")}
+        except UnicodeDecodeError:
+            raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
+
+
+def _read_json(path: Path) -> Rows:
+    return ((f"line {number}", row) for number, row in read_json_rows(path))
+
+
+def _read_parquet(path: Path) -> Rows:
+    from pyarrow.parquet import ParquetFile
+
+    rows = (row for batch in ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
+    return ((f"row {number}", row) for number, row in enumerate(rows))
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".txt": _read_lines,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def find_sources(names: Iterable[str]) -> list[str]:
+    """The files, those below folders, and the data sets.
+
+    Raises:
+        OSError: a folder has no file that is read here.
+        ValueError: a file is of another kind.
+    """
+    sources: list[str] = []
+    for name in names:
+        if Path(name).is_dir():
+            found = sorted(str(path) for path in Path(name).rglob("*") if path.suffix in READERS and path.is_file())
+            if not found:
+                raise FileNotFoundError(f"{name}: there is no {', '.join(READERS)} file in the folder")
+            sources += found
+        elif Path(name).is_file() and Path(name).suffix not in READERS:
+            raise ValueError(f"{name}: of files {', '.join(READERS)} are read")
+        else:
+            sources.append(name)
+    return sources
+
+
+@dataclass
+class Documents:
+    """The documents of files and data sets, as token ids.
+
+    Args:
+        sources: of `find_sources`.
+        tokenizer: begins texts as it does by default; what looks like a control token in a text is text.
+        is_ended: put the tokenizer's end token behind each text. Otherwise texts have no special tokens at all.
+        text_field: where the text is; `text` or `content` by default.
+        split: of the data sets.
+        shuffle_buffer: documents among which the next is drawn; 0 keeps the order. The order of files is shuffled, too.
+        seed: of the shuffling, with the number of the epoch.
+
+    Raises:
+        ConversationError: a row has no text; file and line, or data set and row, and field are named.
+        OSError: there is no such file or data set.
+    """
+
+    sources: Sequence[str]
+    tokenizer: Any
+    is_ended: bool = True
+    text_field: str | None = None
+    split: str = "train"
+    shuffle_buffer: int = 0
+    seed: int = 0
+
+    def epoch(self, number: int) -> Iterator[list[int]]:
+        """All documents once."""
+        rng, sources = random.Random(f"{self.seed}-{number}"), list(self.sources)
+        if self.shuffle_buffer:
+            rng.shuffle(sources)
+        documents = (document for source in sources for document in self._read(source))
+        return _shuffled(documents, self.shuffle_buffer, rng) if self.shuffle_buffer else documents
+
+    def forever(self) -> Iterator[list[int]]:
+        """Epoch after epoch.
+
+        Raises:
+            ConversationError: there is no document.
+        """
+        for number in count():
+            is_empty = True
+            for document in self.epoch(number):
+                is_empty &= len(document) <= self.is_ended  # one token predicts nothing
+                yield document
+            if is_empty:
+                raise ConversationError(f"{', '.join(self.sources)}: there is no text")
+
+    def _read(self, source: str) -> Iterator[list[int]]:
+        for place, row in self._rows(source):
+            try:
+                yield from self._documents(row)
+            except ConversationError as error:
+                raise ConversationError(f"{source}, {place}: {error}") from None
+
+    def _rows(self, source: str) -> Rows:
+        if (reader := READERS.get(Path(source).suffix)) is not None:
+            return reader(Path(source))
+        from datasets import load_dataset
+
+        rows = load_dataset(source, split=self.split, streaming=True)
+        return ((f"row {number}", row) for number, row in enumerate(rows))
+
+    def _documents(self, row: Any) -> Iterator[list[int]]:
+        if not isinstance(row, Mapping):
+            raise ConversationError(f"expected an object, got {type(row).__name__}")
+        if "input_ids" in row:
+            yield from self._of_ids(row)
+            return
+        name = self.text_field or next((name for name in TEXT_FIELDS if name in row), TEXT_FIELDS[0])
+        if not isinstance(text := row.get(name), str):
+            raise ConversationError(f"field {name!r} must be a text; has {sorted(row)}")
+        ids = self.tokenizer(text, add_special_tokens=self.is_ended, split_special_tokens=True)["input_ids"]
+        if text:
+            is_closed = not self.is_ended or ids[-1:] == [self._end_id]
+            yield list(ids) if is_closed else [*ids, self._end_id]
+
+    def _of_ids(self, row: Mapping[str, Any]) -> Iterator[list[int]]:
+        ids, size = row["input_ids"], len(self.tokenizer)
+        if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < size for token in ids):
+            raise ConversationError(f"field 'input_ids' must be a list of ids of the tokenizer, below {size}")
+        ends = [place for place, token in enumerate(ids, start=1) if token == self._end_id]
+        if (lengths := row.get("seq_lengths")) is not None:
+            if sum(lengths) != len(ids):
+                raise ConversationError(f"field 'seq_lengths' adds up to {sum(lengths)}, but there are {len(ids)} ids")
+            ends = [sum(lengths[:place]) for place in range(1, len(lengths) + 1)]
+        start = 0
+        for end in dict.fromkeys([*ends, len(ids)]):
+            document, start = ids[start:end], end
+            if not self.is_ended and document[-1:] == [self._end_id]:
+                document = document[:-1]
+            if document:
+                yield document
+
+    @property
+    def _end_id(self) -> int | None:
+        end: int | None = self.tokenizer.eos_token_id
+        return end
+
+
+def _shuffled(items: Iterable[Any], size: int, rng: random.Random) -> Iterator[Any]:
+    buffer: list[Any] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+            continue
+        place = rng.randrange(size)
+        item, buffer[place] = buffer[place], item
+        yield item
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, list[int]]]:
+    """Rows of `length` tokens, filled with one document after the other: `input_ids`, and `seq_lengths` of what each document has
+    in the row. A document that is cut goes on in the next row, without what was before. The last row may be shorter."""
+    row: dict[str, list[int]] = {"input_ids": [], "seq_lengths": []}
+    for document in documents:
+        rest = document
+        while rest:
+            room = length - len(row["input_ids"])
+            part, rest = rest[:room], rest[room:]
+            row["input_ids"] += part
+            row["seq_lengths"].append(len(part))
+            if len(row["input_ids"]) == length:
+                yield row
+                row = {"input_ids": [], "seq_lengths": []}
+    if row["input_ids"]:
+        yield row
+
+
+def pieces(documents: Iterable[list[int]], length: int, least: int = 2) -> Iterator[dict[str, list[int]]]:
+    """Rows of `least` to `length` tokens, each of one document: for models that cannot tell packed documents apart."""
+    for document in documents:
+        for start in range(0, len(document), length):
+            part = document[start : start + length]
+            if len(part) >= least:
+                yield {"input_ids": part, "seq_lengths": [len(part)]}
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """The rows that `make_rows` makes of documents that never end, each with a `seed` of its own."""
+
+    def __init__(self, documents: Documents, make_rows: Callable[[Iterable[list[int]]], Iterator[dict[str, Any]]]):
+        self.documents, self.make_rows = documents, make_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError("the stream is read by one process: set dataloader_num_workers to 0 or 1")
+        for number, row in enumerate(self.make_rows(self.documents.forever())):
+            yield {**row, "seed": f"{self.documents.seed}-{number}"}
+
+
+@dataclass
+class CollatePacked:
+    """Batches of packed rows. Positions that restart say where a document begins; attention, ALiBi, NTK and LogN follow them, and
+    nobody is asked to predict the first token of one. Shorter rows are filled up by a document that is not learned.
+
+    Args:
+        pad_id: fills rows up.
+        is_flat: make one row of the batch, [1, batch * length], as flash attention of transformers' own models wants it.
+        has_positions: False for a model that takes none: rows of one document each, padded, with an attention mask.
+    """
+
+    pad_id: int
+    is_flat: bool = False
+    has_positions: bool = True
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        missing = [length - len(row["input_ids"]) for row in rows]
+        ids = torch.tensor([[*row["input_ids"], *[self.pad_id] * gap] for row, gap in zip(rows, missing, strict=True)])
+        positions = torch.tensor([
+            [place for size in (*row["seq_lengths"], gap) for place in range(size)]
+            for row, gap in zip(rows, missing, strict=True)
+        ])  # fmt: skip
+        is_text = torch.arange(length) < length - torch.tensor(missing)[:, None]
+        batch = {"input_ids": ids, "labels": ids.masked_fill((positions == 0) | ~is_text, IGNORE_INDEX)}
+        batch |= {"position_ids": positions} if self.has_positions else {"attention_mask": is_text.long()}
+        return {name: values.view(1, -1) for name, values in batch.items()} if self.is_flat else batch
