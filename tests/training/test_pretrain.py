@@ -308,6 +308,7 @@ BAD_INPUT = {
     "no object": ("[7]", [], "line 1: expected an object"),
     "ids": ('{"input_ids": [1, 99999999]}', [], "line 1: field 'input_ids' must be a list of ids"),
     "lengths": ('{"input_ids": [1, 2], "seq_lengths": [1]}', [], "adds up to 1, but there are 2 ids"),
+    "no lengths": ('{"input_ids": [1, 2], "seq_lengths": [2, 0]}', [], "must be a list of whole numbers above 0"),
     "no end": (GOOD, ["--max_steps", -1], "--max_steps is missing"),
     "GLM": (GOOD, ["--model", "glm"], "glm fills blanks, which recipes.pretrain_glm trains it on"),
     "ChatGLM": (GOOD, ["--model", "chatglm"], "chatglm fills blanks"),

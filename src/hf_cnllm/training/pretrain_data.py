@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +123,7 @@ class Documents:
             ConversationError: there is no document.
         """
         for number in count(start.epoch):
-            is_empty = start == Place()
+            is_empty = start == Place() or number > start.epoch
             for place, document in self._epoch(number, start.row if number == start.epoch else 0):
                 is_empty &= len(document) <= self.is_ended  # one token predicts nothing
                 if place >= start:
@@ -172,9 +172,11 @@ class Documents:
             raise ConversationError(f"field 'input_ids' must be a list of ids of the tokenizer, below {size}")
         ends = [place for place, token in enumerate(ids, start=1) if token == self._end_id]
         if (lengths := row.get("seq_lengths")) is not None:
+            if not isinstance(lengths, list) or not all(isinstance(one, int) and one > 0 for one in lengths):
+                raise ConversationError("field 'seq_lengths' must be a list of whole numbers above 0")
             if sum(lengths) != len(ids):
                 raise ConversationError(f"field 'seq_lengths' adds up to {sum(lengths)}, but there are {len(ids)} ids")
-            ends = [sum(lengths[:place]) for place in range(1, len(lengths) + 1)]
+            ends = list(accumulate(lengths))
         start = 0
         for end in dict.fromkeys([*ends, len(ids)]):
             document, start = ids[start:end], end
@@ -208,14 +210,14 @@ def pack(documents: Iterable[list[int]], length: int) -> Iterator[Row]:
     shorter."""
     row: Row = {"input_ids": [], "seq_lengths": [], "left": 0}
     for document in documents:
-        rest = document
-        while rest:
-            room = length - len(row["input_ids"])
-            part, rest = rest[:room], rest[room:]
+        used = 0
+        while used < len(document):
+            part = document[used : used + length - len(row["input_ids"])]
+            used += len(part)
             row["input_ids"] += part
             row["seq_lengths"].append(len(part))
             if len(row["input_ids"]) == length:
-                yield {**row, "left": len(rest)}
+                yield {**row, "left": len(document) - used}
                 row = {"input_ids": [], "seq_lengths": [], "left": 0}
     if row["input_ids"]:
         yield row
