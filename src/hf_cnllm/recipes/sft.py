@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.training.processes import tensor_parallel_options
 from hf_cnllm.training.recipe import RecipeArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import (
     encode_rows,
@@ -78,6 +79,7 @@ def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         quantization_config=get_quantization_config(options),
+        **tensor_parallel_options(),
     )
 
 

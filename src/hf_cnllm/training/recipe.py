@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
+from ..recipes import config_file
 from .curves import draw_curves
+from .processes import gather_whole_model
 
 SUMMARY_FILE, CURVES_FILE, RUN_FILE, LOCK_FILE = "summary.json", "curves.png", "run.json", ".lock"
 COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of it
@@ -68,9 +69,7 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     words = sys.argv[1:]
     if "--config" in words[:-1]:
         place = words.index("--config") + 1
-        ours = files("hf_cnllm.recipes") / "configs" / words[place]
-        if not Path(words[place]).exists() and ours.is_file():
-            words[place] = str(ours)
+        words[place] = config_file(words[place])
     return parser.parse_args_and_config(words)
 
 
@@ -160,6 +159,7 @@ class Run:
             curves: names in the trainer's log to draw.
             metrics: what else was measured, for the summary.
         """
+        gather_whole_model(trainer)
         trainer.model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
         history = trainer.state.log_history
         with self.saving() as folder:
