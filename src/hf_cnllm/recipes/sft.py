@@ -66,7 +66,7 @@ class SFTTrainer(StopAtNonFiniteLoss, Trainer):
     not shifted, are the model's own business."""
 
 
-def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
+def load_model(arguments: SFTArguments, training: TrainingArguments, options: ModelConfig) -> Any:
     config = AutoConfig.from_pretrained(arguments.model)
     if arguments.z_loss_weight is not None:
         if not hasattr(config, "z_loss_weight"):
@@ -79,7 +79,7 @@ def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         quantization_config=get_quantization_config(options),
-        **tensor_parallel_options(),
+        **tensor_parallel_options(training),
     )
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         columns["ignore"] = arguments.ignore_fields or ()
         rows = load_rows(arguments.data, arguments.split, **columns)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = load_model(arguments, options)
+        model = load_model(arguments, training, options)
         if not fills_blanks(model.config):
             use_template(tokenizer, arguments.template)
         elif arguments.template is not None:

@@ -3,13 +3,25 @@
 import os
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-def tensor_parallel_options() -> dict[str, Any]:
+
+def tensor_parallel_options(training: TrainingArguments) -> dict[str, Any]:
     """What `from_pretrained` is told where accelerate's configuration asks for tensor parallelism: weights are cut as they
-    are read, by the plan of the family."""
-    size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # as accelerate's ParallelismConfig reads it
+    are read, by the plan of the family.
+
+    Raises:
+        ValueError: there would be checkpoints, in which the optimizer's state of one process would stand for all.
+    """
+    size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # where accelerate's ParallelismConfig reads it
     if size == 1:
         return {}
+    if training.save_strategy != SaveStrategy.NO:
+        raise ValueError(
+            "transformers does not save the optimizer of a model under tensor parallelism, so there is nothing to resume "
+            "from: add --save_strategy no"
+        )
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=size)}
