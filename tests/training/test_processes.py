@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from hf_cnllm.recipes import sft
+from hf_cnllm.training.recipe import run_recipe
 from sft_models import CHATS, ROWS, loaded, write_checkpoint
 
 WORKER = Path(__file__).parents[1] / "recipe_worker.py"
@@ -226,3 +227,35 @@ def test_a_process_killed_at_any_moment_resumes_exactly(moment, way, uninterrupt
     """Of two, the second before a write and inside one, else the first, which writes alone."""
     rank = int(way is not None and moment in ("before a write", "inside a write"))
     assert_resumes(moment, rank, way, uninterrupted, checkpoint, data, tmp_path)
+
+
+@pytest.mark.parametrize("room", ["for nothing", "for the weights alone"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    room, uninterrupted, checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    resource = pytest.importorskip("resource")
+    folder, output, save = checkpoint("baichuan alibi"), tmp_path / "out", sft.SFTTrainer._save_checkpoint
+    arguments = words(folder, data, output, KILLED)
+    size = 1000 if room == "for nothing" else (folder / "model.safetensors").stat().st_size + 10_000
+
+    def saving(trainer, *args):
+        if trainer.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        save(trainer, *args)
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "argv", ["sft", *arguments])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sft.SFTTrainer, "_save_checkpoint", saving)
+        try:
+            run_recipe(sft.main)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert stopped.value.code == 2 and line.startswith(
+        f"sft: error: writing into {output} failed, is the disk full? ("
+    )
+    assert line.endswith("add --resume to go on from checkpoint-2")
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    run(None, [[*arguments, "--resume"]], tmp_path)
+    assert history(output) == history(uninterrupted(None))

@@ -13,6 +13,7 @@ the training as `checkpoint-N`.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
 
 from .._stack import LIBRARIES, installed_version, own_version
@@ -241,12 +244,34 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         try:
             yield Run(output, told, last_complete_checkpoint(output))
         except KeyboardInterrupt as interrupt:
-            last = last_complete_checkpoint(output)
-            hint = f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
-            raise KeyboardInterrupt(f": {hint}") from interrupt
+            raise KeyboardInterrupt(f": {_what_is_left(output)}") from interrupt
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if (cause := _failed_write(error)) is None:
+                raise
+            raise OSError(
+                f"writing into {output} failed, is the disk full? ({cause}) {_what_is_left(output)}"
+            ) from error
         finally:
             if training.process_index == 0:
                 _remove_half_written_checkpoints(output)
+
+
+def _what_is_left(output: Path) -> str:
+    last = last_complete_checkpoint(output)
+    return f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """What a write failed of, if that is what this error says: of libraries, each has its own."""
+    if isinstance(error, CheckpointException):  # what several processes write together
+        error = next(iter(error.failures.values()))[0]
+    text = str(error)
+    is_write = (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        or (isinstance(error, SafetensorError) and text.startswith("Error while serializing"))
+        or ("inline_container" in text and "Reader" not in text)  # torch.save
+    )
+    return text if is_write else None
 
 
 def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:
