@@ -85,13 +85,20 @@ def load_model(arguments: SFTArguments, training: TrainingArguments, options: Mo
 
 def with_adapter(model: Any, training: TrainingArguments, options: ModelConfig) -> Any:
     """The model, with an adapter if the options ask for one."""
-    is_quantized = options.load_in_4bit or options.load_in_8bit
+    quantizer = getattr(
+        model, "hf_quantizer", None
+    )  # as loaded: by an option, or by the checkpoint's own configuration
     config = get_peft_config(options)
+    if quantizer is not None and not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"nothing can be trained through these quantized weights ({getattr(method, 'value', method)})"
+        )
     if config is None:
-        if is_quantized:
+        if quantizer is not None:
             raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
         return model
-    if is_quantized:
+    if quantizer is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
     elif training.gradient_checkpointing:
         model.enable_input_require_grads()
