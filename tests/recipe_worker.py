@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from hf_cnllm.recipes import sft
 from hf_cnllm.training import recipe
 
-CUT = any(os.environ.get(name, default) != default for name, default in {"ACCELERATE_USE_FSDP": "false", "PARALLELISM_CONFIG_TP_SIZE": "1"}.items())  # fmt: skip
+IS_CUT = "ACCELERATE_USE_FSDP" in os.environ or "PARALLELISM_CONFIG_TP_SIZE" in os.environ  # as the launcher says
 
 
 def take_processes_for_gpus():
@@ -38,13 +38,18 @@ def take_processes_for_gpus():
     accelerate.Accelerator.get_state_dict = state_dict
 
 
+def leave_half_an_optimizer(folder):
+    folder.mkdir(exist_ok=True)  # where the first process has not come that far
+    return (folder / "optimizer.pt").write_bytes(b"PK\3\4")
+
+
 # name: what is called there, whether it is that call, what is left half-written
 MOMENTS = {
     "before a write": (transformers.Trainer, "training_step", lambda trainer, *_: trainer.state.global_step == 3),
     "inside a write": (
         transformers.Trainer,
         "_save_optimizer_and_scheduler",
-        lambda _, folder: folder.endswith("checkpoint-4") and Path(folder, "optimizer.pt").write_bytes(b"PK\3\4"),
+        lambda _, folder: folder.endswith("checkpoint-4") and leave_half_an_optimizer(Path(folder)),
     ),
     "written, unmarked": (recipe, "write_through", lambda folder: folder.name == "checkpoint-4"),
     "after a write": (transformers.Trainer, "training_step", lambda trainer, *_: trainer.state.global_step == 4),
@@ -70,7 +75,7 @@ def halt_at(moment):
 
 
 if __name__ == "__main__":
-    if CUT:
+    if IS_CUT:
         take_processes_for_gpus()
     if os.environ.get("HALT_AT") and os.environ.get("RANK", "0") == os.environ.get("HALT_RANK", "0"):
         halt_at(os.environ["HALT_AT"])
