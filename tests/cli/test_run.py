@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.cli.run import LAUNCHERS
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from hf_cnllm.recipes import config_file
 
 TOOL = """
 import json, pickle, signal, sys, transformers
@@ -107,6 +109,7 @@ def test_nothing_to_run_is_answered_with_the_usage(words, capsys):
 
 
 OURS = "--module hf_cnllm run"
+FSDP2, TP = (config_file(name, "accelerate") for name in ("fsdp2.yaml", "tp.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,9 @@ OURS = "--module hf_cnllm run"
         ("accelerate", "launch --cpu x.py -m --n 1", "launch --module --cpu hf_cnllm run x.py -m --n 1"),
         ("accelerate", "launch --num_processes 2 -m lm_eval -m", "launch --module --num_processes 2 -m hf_cnllm run -m lm_eval -m"),
         ("accelerate", "launch --no_python x.sh 1", "launch --no_python x.sh 1"),
+        ("accelerate", "launch --config_file fsdp2.yaml x.py --config_file tp.yaml",
+         f"launch --module --config_file {FSDP2} hf_cnllm run x.py --config_file tp.yaml"),
+        ("accelerate", "launch --config_file=tp.yaml -m x", f"launch --module --config_file={TP} -m hf_cnllm run -m x"),
         ("accelerate", "env", "env"),
         ("accelerate-launch", "x.py", f"{OURS} x.py"),
         ("torchrun", "--nproc-per-node 2 x.py -- a", "--module --nproc-per-node 2 hf_cnllm run x.py a"),
@@ -127,6 +133,24 @@ OURS = "--module hf_cnllm run"
 )  # fmt: skip
 def test_launchers_start_their_processes_through_us(launcher, given, made):
     assert LAUNCHERS[launcher](given.split()) == made.split()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("ddp", "MULTI_GPU", {"multi_gpu": True}),
+        ("fsdp2", "FSDP", {"use_fsdp": True, "fsdp_version": 2, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}),
+        ("tp", "MULTI_GPU", {"use_parallelism_config": True, "parallelism_config_tp_size": 2}),
+        ("zero2", "DEEPSPEED", {"use_deepspeed": True, "zero_stage": 2}),
+        ("zero3", "DEEPSPEED", {"use_deepspeed": True, "zero_stage": 3, "zero3_save_16bit_model": True}),
+    ],
+)
+def test_accelerate_understands_our_configurations(name, kind, settings):
+    launch = import_module("accelerate.commands.launch")
+    words = ["--config_file", config_file(f"{name}.yaml", "accelerate"), "--num_processes", "2", "x.py"]
+    options, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    assert defaults.distributed_type.value == kind and options.mixed_precision == "no" and not options.use_cpu
+    assert {key: getattr(options, key) for key in settings} == settings
 
 
 def started(*words: str) -> str:

@@ -90,6 +90,40 @@ def test_second_derivative(head, hidden_states):
     torch.testing.assert_close(actual, expected)
 
 
+def test_a_tied_weight_gets_its_gradient_once(head):
+    """The hidden states come from the same matrix: the way back from the logits ends at them."""
+    ids, weight = torch.arange(10).view(2, 5), next(head.parameters())
+
+    def gradient(make_logits):
+        hidden_states = nn.functional.embedding(ids, weight).tanh()
+        return torch.autograd.grad(make_logits(hidden_states).square().sum(), weight)[0]
+
+    torch.testing.assert_close(gradient(lambda hidden: lazy_logits(head, hidden)), gradient(head))
+
+
+class Sink(torch.autograd.Function):
+    """One node behind all outputs of a model, as DistributedDataParallel puts it."""
+
+    @staticmethod
+    def forward(ctx, *outputs):
+        ctx.set_materialize_grads(False)
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+def test_unread_logits_cost_nothing_in_backward(head, hidden_states):
+    calls = []
+    logits = lazy_logits(head, hidden_states)
+    loss, unread = Sink.apply(hidden_states.square().sum(), logits)
+    head.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss.backward()
+    assert not calls and is_waiting(unread)
+    torch.testing.assert_close(hidden_states.grad, 2 * hidden_states.detach())
+
+
 def test_nothing_is_computed_before_reading(head, hidden_states):
     logits = lazy_logits(head, hidden_states)
     assert logits.shape == (2, 5, VOCAB) and logits.dtype == torch.float32 and logits.device.type == "cpu"

@@ -47,15 +47,12 @@ def run(monkeypatch, folder, data, output, *options):
 
 @pytest.mark.parametrize("row", ["baichuan alibi", "baichuan rope", "glm", "bloom"])
 def test_accumulated_gradients_are_those_of_one_batch(row, checkpoint, tmp_path):
-    """Of rows of equal length, with max-z too, though each has another share of tokens that are learned."""
+    """With max-z too, though the micro-batches differ in how many tokens are learned and how much is padding."""
     name, changes, template = ROWS[row]
-    changes = {**changes, "z_loss_weight": 0.01} if "z_loss_weight" in changes else changes
     weights = []
     for steps in (1, 3):
         model, tokenizer = loaded(checkpoint(name), changes, template)
         examples, _ = encode_rows(model, tokenizer, ROWS_OF_DATA, 128)
-        shortest = min(len(example["input_ids"]) for example in examples)
-        examples = [{key: values[-shortest:] for key, values in one.items()} for one in examples]
         dataset, collate = make_batches(model, tokenizer, examples)
         arguments = transformers.TrainingArguments(
             str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=1, optim="sgd",

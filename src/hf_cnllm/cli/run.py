@@ -17,6 +17,8 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any
 
+from ..recipes import config_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -119,7 +121,17 @@ def _before_the_script(parser: argparse.ArgumentParser, arguments: list[str]) ->
     script = len(arguments) - len(rest) - 1
     script -= arguments[script] == "--"  # these parsers drop one behind the script
     is_module = ["-m"] if parsed.module else []
-    return ["--module", *arguments[:script], *OURS, *is_module, parsed.training_script, *rest]
+    return ["--module", *_our_config_file(arguments[:script]), *OURS, *is_module, parsed.training_script, *rest]
+
+
+def _our_config_file(options: list[str]) -> list[str]:
+    """With the path of an accelerate configuration of this package where there is its name, as in `--config_file fsdp2.yaml`."""
+    words = []
+    for before, word in zip(["", *options], options, strict=False):
+        flag, equals, name = word.rpartition("=")
+        is_named = before == "--config_file" or flag == "--config_file"
+        words.append(flag + equals + config_file(name, "accelerate") if is_named else word)
+    return words
 
 
 LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {

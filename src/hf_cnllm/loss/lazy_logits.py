@@ -26,9 +26,11 @@ def lazy_logits(head: nn.Module, hidden_states: Tensor) -> Tensor:
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
 
-    def project(hidden_states: Tensor) -> Tensor:
+    names = [name for name, _ in head.named_parameters()]
+
+    def project(hidden_states: Tensor, *parameters: Tensor) -> Tensor:
         with torch.autocast(device, dtype=dtype if autocast else None, enabled=autocast):
-            return head(hidden_states)
+            return torch.func.functional_call(head, dict(zip(names, parameters, strict=False)), hidden_states)
 
     shape = (*hidden_states.shape[:-1], head.out_features)
     return _LazyHead.apply(project, shape, dtype, hidden_states, *head.parameters())
@@ -38,6 +40,7 @@ class _LazyHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, project, shape, dtype, *inputs):
         ctx.project = project
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         versions = [tensor._version for tensor in inputs]
         hidden_states = inputs[0].detach()
@@ -56,10 +59,14 @@ class _LazyHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logits):
         needed = ctx.needs_input_grad[3:]
-        inputs = [tensor for tensor, is_needed in zip(ctx.saved_tensors, needed, strict=True) if is_needed]
+        if grad_logits is None:  # DistributedDataParallel makes all outputs one node of the graph
+            return None, None, None, *(None for _ in needed)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            logits = ctx.project(ctx.saved_tensors[0])
+            # Views of their own: a tied weight is also what the hidden states come from, all the way through the model.
+            views = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+            logits = ctx.project(*views)
+        inputs = [view for view, is_needed in zip(views, needed, strict=True) if is_needed]
         gradients = iter(torch.autograd.grad(logits, inputs, grad_logits, create_graph=create_graph))
         return None, None, None, *(next(gradients) if is_needed else None for is_needed in needed)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
-from hf_cnllm.training.max_z import CountPositions
+from hf_cnllm.training.processes import tensor_parallel_options
 from hf_cnllm.training.recipe import RecipeArguments, Run, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import (
     encode_rows,
@@ -62,7 +62,7 @@ class SFTArguments(RecipeArguments):
     adapter: str | None = field(default=None, metadata={"help": "adapter to go on with, instead of a new one"})
 
 
-class SFTTrainer(StopAtNonFiniteLoss, CountPositions, Trainer):
+class SFTTrainer(StopAtNonFiniteLoss, Trainer):
     """Not TRL's, which computes cross entropy from the head's weights by itself: the max-z loss, and GLM's labels, which are
     not shifted, are the model's own business."""
 
@@ -75,7 +75,7 @@ def set_z_loss_weight(config: Any, weight: float | None) -> None:
         config.z_loss_weight = weight
 
 
-def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
+def load_model(arguments: SFTArguments, training: TrainingArguments, options: ModelConfig) -> Any:
     config = AutoConfig.from_pretrained(arguments.model)
     set_z_loss_weight(config, arguments.z_loss_weight)
     kind = transformers.AutoModelForSeq2SeqLM if fills_blanks(config) else transformers.AutoModelForCausalLM
@@ -85,20 +85,26 @@ def load_model(arguments: SFTArguments, options: ModelConfig) -> Any:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         quantization_config=get_quantization_config(options),
+        **tensor_parallel_options(training),
     )
 
 
 def with_adapter(model: Any, training: TrainingArguments, options: ModelConfig, adapter: str | None = None) -> Any:
     """The model, with an adapter if the options ask for one: a new one, or that in the folder `adapter`."""
-    is_quantized = options.load_in_4bit or options.load_in_8bit
+    quantizer = getattr(model, "hf_quantizer", None)  # by an option, or by the checkpoint's own configuration
     config = get_peft_config(options)
+    if quantizer is not None and not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"nothing can be trained through these quantized weights ({getattr(method, 'value', method)})"
+        )
     if config is None:
         if adapter is not None:
             raise ValueError("--adapter names an adapter to train: add --use_peft")
-        if is_quantized:
+        if quantizer is not None:
             raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
         return model
-    if is_quantized:
+    if quantizer is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
     elif training.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -116,7 +122,7 @@ def learn(run: Run, arguments: SFTArguments, training: TrainingArguments, option
     rows = load_rows(arguments.data, arguments.split, **columns)
     set_seed(training.seed)  # a new adapter
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = load_model(arguments, options)
+    model = load_model(arguments, training, options)
     if not fills_blanks(model.config):
         use_template(tokenizer, arguments.template)
     elif arguments.template is not None:

@@ -13,6 +13,7 @@ the training as `checkpoint-N`.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -20,17 +21,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
+from ..recipes import config_file
 from .curves import draw_curves
+from .processes import gather_whole_model
 
 SUMMARY_FILE, CURVES_FILE, RUN_FILE, LOCK_FILE = "summary.json", "curves.png", "run.json", ".lock"
 COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of it
@@ -68,9 +72,7 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     words = sys.argv[1:]
     if "--config" in words[:-1]:
         place = words.index("--config") + 1
-        ours = files("hf_cnllm.recipes") / "configs" / words[place]
-        if not Path(words[place]).exists() and ours.is_file():
-            words[place] = str(ours)
+        words[place] = config_file(words[place])
     return parser.parse_args_and_config(words)
 
 
@@ -160,6 +162,7 @@ class Run:
             curves: names in the trainer's log to draw.
             metrics: what else was measured, for the summary.
         """
+        gather_whole_model(trainer)
         trainer.model.config.use_cache = True  # Trainer switches it off; whoever loads the result wants to generate
         history = trainer.state.log_history
         with self.saving() as folder:
@@ -243,12 +246,34 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         except KeyboardInterrupt as interrupt:
             if interrupt.args:  # of a run within this one
                 raise
-            last = last_complete_checkpoint(output)
-            hint = f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
-            raise KeyboardInterrupt(f": {hint}") from interrupt
+            raise KeyboardInterrupt(f": {_what_is_left(output)}") from interrupt
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if (cause := _failed_write(error)) is None:
+                raise
+            raise OSError(
+                f"writing into {output} failed, is the disk full? ({cause}) {_what_is_left(output)}"
+            ) from error
         finally:
             if training.process_index == 0:
                 _remove_half_written_checkpoints(output)
+
+
+def _what_is_left(output: Path) -> str:
+    last = last_complete_checkpoint(output)
+    return f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """What a write failed of, if that is what this error says: of libraries, each has its own."""
+    if isinstance(error, CheckpointException):  # what several processes write together
+        error = next(iter(error.failures.values()))[0]
+    text = str(error)
+    is_write = (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        or (isinstance(error, SafetensorError) and text.startswith("Error while serializing"))
+        or ("inline_container" in text and "Reader" not in text)  # torch.save
+    )
+    return text if is_write else None
 
 
 def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:

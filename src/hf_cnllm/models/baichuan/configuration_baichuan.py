@@ -73,10 +73,12 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     own_vocabularies = ("tokenizer.model", "tokenizer.json")
     own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do
     keys_to_ignore_at_inference = [CACHE]
-    # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
+    # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection, and cut
+    # again before the next.
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn.W_pack": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",

@@ -67,6 +67,9 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
     keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
+    base_model_fsdp_plan: ClassVar[
+        dict[str, str]
+    ] = {}  # transformers' default is Llama's names; the backbone has its own
     has_kinds_of_blanks: ClassVar[bool] = False
 
     vocab_size: int = 30592

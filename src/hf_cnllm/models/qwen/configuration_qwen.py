@@ -89,10 +89,12 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         "attn_pdrop": "attn_dropout_prob",
         "embd_pdrop": "emb_dropout_prob",
     }
-    # c_attn holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection.
+    # c_attn holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection, and cut
+    # again before the next.
     base_model_tp_plan = {
         "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "colwise_gather_output",
+        "h.*.attn.c_proj": "rowwise_split_input",
         "h.*.mlp.w1": "colwise",
         "h.*.mlp.w2": "colwise",
         "h.*.mlp.c_proj": "rowwise",
