@@ -41,7 +41,7 @@ KINDS = {
 }
 
 
-def write_checkpoint(kind: Kind, folder: Path) -> Path:
+def write_checkpoint(kind: Kind, folder: Path, std: float = 0.3) -> Path:
     """In the layout that this package saves, with random weights large enough to tell rows from each other."""
     vocabulary = TokenizerGolden(kind.vocabulary).vocabulary
     shutil.copytree(vocabulary, folder, ignore=shutil.ignore_patterns("*.json.gz"))
@@ -53,6 +53,6 @@ def write_checkpoint(kind: Kind, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
+            parameter.normal_(mean=float(parameter.ndim == 1), std=std, generator=generator)
     model.to(kind.dtype).save_pretrained(folder)
     return folder

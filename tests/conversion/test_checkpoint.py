@@ -54,7 +54,14 @@ def test_transformers_alone_gives_the_same_logits_and_chats(name, checkpoint, re
 
 
 def test_baichuan_without_norm_head(checkpoint, exported):
-    assert json.loads((exported("baichuan2-13b") / "config.json").read_text())["norm_head"] is False
+    """For readers that take the head as it is: its rows have the length 1, and all but the weights is as it was."""
+    head = load_file(exported("baichuan2-13b") / "model.safetensors")["lm_head.weight"]
+    assert torch.allclose(head.norm(dim=-1), torch.ones(len(head)))
+    both = [
+        json.loads((folder / "config.json").read_text())
+        for folder in (checkpoint("baichuan2-13b"), exported("baichuan2-13b"))
+    ]
+    assert both[0].pop("max_position_embeddings") is None and both[0] == both[1]  # llama.cpp reads no null
     assert (logits_of(exported("baichuan2-13b")) - logits_of(checkpoint("baichuan2-13b"))).abs().max() < 1e-5
 
 

@@ -1,5 +1,6 @@
 """A checkpoint in another architecture, and back."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Collection
@@ -13,9 +14,10 @@ from transformers import AutoConfig, AutoTokenizer
 from ..auto import family_of
 from ..hub.saving import staged_folder
 from ..hub.weight_files import INDEXES, size_of, stored_tensors
+from ..models.baichuan import BaichuanConfig
 from ..vllm.served import stop_ids
 from .roads import ROADS, Road, road_of
-from .vocabulary import SENTENCEPIECE, write_vocabulary
+from .vocabulary import write_for_llama_cpp, write_vocabulary
 from .weights import (
     Moved,
     Progress,
@@ -61,12 +63,13 @@ def export_checkpoint(folder: Path, output: Path, target: str, progress: Progres
             write_tensors(original / LEFT_OVER, source.read(kept))
         if road.tokenizer_class is None:
             _copy_other_files(folder, staged)
+            _drop_unset_lengths(staged / "config.json")
         else:
             write_vocabulary(tokenizer, road.tokenizer_class, staged)
-        if target == "llama":  # llama.cpp reads the pieces' scores there
-            shutil.copyfile(folder / SENTENCEPIECE, staged / SENTENCEPIECE)
-        _write_config(road, config, staged / "config.json")
-        _write_generation_config(folder, config, stop_ids(tokenizer), staged / "generation_config.json")
+            _write_config(road, config, staged / "config.json")
+            _write_generation_config(folder, config, stop_ids(tokenizer), staged / "generation_config.json")
+        if road.source is BaichuanConfig:
+            write_for_llama_cpp(folder, staged)
     return road.loses(config)
 
 
@@ -111,14 +114,19 @@ def _take_left_over(road: Road, config: Any, source: Source, planned: dict[str, 
     changed, left_over = [], stored_tensors(file)
     for name, tensor in left_over.items():
         if name.rpartition(".")[0] in road.normed(config):
-            raw = Source(left_over, {name: file}).read([name])[name]
             (exported,) = planned[name].sources
-            if not torch.equal(normalized([raw]), source.read([exported])[exported]):
+            now = _digest(source.read([exported])[exported])
+            if now != _digest(normalized([Source(left_over, {name: file}).read([name])[name]])):
                 changed.append(name)
                 continue
         source.tensors[name], source.files[name] = tensor, file
         planned[name] = Moved((name,), size_of(tensor), the_one)
     return changed
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """Stands for a tensor that there is no room for beside another."""
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().data).digest()
 
 
 def empty_model(config: Any) -> Any:
@@ -146,6 +154,14 @@ def _write_config(road: Road, config: Any, file: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {"type": rope["rope_type"], **rope}
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _drop_unset_lengths(file: Path) -> None:
+    """llama.cpp's converter takes null, which this package writes where ALiBi has no limit, for a number."""
+    values = json.loads(file.read_bytes())
+    if values.get("max_position_embeddings", 0) is None:
+        del values["max_position_embeddings"]
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_generation_config(folder: Path, config: Any, stops: list[int], file: Path) -> None:

@@ -52,7 +52,7 @@ class Road(NamedTuple):
         rows: how the packed ones hold them.
         normed: modules of the original whose rows are normalized when it computes.
         loses: what the target does otherwise, or None.
-        tokenizer_class: what reads the tokenizer there; None where its files stay as they are.
+        tokenizer_class: what reads the tokenizer there; None where all files but the weights stay as they are.
     """
 
     source: type[PreTrainedConfig]
@@ -150,10 +150,6 @@ def _llama(config: BaichuanConfig) -> LlamaConfig:
     )
 
 
-def _plain_baichuan(config: BaichuanConfig) -> BaichuanConfig:
-    return BaichuanConfig.from_dict(config.to_dict() | {"norm_head": False, "architectures": ["BaichuanForCausalLM"]})
-
-
 def _qwen2(config: QWenConfig) -> Qwen2Config:
     stretches = config.use_dynamic_ntk or config.use_logn_attn
     return Qwen2Config(
@@ -224,7 +220,7 @@ ROADS: dict[str, Road] = {
     ),
     "baichuan": Road(
         source=BaichuanConfig,
-        config=_plain_baichuan,
+        config=lambda config: config,  # rows that are normalized may be normalized again
         refusals=(TIED_NORM_HEAD,),
         modules=SHARED | {"model.layers.*.self_attn.W_pack": ("model.layers.*.self_attn.W_pack",)},
         rows=_rows,

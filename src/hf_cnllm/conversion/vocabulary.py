@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import TokenizersBackend
 
 from ..models.chatglm import ChatGLMTokenizer
 from ..tokenization.chat_sections import ChatTokenizer
+from ..tokenization.sentencepiece import SentencePieceModel
 
 # ChatGLM2 and 3 have control tokens that are words (`sop`); as tokens that are found in texts they have GLM-4's names.
 RENAMED = {name: f"<{name}>" for name in ("sop", "eop")}
@@ -70,4 +72,19 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
         str(index): token.__getstate__() for index, token in exported.added_tokens_decoder.items()
     }
     settings.pop("backend", None)
+    if (normalizer := backend.normalizer) and tokenizer_class != "Qwen2Tokenizer":
+        settings["add_prefix_space"] = normalizer.normalize_str("a") != "a"
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_for_llama_cpp(original: Path, folder: Path) -> None:
+    """What llama.cpp's converter reads beside `tokenizer.json`: the pieces' scores, and which of them are found before all
+    others. (Where a text begins with SentencePiece's blank, llama.cpp would put one behind each of these, too.)"""
+    file = original / SENTENCEPIECE
+    if not file.is_file():
+        return
+    shutil.copyfile(file, folder / file.name)
+    model = SentencePieceModel.from_file(file)
+    if not model.add_dummy_prefix:
+        symbols = {symbol: model.ids[symbol] for symbol in model.symbols}
+        (folder / "added_tokens.json").write_text(json.dumps(symbols, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -165,13 +165,19 @@ def write_shards(folder: Path, planned: Mapping[str, Moved], source: Source, pro
         max_shard_size=SHARD_SIZE,
     )
     for file, names in split.filename_to_tensors.items():
-        read = source.read({name: None for each in names for name in planned[each].sources})
-        tensors = {name: planned[name].make([read[each] for each in planned[name].sources]) for name in names}
-        write_tensors(folder / file, tensors)
-        progress(sum(planned[name].nbytes for name in names))
+        some = {name: planned[name] for name in names}
+        _write_shard(folder / file, some, source)
+        progress(sum(tensor.nbytes for tensor in some.values()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(file: Path, planned: Mapping[str, Moved], source: Source) -> None:
+    """A function of its own, so that nothing of a shard is left when the next is read."""
+    read = source.read({name: None for tensor in planned.values() for name in tensor.sources})
+    tensors = {name: tensor.make([read[each] for each in tensor.sources]) for name, tensor in planned.items()}
+    write_tensors(file, tensors)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
