@@ -151,4 +151,4 @@ def gguf(session: nox.Session) -> None:
 @nox.session
 def integrations(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]")
-    session.run("pytest", "-m", "not sweep", "tests/integrations", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-m", "not sweep", "tests/integrations", "tests/conversion", *session.posargs, env=OFFLINE)

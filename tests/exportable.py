@@ -41,12 +41,12 @@ KINDS = {
 }
 
 
-def write_checkpoint(kind: Kind, folder: Path, std: float = 0.3) -> Path:
+def write_checkpoint(kind: Kind, folder: Path, std: float = 0.3, head_dim: int = 8) -> Path:
     """In the layout that this package saves, with random weights large enough to tell rows from each other."""
     vocabulary = TokenizerGolden(kind.vocabulary).vocabulary
     shutil.copytree(vocabulary, folder, ignore=shutil.ignore_patterns("*.json.gz"))
     tokens = len(AutoTokenizer.from_pretrained(folder))
-    shape = Shape(hidden_size=32, layers=2, heads=4, ffn_size=48, vocab_size=tokens + 16)
+    shape = Shape(hidden_size=4 * head_dim, layers=2, heads=4, ffn_size=48, vocab_size=tokens + 16)
     model = AutoModelForCausalLM.from_config(
         family_with(kind.architecture).make_config(kind.architecture, shape, **kind.fields)
     )
