@@ -90,3 +90,6 @@ def test_the_base_is_asked_for(checkpoint, exported, tmp_path, capsys):
         str(exported("qwen")),
     ]
     assert main(words) == USER_ERROR and "go together" in capsys.readouterr().err
+    words = ["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "original", "--base", "x"]
+    assert main(words) == USER_ERROR and "adapters do not go back" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,22 @@ def test_what_is_lost_is_said(checkpoint, tmp_path, capsys):
     assert main(["export", str(checkpoint("qwen-72b")), str(tmp_path / "out72"), "--to", "qwen2"]) == 0
     assert "note" not in capsys.readouterr().out
     assert json.loads((tmp_path / "out72" / "config.json").read_text())["rope_theta"] == 1e6
+
+
+def test_one_shard_at_a_time(checkpoint, tmp_path, monkeypatch):
+    """When a shard is read nothing of those before is in memory."""
+    monkeypatch.setattr(weights, "SHARD_SIZE", 20_000)
+    read, write, written, left = weights.read_tensors, weights.write_tensors, [], []
+
+    def watched_read(*arguments):
+        left.extend(reference() for reference in written if reference() is not None)
+        return read(*arguments)
+
+    def watched_write(file, tensors):
+        written.extend(map(weakref.ref, tensors.values()))
+        write(file, tensors)
+
+    monkeypatch.setattr(weights, "read_tensors", watched_read)
+    monkeypatch.setattr(weights, "write_tensors", watched_write)
+    export_checkpoint(checkpoint("chatglm3"), tmp_path / "out", "glm")
+    assert written and not left

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     check_new_folder(args.output)
     logging.set_verbosity_error()
     with tqdm(unit="B", unit_scale=True, desc="written", leave=False, disable=None) as bar:
+        if args.to == BACK and args.base is not None:
+            raise ValueError("adapters do not go back: merge them into the exported model, and take that back")
         if args.to == BACK:
             note = restore_checkpoint(find_folder(args.model), args.output, bar.update)
         else:

@@ -157,6 +157,7 @@ def _qwen2(config: QWenConfig) -> Qwen2Config:
         intermediate_size=config.intermediate_size // 2,
         num_key_value_heads=config.num_attention_heads,
         head_dim=config.kv_channels,  # type: ignore[call-arg]  # kept as it is, and read by the model
+        attention_dropout=config.attn_dropout_prob,
         max_position_embeddings=config.seq_length if stretches else config.max_position_embeddings,
         rms_norm_eps=config.layer_norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": float(config.rotary_emb_base)},
