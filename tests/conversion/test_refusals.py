@@ -144,3 +144,15 @@ def test_another_original(exported, tmp_path):
     shutil.copytree(exported("qwen") / "original", tmp_path / "mixed" / "original")
     with pytest.raises(ValueError, match="not an export of what is in original"):
         conversion.restore_checkpoint(tmp_path / "mixed", tmp_path / "out")
+
+
+def test_what_was_left_over_is_whole_and_nothing_else(exported, tmp_path, capsys):
+    shutil.copytree(exported("baichuan2"), tmp_path / "export")
+    file = tmp_path / "export" / "original" / "left_over.safetensors"
+    left_over = load_file(file)
+    assert left_over.keys() == {"lm_head.weight"}
+    save_file(left_over | {"model.norm.weight": torch.zeros(32)}, file)
+    assert "which the export has itself" in refused(capsys, tmp_path / "export", tmp_path / "out", "original")
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "left_over.safetensors is damaged" in refused(capsys, tmp_path / "export", tmp_path / "out", "original")
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import family_of
 from ..hub.saving import staged_folder
-from ..hub.weight_files import INDEXES, size_of, stored_tensors
+from ..hub.weight_files import INDEXES, size_of
 from ..models.baichuan import BaichuanConfig
 from ..vllm.served import stop_ids
 from .roads import ROADS, Road, road_of
@@ -24,6 +23,7 @@ from .weights import (
     Source,
     normalized,
     read_source,
+    stored_if_whole,
     the_one,
     to_original,
     to_target,
@@ -111,7 +111,7 @@ def restore_checkpoint(folder: Path, output: Path, progress: Progress = lambda s
 
 def _take_left_over(road: Road, config: Any, source: Source, planned: dict[str, Moved], file: Path) -> list[str]:
     """Puts what was left over back into the plan. Returns the names of the normalized ones that have been trained since."""
-    changed, left_over = [], stored_tensors(file)
+    changed, left_over = [], stored_if_whole(file)
     for name, tensor in left_over.items():
         if name.rpartition(".")[0] in road.normed(config):
             (exported,) = planned[name].sources
@@ -119,6 +119,10 @@ def _take_left_over(road: Road, config: Any, source: Source, planned: dict[str, 
             if now != _digest(normalized([Source(left_over, {name: file}).read([name])[name]])):
                 changed.append(name)
                 continue
+        elif name in planned:
+            raise ValueError(
+                f"{file} holds {name}, which the export has itself: take {ORIGINAL} from the export again"
+            )
         source.tensors[name], source.files[name] = tensor, file
         planned[name] = Moved((name,), size_of(tensor), the_one)
     return changed
@@ -138,7 +142,7 @@ def empty_model(config: Any) -> Any:
 
 
 def _copy_other_files(folder: Path, output: Path) -> None:
-    indexes: Collection[Path] = set(folder.glob(INDEXES))
+    indexes = set(folder.glob(INDEXES))
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in KEPT and file not in indexes and not file.name.startswith("."):
             shutil.copyfile(file, output / file.name)

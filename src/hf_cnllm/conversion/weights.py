@@ -71,10 +71,7 @@ def read_source(folder: Path, model: Any) -> Source:
     tensors: dict[str, Stored] = {}
     where: dict[str, Path] = {}
     for file in files:
-        try:
-            found = stored_tensors(file)
-        except Exception as error:  # SafetensorError, or whatever torch makes of a damaged file
-            raise OSError(f"{file} is damaged or cut off ({error}). Download it again.") from error
+        found = stored_if_whole(file)
         tensors |= found
         where |= dict.fromkeys(found, file)
     check_weight_files([str(file) for file in files], {n: t.dtype for n, t in expected.items()}, "")
@@ -95,6 +92,14 @@ def read_source(folder: Path, model: Any) -> Source:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"the weights in {folder} are not those that config.json says: {', '.join(wrong[:3])}{more}")
     return Source(tensors, where)
+
+
+def stored_if_whole(file: Path) -> dict[str, Stored]:
+    """As [`stored_tensors`]; damage is an OSError that names the file."""
+    try:
+        return stored_tensors(file)
+    except Exception as error:  # SafetensorError, or whatever torch makes of a damaged file
+        raise OSError(f"{file} is damaged or cut off ({error}). Download it again.") from error
 
 
 def to_target(road: Road, config: Any, source: Source) -> tuple[dict[str, Moved], list[str]]:
@@ -120,8 +125,7 @@ def to_target(road: Road, config: Any, source: Source) -> tuple[dict[str, Moved]
 
 def to_original(road: Road, config: Any, source: Source) -> dict[str, Moved]:
     """The original's tensors from the target's; the inverse of [`to_target`]."""
-    owners = {name: (original, names) for original, names in road.modules.items() for name in names}
-    backwards = {name: (original,) for name, (original, _) in owners.items()}
+    backwards = {name: (original,) for original, names in road.modules.items() for name in names}
     rows, planned = road.rows(config), {}
     for name in source.tensors:
         module, _, kind = name.rpartition(".")
