@@ -9,6 +9,7 @@ nox -s docs                    the site; a warning is an error. `nox -s docs -- 
 nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
 nox -s quantized               `hf-cnllm quantize` with bitsandbytes
+nox -s gguf                    exports through llama.cpp: its converter, its tokenizer and its engine, which is compiled
 nox -s vllm                    the models for vLLM, in an environment of their own
 nox -s integrations            export and quantization with the packages of those extras, the slow tests too
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
@@ -31,6 +32,8 @@ LANE = {
     "tokenizers": ("tests/models/*/test_tokenization_*.py", "tests/tokenization/test_*.py"),
     "contract": ("tests/test_compat.py",),
 }
+# llama.cpp as it lies in the sources of llama-cpp-python: the newest, and the last one tried whose converter takes Baichuan.
+LLAMA_CPP = {"HF_CNLLM_LLAMA_CPP": "0.3.36", "HF_CNLLM_LLAMA_CPP_FOR_BAICHUAN": "0.3.16"}
 # Other releases of transformers resolve to other versions of these.
 FOLLOW_TRANSFORMERS = ("transformers", "huggingface_hub", "tokenizers", "peft", "trl", "datasets", "accelerate")
 REPORTS = Path(".nox/reports")
@@ -132,6 +135,20 @@ def vllm(session: nox.Session) -> None:
 
 
 @nox.session
+def gguf(session: nox.Session) -> None:
+    newest = f"llama-cpp-python=={LLAMA_CPP['HF_CNLLM_LLAMA_CPP']}"
+    session.install("-c", "constraints.txt", "-e", ".[dev]", newest, "gguf", "mistral_common")
+    env = dict(OFFLINE)
+    for name, version in LLAMA_CPP.items():
+        place = Path(session.create_tmp()).resolve() / version
+        wanted = ("--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={version}")
+        session.run("pip", "download", "-d", str(place), *wanted)
+        shutil.unpack_archive(next(place.glob("*.tar.gz")), place)
+        env[name] = str(next(place.glob("*/vendor/llama.cpp")))
+    session.run("pytest", "-m", "slow", "tests/conversion/test_gguf.py", *session.posargs, env=env)
+
+
+@nox.session
 def integrations(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]")
-    session.run("pytest", "-m", "not sweep", "tests/integrations", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-m", "not sweep", "tests/integrations", "tests/conversion", *session.posargs, env=OFFLINE)

@@ -1,4 +1,4 @@
-"""`hf-cnllm run transformers serve` in a process of its own."""
+"""`hf-cnllm run transformers serve`, or `transformers serve` alone, in a process of its own."""
 
 import signal
 import socket
@@ -7,13 +7,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+WITH_PACKAGE = ("-m", "hf_cnllm", "run", "transformers")
+ALONE = ("-c", "from transformers.cli.transformers import main; main()")
 
-def start_server(port: int, *arguments: str, python: str | Path = sys.executable, **kwargs) -> subprocess.Popen:
-    command = [str(python), "-m", "hf_cnllm", "run", "transformers", "serve", "--device", "cpu", "--port", str(port)]
+
+def start_server(
+    port: int, *arguments: str, python: str | Path = sys.executable, program: Sequence[str] = WITH_PACKAGE, **kwargs
+) -> subprocess.Popen:
+    command = [str(python), *program, "serve", "--device", "cpu", "--port", str(port)]
     return subprocess.Popen([*command, *arguments], text=True, **kwargs)
 
 

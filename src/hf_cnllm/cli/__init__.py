@@ -24,6 +24,7 @@ COMMANDS = {
     "info": ("hf_cnllm.cli.info", "show what a checkpoint is, the memory it takes and what it runs with"),
     "verify": ("hf_cnllm.cli.verify", "check the files of a checkpoint: damage, mixtures, shapes, NaN, checksums"),
     "quantize": ("hf_cnllm.cli.quantize", "save a checkpoint with weights of 8 or 4 bits"),
+    "export": ("hf_cnllm.cli.export", "save a checkpoint as a Llama, Qwen2 or GLM that every engine serves, and back"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "run": (
         "hf_cnllm.cli.run",

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from .._compat import logging
 from ..auto import family_of
-from .weight_files import FLOATS, INDEXES, MIXED, SHARD, Stored, stored_tensors
+from .weight_files import FLOATS, INDEXES, MIXED, SHARD, Stored, read_tensors, size_of, stored_tensors
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.safetensors", "adapter_model.bin")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -171,7 +171,7 @@ def check_shards(folder: Path, headers: Mapping[Path, Mapping[str, Stored]], is_
             problems.append(f"{path.name} names {', '.join(lost)}, which is not there")
             continue
         shards = [file for file in headers if file.name in named]
-        size = sum(_size(tensor) for file in shards for tensor in headers[file].values())
+        size = sum(size_of(tensor) for file in shards for tensor in headers[file].values())
         if isinstance(sizes, int) and len(shards) == len(named) and size != sizes:
             problems.append(f"{path.name} speaks of {sizes:,} bytes, and the shards hold {size:,}. {MIXED}")
         if not is_proven and (newer := _written_over(path, shards)):
@@ -195,14 +195,6 @@ def _written_over(index: Path, shards: list[Path]) -> list[str]:
     within = max(written - before[0], after[-1][0] - after[0][0])
     pause = after[0][0] - written
     return [name for _, name in after] if pause > PAUSE and pause > TIMES_LONGER * within else []
-
-
-BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 8, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-def _size(tensor: Stored) -> int:
-    numbers = torch.Size(tensor.shape).numel()
-    return numbers * (BYTES.get(tensor.dtype, 1) if tensor.dtype.isupper() else getattr(torch, tensor.dtype).itemsize)
 
 
 def _metadata(file: Path) -> dict[str, str] | None:
@@ -259,7 +251,7 @@ def check_values(headers: Mapping[Path, Mapping[str, Stored]], progress: Progres
     """Looks for NaN and infinite values, and for matrices of zeros, which unfinished downloads leave."""
     problems, hints = [], []
     for file, stored in headers.items():
-        for name, tensor in _tensors(file, stored):
+        for name, tensor in read_tensors(file, stored):
             progress(file.name, tensor.nbytes)
             if not tensor.numel() or not tensor.is_floating_point():
                 continue
@@ -269,16 +261,6 @@ def check_values(headers: Mapping[Path, Mapping[str, Stored]], progress: Progres
             elif tensor.ndim > 1 and low == high == 0 and "lora_" not in name:
                 hints.append(f"{name} holds nothing but zeros ({file.name})")
     return Finding("values", problems, ["finite"] if not problems else [], hints)
-
-
-def _tensors(file: Path, stored: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as weights:
-            for name in stored:
-                yield name, weights.get_tensor(name)
-    else:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        yield from ((name, tensors[name]) for name in stored)
 
 
 # --- tokenizer and generation -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ different saves, numbers of another kind than the model's."""
 import json
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -132,6 +132,45 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor)
     }
+
+
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 8, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def size_of(tensor: Stored) -> int:
+    """Bytes that a stored tensor takes."""
+    numbers = torch.Size(tensor.shape).numel()
+    return numbers * (BYTES.get(tensor.dtype, 1) if tensor.dtype.isupper() else getattr(torch, tensor.dtype).itemsize)
+
+
+def read_tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of a file's tensors, each read when it is asked for. Their memory is the file's own, mapped for this alone: who
+    writes to it changes no file."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            for name in names:
+                yield name, weights.get_tensor(name)
+    else:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        yield from ((name, tensors[name]) for name in names)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights: those that `from_pretrained` reads.
+
+    Raises:
+        FileNotFoundError: there are none, or one that the index names is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            named = dict(_indexes(folder)).get(folder / f"{name}.index.json", {})
+            files = [folder / file for file in sorted(set(named.values()))]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the checkpoint again")
+            return files
+    raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, pytorch_model.bin or an index of either)")
 
 
 def _kind_by_name(dtype: str) -> str:

@@ -1,0 +1,64 @@
+"""`hf-cnllm export MODEL OUT --to llama|qwen2|glm`: a checkpoint that engines without this package serve, and back."""
+
+import argparse
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
+
+from .._compat import logging
+from ..conversion.adapters import export_adapter
+from ..conversion.checkpoint import export_checkpoint, restore_checkpoint
+from ..conversion.roads import ROADS
+from ..hub.saving import check_new_folder
+from .checkpoint import find_folder, read_checkpoint
+
+BACK = "original"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a checkpoint, or its name on the Hub; or of an adapter"
+    )
+    parser.add_argument("output", metavar="OUT", type=Path, help="folder to write; must not exist")
+    parser.add_argument(
+        "--to",
+        choices=(*ROADS, BACK),
+        required=True,
+        help="llama for Baichuan with RoPE, qwen2 for Qwen, glm for ChatGLM2 and 3, baichuan for Baichuan without NormHead "
+        f"(llama.cpp's); {BACK} goes back from any of them",
+    )
+    parser.add_argument(
+        "--base", metavar="EXPORTED", type=Path, help="where MODEL is an adapter: folder of its exported model"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and say what is lost.
+
+    Raises:
+        ValueError: there is no equivalent; the message says what serves the checkpoint instead.
+        FileExistsError: OUT is there.
+    """
+    check_new_folder(args.output)
+    logging.set_verbosity_error()
+    with tqdm(unit="B", unit_scale=True, desc="written", leave=False, disable=None) as bar:
+        if args.to == BACK and args.base is not None:
+            raise ValueError("adapters do not go back: merge them into the exported model, and take that back")
+        if args.to == BACK:
+            note = restore_checkpoint(find_folder(args.model), args.output, bar.update)
+        else:
+            checkpoint = read_checkpoint(args.model)
+            if (checkpoint.adapter is None) != (args.base is None):
+                raise ValueError(
+                    "--base and an adapter as MODEL go together: the adapter is for the exported model there"
+                )
+            if checkpoint.adapter:
+                export_adapter(Path(checkpoint.adapter), checkpoint.config, args.to, args.base, args.output)
+                note = None
+            else:
+                folder = checkpoint.folder or Path(snapshot_download(checkpoint.name))
+                note = export_checkpoint(folder, args.output, args.to, bar.update)
+    print(f"{args.output}: written" + (f"\nnote: {note}" if note else ""))
+    return 0

@@ -1,0 +1,99 @@
+"""LoRA adapters of a checkpoint as ones for its export.
+
+A packed projection's update is W + B·A with the rows of queries, keys and values one below the other: each of the target's
+projections takes its rows of B (and of what else has a number for each row) and the whole A.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..hub.saving import staged_folder
+from .roads import moved, road_of
+from .weights import normalized, write_tensors
+
+PREFIX = "base_model.model."
+KINDS = re.compile(r"(?P<module>.+?)\.(?P<kind>lora_[A-Za-z_]+(?:\.(?:weight|bias))?|base_layer\.weight|weight|bias)")
+WITHOUT_ROWS = ("lora_A.weight", "lora_embedding_A", "lora_embedding_B")
+# What names modules or numbers of rows in a way of its own.
+UNKNOWN = ("rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "trainable_token_indices")
+MERGE = "merge it into its model (`merge_and_unload`) and export that"
+
+
+def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: Path) -> None:
+    """Writes a LoRA adapter for the export of its model.
+
+    Args:
+        adapter: its folder.
+        config: of the original model that it is for.
+        target: as in [`export_checkpoint`].
+        base: folder of the exported model.
+
+    Raises:
+        ValueError: it is no LoRA, adapts what the target does not have, or `base` is not the export of such a model.
+        OSError: a file is missing or damaged, or `output` holds something.
+    """
+    road = road_of(config, target)
+    _check_base(base, target, road.config(config))
+    settings = json.loads((adapter / "adapter_config.json").read_bytes())
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{adapter} is of the type {settings.get('peft_type')!r}, and only LoRA has a form there: {MERGE}"
+        )
+    if odd := [name for name in UNKNOWN if settings.get(name)]:
+        raise ValueError(f"{adapter} has {', '.join(f'`{name}`' for name in odd)}, which has no form there: {MERGE}")
+    rows, normed = road.rows(config), road.normed(config)
+    tensors: dict[str, torch.Tensor] = {}
+    adapted: set[str] = set()
+    for name, tensor in _read(adapter).items():
+        found = KINDS.fullmatch(name.removeprefix(PREFIX))
+        module, kind = (found["module"], found["kind"]) if found else (name, "")
+        targets = moved(road.modules, module)
+        if not kind or targets is None:
+            raise ValueError(f"{adapter} holds {name}, which is no part of the model: {MERGE}")
+        if module in normed and kind != "weight":
+            raise ValueError(f"{adapter} adapts {module}, whose rows are normalized after that (NormHead): {MERGE}")
+        if module in normed:
+            tensor = normalized([tensor.clone()])
+        is_whole = len(targets) == 1 or kind in WITHOUT_ROWS
+        parts = (tensor,) * len(targets) if is_whole else rows.split(tensor)
+        tensors |= {f"{PREFIX}{to}.{kind}": part.clone() for to, part in zip(targets, parts, strict=True)}
+        if kind.startswith("lora_"):
+            adapted.update(targets)
+    whole = {name for module in settings.get("modules_to_save") or () for name in _by_last_name(road.modules, module)}
+    settings |= {
+        "base_model_name_or_path": str(base),
+        "target_modules": sorted(adapted),
+        "modules_to_save": sorted(whole) or None,
+        **dict.fromkeys(("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform")),
+    }
+    with staged_folder(output) as staged:
+        write_tensors(staged / "adapter_model.safetensors", tensors)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (staged / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _check_base(base: Path, target: str, expected: Any) -> None:
+    file = base / "config.json"
+    found = json.loads(file.read_bytes()) if file.is_file() else {}
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if any(found.get(name) != getattr(expected, name) for name in names):
+        raise ValueError(
+            f"{base} is not the export of the model that the adapter is for: `hf-cnllm export MODEL {base} --to {target}`"
+        )
+
+
+def _read(adapter: Path) -> dict[str, torch.Tensor]:
+    if (adapter / "adapter_model.safetensors").is_file():
+        return load_file(adapter / "adapter_model.safetensors")
+    if (adapter / "adapter_model.bin").is_file():
+        return dict(torch.load(adapter / "adapter_model.bin", map_location="cpu", weights_only=True))
+    raise FileNotFoundError(f"{adapter} holds no adapter_model.safetensors")
+
+
+def _by_last_name(modules: Any, name: str) -> list[str]:
+    return [to.rpartition(".")[2] for module, names in modules.items() if module.endswith(name) for to in names]

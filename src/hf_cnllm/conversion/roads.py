@@ -1,0 +1,295 @@
+"""Which architecture of other libraries computes the same as one of these, and what its parts are called there."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GlmConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from ..auto import family_of
+from ..models.baichuan import BaichuanConfig
+from ..models.chatglm import ChatGLMConfig
+from ..models.chatglm.modeling_chatglm2 import ROPE_BASE
+from ..models.qwen import QWenConfig
+
+Modules = Mapping[str, tuple[str, ...]]
+
+
+class Rows(NamedTuple):
+    """How a packed projection holds queries, keys and values.
+
+    Attributes:
+        sizes: rows of each.
+        heads: where they lie head by head, as ChatGLM2's do without multi-query attention, the number of heads; else 0.
+    """
+
+    sizes: tuple[int, ...]
+    heads: int = 0
+
+    def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`packed` [rows, …] as one tensor for each of `sizes`."""
+        if self.heads:
+            packed = packed.unflatten(0, (self.heads, len(self.sizes), -1)).transpose(0, 1).flatten(0, 2)
+        return packed.split(self.sizes)
+
+    def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The inverse of `split`."""
+        packed = torch.cat(parts)
+        if self.heads:
+            packed = packed.unflatten(0, (len(self.sizes), self.heads, -1)).transpose(0, 1).flatten(0, 2)
+        return packed
+
+
+class Road(NamedTuple):
+    """A way from a family to another library's architecture and back.
+
+    Attributes:
+        source: the family's configuration.
+        config: configuration of the original -> that of the target.
+        refusals: what a configuration may say that the target has no place for -> that, and what serves it instead.
+        modules: module of the original -> those of the target, `*` for the number of a layer. Several share its rows.
+        rows: how the packed ones hold them.
+        normed: modules of the original whose rows are normalized when it computes.
+        loses: what the target does otherwise, or None.
+        tokenizer_class: what reads the tokenizer there; None where all files but the weights stay as they are.
+    """
+
+    source: type[PreTrainedConfig]
+    config: Callable[[Any], PreTrainedConfig]
+    refusals: tuple[tuple[Callable[[Any], Any], str], ...]
+    modules: Modules
+    rows: Callable[[Any], Rows]
+    normed: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    loses: Callable[[Any], str | None] = lambda config: None
+    tokenizer_class: str | None = "PreTrainedTokenizerFast"
+
+    def check(self, config: Any) -> None:
+        """Refuses a configuration that the target has no place for.
+
+        Raises:
+            ValueError: saying what it is, and what serves it instead.
+        """
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("the checkpoint is quantised: export the one with floating point weights")
+        for applies, reason in self.refusals:
+            if applies(config):
+                raise ValueError(reason)
+
+
+NATIVE = "vLLM with this package and `transformers serve` serve it as it is (docs/serving.md)"
+WITHOUT_VLLM = "`hf-cnllm chat` and `transformers serve` serve it as it is (docs/serving.md)"
+PREFIX_LM = f"is a prefix language model, whose prompts see themselves in both directions: no other architecture has that. {WITHOUT_VLLM}"
+
+QKV = tuple(f"model.layers.*.self_attn.{name}_proj" for name in "qkv")
+SHARED = {  # by the names of Llama
+    name: (name,)
+    for name in (
+        *("model.embed_tokens", "model.norm", "lm_head"),
+        *(f"model.layers.*.{part}" for part in ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj")),
+        *(f"model.layers.*.mlp.{part}_proj" for part in ("gate", "up", "down")),
+    )
+}
+BAICHUAN = SHARED | {"model.layers.*.self_attn.W_pack": QKV}
+QWEN = {
+    "transformer.wte": ("model.embed_tokens",),
+    "transformer.h.*.ln_1": ("model.layers.*.input_layernorm",),
+    "transformer.h.*.attn.c_attn": QKV,
+    "transformer.h.*.attn.c_proj": ("model.layers.*.self_attn.o_proj",),
+    "transformer.h.*.ln_2": ("model.layers.*.post_attention_layernorm",),
+    "transformer.h.*.mlp.w1": ("model.layers.*.mlp.up_proj",),
+    "transformer.h.*.mlp.w2": ("model.layers.*.mlp.gate_proj",),
+    "transformer.h.*.mlp.c_proj": ("model.layers.*.mlp.down_proj",),
+    "transformer.ln_f": ("model.norm",),
+    "lm_head": ("lm_head",),
+}
+_CHATGLM_LAYER, _GLM_LAYER = "transformer.encoder.layers.*", "model.layers.*"
+CHATGLM2 = {
+    "transformer.embedding.word_embeddings": ("model.embed_tokens",),
+    f"{_CHATGLM_LAYER}.input_layernorm": (f"{_GLM_LAYER}.input_layernorm",),
+    f"{_CHATGLM_LAYER}.self_attention.query_key_value": QKV,
+    f"{_CHATGLM_LAYER}.self_attention.dense": (f"{_GLM_LAYER}.self_attn.o_proj",),
+    f"{_CHATGLM_LAYER}.post_attention_layernorm": (f"{_GLM_LAYER}.post_attention_layernorm",),
+    f"{_CHATGLM_LAYER}.mlp.dense_h_to_4h": (f"{_GLM_LAYER}.mlp.gate_up_proj",),
+    f"{_CHATGLM_LAYER}.mlp.dense_4h_to_h": (f"{_GLM_LAYER}.mlp.down_proj",),
+    "transformer.encoder.final_layernorm": ("model.norm",),
+    "transformer.output_layer": ("lm_head",),
+}
+
+COPIED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range", "use_cache"),
+    *("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype"),
+)
+
+
+def _copied(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in COPIED}
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rows(config: Any) -> Rows:
+    key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = tuple(n * _head_dim(config) for n in (config.num_attention_heads, key_value_heads, key_value_heads))
+    by_head = getattr(config, "multi_query_attention", True) is False
+    return Rows(sizes, config.num_attention_heads if by_head else 0)
+
+
+def _llama(config: BaichuanConfig) -> LlamaConfig:
+    return LlamaConfig(
+        **_copied(config),
+        intermediate_size=config.intermediate_size,
+        num_key_value_heads=config.num_attention_heads,
+        hidden_act=config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=dict(config.rope_parameters),
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def _qwen2(config: QWenConfig) -> Qwen2Config:
+    stretches = config.use_dynamic_ntk or config.use_logn_attn
+    return Qwen2Config(
+        **_copied(config),
+        intermediate_size=config.intermediate_size // 2,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=config.kv_channels,  # type: ignore[call-arg]  # kept as it is, and read by the model
+        attention_dropout=config.attn_dropout_prob,
+        max_position_embeddings=config.seq_length if stretches else config.max_position_embeddings,
+        rms_norm_eps=config.layer_norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": float(config.rotary_emb_base)},
+        architectures=["Qwen2ForCausalLM"],
+    )
+
+
+def _qwen_loses(config: QWenConfig) -> str | None:
+    lost = [
+        name
+        for name, is_on in (("dynamic NTK", config.use_dynamic_ntk), ("LogN attention", config.use_logn_attn))
+        if is_on
+    ]
+    if not lost:
+        return None
+    return (
+        f"Qwen2 has no {' and no '.join(lost)}, which act past `seq_length`: the export ends at {config.seq_length} tokens "
+        f"(`max_position_embeddings`). For longer ones {NATIVE}."
+    )
+
+
+def _glm(config: Any) -> GlmConfig:
+    rope = {"rope_type": "default", "rope_theta": ROPE_BASE * config.rope_ratio}
+    if config.rope_ratio_type == "linear":
+        rope = {"rope_type": "default", "rope_theta": ROPE_BASE}
+        if config.rope_ratio != 1:
+            rope |= {"rope_type": "linear", "factor": float(config.rope_ratio)}
+    return GlmConfig(
+        **_copied(config),
+        intermediate_size=config.ffn_hidden_size,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        attention_bias=config.add_qkv_bias,
+        attention_dropout=config.attention_dropout,
+        max_position_embeddings=config.seq_length,
+        rms_norm_eps=config.layernorm_epsilon,
+        rope_parameters=rope | {"partial_rotary_factor": 0.5},
+        architectures=["GlmForCausalLM"],
+    )
+
+
+TIED_NORM_HEAD = (
+    lambda c: c.norm_head and c.tie_word_embeddings,
+    f"a NormHead that is tied to the embedding has no place there (`tie_word_embeddings`). {NATIVE}",
+)
+ROADS: dict[str, Road] = {
+    "llama": Road(
+        source=BaichuanConfig,
+        config=_llama,
+        refusals=(
+            (
+                lambda c: c.position_embedding == "alibi",
+                "Llama has no ALiBi, which this checkpoint's positions are (Baichuan-13B's kind): vLLM with this package and "
+                "`transformers serve` serve it as it is, llama.cpp what `--to baichuan` writes (docs/serving.md)",
+            ),
+            TIED_NORM_HEAD,
+        ),
+        modules=BAICHUAN,
+        rows=_rows,
+        normed=lambda config: ("lm_head",) if config.norm_head else (),
+    ),
+    "baichuan": Road(
+        source=BaichuanConfig,
+        config=lambda config: config,  # rows that are normalized may be normalized again
+        refusals=(TIED_NORM_HEAD,),
+        modules=SHARED | {"model.layers.*.self_attn.W_pack": ("model.layers.*.self_attn.W_pack",)},
+        rows=_rows,
+        normed=lambda config: ("lm_head",) if config.norm_head else (),
+        tokenizer_class=None,
+    ),
+    "qwen2": Road(
+        source=QWenConfig,
+        config=_qwen2,
+        refusals=(
+            (lambda c: not c.no_bias, f"Qwen2 has biases on queries, keys and values alone (`no_bias`). {NATIVE}"),
+            (lambda c: c.rotary_pct != 1, f"Qwen2 rotates whole heads (`rotary_pct`). {NATIVE}"),
+            (
+                lambda c: c.window_sizes,
+                f"engines read no windows of single layers from Qwen2 (`window_sizes`). {NATIVE}",
+            ),
+        ),
+        modules=QWEN,
+        rows=_rows,
+        loses=_qwen_loses,
+        tokenizer_class="Qwen2Tokenizer",
+    ),
+    "glm": Road(
+        source=ChatGLMConfig,
+        config=_glm,
+        refusals=(
+            (lambda c: c.architecture == "chatglm", f"ChatGLM-6B {PREFIX_LM}"),
+            (lambda c: c.pre_seq_len, f"GLM has no place for a P-tuning prefix (`pre_seq_len`). {WITHOUT_VLLM}"),
+            (lambda c: c.add_bias_linear, f"GLM has no biases but the attention's (`add_bias_linear`). {NATIVE}"),
+            (
+                lambda c: not (c.rmsnorm and c.post_layer_norm) or c.apply_residual_connection_post_layernorm,
+                "GLM has RMSNorm before each part and at the end, as all published checkpoints (`rmsnorm`, "
+                f"`post_layer_norm`, `apply_residual_connection_post_layernorm`). {WITHOUT_VLLM}",
+            ),
+            (
+                lambda c: c.head_dim % 4,
+                f"GLM rotates half of a head in pairs: `kv_channels` must be a multiple of 4. {WITHOUT_VLLM}",
+            ),
+        ),
+        modules=CHATGLM2,
+        rows=_rows,
+    ),
+}
+
+
+def road_of(config: Any, target: str) -> Road:
+    """The road from a checkpoint of this package to `target`, which it fits on.
+
+    Raises:
+        ValueError: it leads from another family, or this checkpoint has no equivalent there.
+    """
+    road = ROADS[target]
+    if not isinstance(config, road.source):
+        family = family_of(config)
+        others = [name for name, other in ROADS.items() if isinstance(config, other.source)]
+        line = family.line_of(config) if family else config.model_type
+        if others:
+            raise ValueError(f"a checkpoint of {line} becomes --to {' or '.join(others)}, not {target}")
+        raise ValueError(f"{line} {PREFIX_LM}")
+    road.check(config)
+    return road
+
+
+LAYER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def moved(modules: Mapping[str, tuple[str, ...]], module: str) -> tuple[str, ...] | None:
+    """The names of a module of one side on the other; None if there is none of that name."""
+    pattern, number = LAYER.sub(".*", module), LAYER.search(module)
+    names = modules.get(pattern)
+    return names and tuple(name.replace("*", number[1]) if number else name for name in names)

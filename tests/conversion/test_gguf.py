@@ -1,0 +1,62 @@
+"""Exports through llama.cpp's own converter and engine: its tokenizer's ids and its greedy tokens are transformers'.
+
+`nox -s gguf` installs llama-cpp-python and says where llama.cpp's sources are.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from exportable import BAICHUAN2, IDS, Kind, write_checkpoint
+from hf_cnllm.conversion.checkpoint import export_checkpoint
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="the lane `gguf` installs llama-cpp-python")
+pytestmark = pytest.mark.slow
+
+NEW_TOKENS = 24
+TEXTS = ("白日依山尽，", "Hello world, how are you?\n", "for(int i=0;i<10;i++){\n\tsum+=a;\n}", "  x\n\n y")
+# llama.cpp knows 13B, and so ALiBi, by its 40 layers; Qwen's way of cutting texts by a real vocabulary.
+KINDS = {
+    "baichuan": Kind("baichuan1_small", "baichuan-rope", "llama"),
+    "baichuan2": Kind("baichuan2_small", "baichuan-rope", "llama", BAICHUAN2),
+    "baichuan2-13b": Kind("baichuan2_small", "baichuan-alibi", "baichuan", BAICHUAN2 | {"num_hidden_layers": 40}),
+    "qwen": Kind("qwen", "qwen", "qwen2", IDS),
+}
+# What its converter leaves out of a `baichuan` file.
+OVERRIDES = {"baichuan2-13b": {"tokenizer.ggml.add_space_prefix": False}}
+
+
+def llama_cpp_folder(name):
+    variable = "HF_CNLLM_LLAMA_CPP_FOR_BAICHUAN" if name == "baichuan2-13b" else "HF_CNLLM_LLAMA_CPP"
+    if variable not in os.environ:
+        pytest.skip(f"{variable} does not say where llama.cpp's sources are")
+    return Path(os.environ[variable])
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_tokens_of_transformers(name, precision, tmp_path):
+    converter = llama_cpp_folder(name) / "convert_hf_to_gguf.py"
+    kind = KINDS[name]._replace(dtype=torch.float16 if precision == "f16" else torch.float32)
+    write_checkpoint(kind, tmp_path / "source", std=0.1)
+    export_checkpoint(tmp_path / "source", tmp_path / "out", kind.target)
+    words = [str(tmp_path / "out"), "--outfile", str(tmp_path / "model.gguf"), "--outtype", precision]
+    subprocess.run([sys.executable, str(converter), *words], check=True, capture_output=True, timeout=600)
+    engine = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=256, n_threads=1, verbose=False, kv_overrides=OVERRIDES.get(name)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert engine.tokenize(text.encode(), add_bos=False, special=True) == ids
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        expected = model.generate(torch.tensor([ids]), **options, eos_token_id=None)[0, len(ids) :].tolist()
+        engine.reset()
+        found = engine.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
+        assert [token for token, _ in zip(found, range(NEW_TOKENS), strict=False)] == expected
