@@ -96,7 +96,7 @@ class Versions:
         """Samples what is lacking of the answers of a version, and returns its model."""
         arguments, training = self.arguments, self.training
         start = self.learning(number)
-        model = load_model(start, self.options)
+        model = load_model(start, self.training, self.options)
         ends = reply_end_ids(self.tokenizer, model.generation_config)
         pad_apart_from_ends(self.tokenizer, ends)
         reward: Any = load_reward(arguments.reward, self.tokenizer, self.safety_queries)
