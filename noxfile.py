@@ -5,6 +5,7 @@ nox -s slow                    what the suite leaves out: whole products of fami
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
 nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
+nox -s week                    a newcomer's week with one family, on nothing but the wheel; `nox -s week -- -k wheel` with all
 nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
 nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
@@ -88,6 +89,14 @@ def prerelease(session: nox.Session) -> None:
 def tools(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev,eval]")
     session.run("pytest", "tests/integrations", "tests/cli", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def week(session: nox.Session) -> None:
+    """The package is installed as a wheel, and nothing else but its extras and pytest: a forgotten dependency is missed."""
+    session.install("-c", "constraints.txt", ".[train,serve,eval]", "pytest")
+    tests = session.posargs or ["-k", "wheel and baichuan"]
+    session.run("pytest", "-m", "", "tests/integrations/test_week.py", *tests, env=OFFLINE)
 
 
 @nox.session
