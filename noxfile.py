@@ -9,7 +9,7 @@ nox -s week                    a newcomer's week with one family, on nothing but
 nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
 nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
-nox -s quantized               `hf-cnllm quantize` with bitsandbytes
+nox -s quantized               `hf-cnllm quantize` with bitsandbytes and torchao, the slow tests too
 nox -s vllm                    the models for vLLM, in an environment of their own
 nox -s integrations            export and quantization with the packages of those extras, the slow tests too
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
@@ -125,8 +125,8 @@ def web(session: nox.Session) -> None:
 
 @nox.session
 def quantized(session: nox.Session) -> None:
-    session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes")
-    session.run("pytest", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
+    session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes", "torchao")
+    session.run("pytest", "-m", "", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

@@ -40,22 +40,37 @@ def test_the_generation_config_is_carried_along(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="the lane `quantized` installs bitsandbytes"
-)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", ["baichuan", "qwen", "glm", "chatglm2"])
-def test_the_others_by_bitsandbytes(family, bits, tiny, tmp_path):
+@pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
+@pytest.mark.parametrize("family", ["baichuan", "qwen", "glm", "chatglm", "chatglm2", "chatglm3"])
+def test_every_family_by_a_library(family, method, bits, tiny, tmp_path, capsys):
+    pytest.importorskip(method, reason="the lane `quantized` installs it")
     output = tmp_path / "out"
-    words = [str(tiny(family)), str(output), "--bits", str(bits), "--method", "bitsandbytes"]
+    words = [str(tiny(family)), str(output), "--bits", str(bits), "--method", method]
     assert main(["quantize", *words]) == 0
+    assert f"in {bits} bits by {method}" in capsys.readouterr().out
     auto_class = transformers.AutoModelForSeq2SeqLM if family == "glm" else AutoModelForCausalLM
-    assert auto_class.from_pretrained(output).config.quantization_config.quant_method == "bitsandbytes"
-    assert (
-        sum(f.stat().st_size for f in output.glob("*.safetensors"))
-        < (tiny(family) / "model.safetensors").stat().st_size
-    )
+    found, floats = (auto_class.from_pretrained(folder).eval() for folder in (output, tiny(family)))
+    assert found.config.quantization_config.quant_method == method
+    sizes = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (output, tiny(family)))
+    assert next(sizes) < next(sizes)
+    if bits == 8:
+        inputs = AutoTokenizer.from_pretrained(output)("今天天气很好[gMASK]", return_tensors="pt")
+        if family == "glm":
+            inputs = AutoTokenizer.from_pretrained(output).build_inputs_for_generation(inputs, targets=["。"])
+        inputs = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
+        with torch.no_grad():
+            logits, wanted = found(**inputs).logits.float(), floats(**inputs).logits.float()
+        assert 0 < (logits - wanted).abs().max() < 0.1 * wanted.abs().max()
     assert main(["verify", str(output)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have the kernels")
+def test_what_torchao_has_no_kernel_for_is_one_line_and_writes_nothing(tiny, tmp_path, capsys):
+    pytest.importorskip("torchao", reason="the lane `quantized` installs it")
+    said = refused([tiny("baichuan"), tmp_path / "out", "--bits", 4, "--method", "torchao"], capsys)
+    assert "torchao cannot quanti" in said and "to 4 bits and save it on this machine: " in said
+    assert not list(tmp_path.iterdir())
 
 
 def refused(words, capsys):
