@@ -1,6 +1,5 @@
 """`hf-cnllm quantize`: what is saved loads again with the same answers, or nothing is written."""
 
-import importlib.util
 import json
 
 import pytest

@@ -5,7 +5,6 @@
   rotary positions, in `modeling_chatglm2.py`.
 """
 
-from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -159,9 +158,6 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         config_class = cls
         if config_dict.get("model_type") in (None, cls.model_type):
             config_class = _recognise(config_dict | kwargs)
-            # Overrides take part in the decisions, so they must be there when the configuration is built.
-            names = {field.name for field in fields(config_class)} - {"dtype"}
-            config_dict = config_dict | {name: value for name, value in kwargs.items() if name in names}
             if not kwargs.keys().isdisjoint(SIZES_FOLLOW_FROM):  # what a saved file says of them gives way
                 config_dict = {k: v for k, v in config_dict.items() if k in kwargs or k not in SIZES}
         return super(ChatGLMConfig, config_class).from_dict(config_dict, **kwargs)
