@@ -64,11 +64,11 @@ def test_every_family_by_a_library(family, method, bits, tiny, tmp_path, capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have the kernels")
-def test_what_torchao_has_no_kernel_for_is_one_line_and_writes_nothing(tiny, tmp_path, capsys):
+def test_layers_that_a_library_passes_over_are_told_and_nothing_is_written(tiny, tmp_path, capsys):
+    """torchao's INT4 needs widths that 128 divides, and skips the others in silence."""
     pytest.importorskip("torchao", reason="the lane `quantized` installs it")
     said = refused([tiny("baichuan"), tmp_path / "out", "--bits", 4, "--method", "torchao"], capsys)
-    assert "torchao cannot quanti" in said and "to 4 bits and save it on this machine: " in said
+    assert "torchao leaves 20 of 21 linear layers as they are, the first model.layers.0." in said
     assert not list(tmp_path.iterdir())
 
 
