@@ -125,7 +125,7 @@ def report(results: dict[str, dict[int, float]], args: argparse.Namespace) -> st
     axes.set_xscale("log", base=2)
     for name, row in results.items():
         axes.plot(lengths, [row[length] for length in lengths], marker="o", label=name)
-    axes.axvline(args.seq_length, color="grey", linestyle=":", label="trained length")
+    axes.axvline(args.seq_length, color="gray", linestyle=":", label="trained length")
     axes.legend()
     figure.savefig(args.output / "plot.png", dpi=120, bbox_inches="tight")
     return table

@@ -122,7 +122,7 @@ def shares_head(model):
 
 
 @pytest.mark.parametrize(("bits", "family"), [(4, "chatglm2_6b"), (8, "chatglm2_6b"), (8, "chatglm3_6b")])
-def test_the_memory_of_fewer_bits_is_that_of_a_quantised_model(bits, family):
+def test_the_memory_of_fewer_bits_is_that_of_a_quantized_model(bits, family):
     sizes = sizes_of(AutoConfig.from_pretrained(GOLDENS / family))
     model = transformers.AutoModelForCausalLM.from_pretrained(GOLDENS / family, dtype=torch.bfloat16).quantize(bits)
     assert model.get_memory_footprint(return_buffers=False) == sizes.weight_bytes(bits)

@@ -89,9 +89,9 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny, tmp_path, caps
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-def test_a_quantised_checkpoint_is_refused(tiny, tmp_path, capsys):
+def test_a_quantized_checkpoint_is_refused(tiny, tmp_path, capsys):
     assert main(["quantize", str(tiny("chatglm2")), str(tmp_path / "first"), "--bits", "8"]) == 0
-    assert "quantised already" in refused([tmp_path / "first", tmp_path / "out", "--bits", 4], capsys)
+    assert "quantized already" in refused([tmp_path / "first", tmp_path / "out", "--bits", 4], capsys)
 
 
 def test_a_library_that_fails_is_one_line_and_nothing_stays(tiny, tmp_path, capsys, monkeypatch):
@@ -102,12 +102,12 @@ def test_a_library_that_fails_is_one_line_and_nothing_stays(tiny, tmp_path, caps
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
     said = refused([tiny("chatglm2"), tmp_path / "out", "--bits", 4], capsys)
     assert said.endswith(
-        "chatglm cannot quantise this checkpoint to 4 bits and save it on this machine: this kernel is not here"
+        "chatglm cannot quantize this checkpoint to 4 bits and save it on this machine: this kernel is not here"
     )
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights_are_not_quantised(tiny, tmp_path, capsys):
+def test_damaged_weights_are_not_quantized(tiny, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny("chatglm2"))
     with torch.no_grad():
         model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight[3, 3] = float("nan")

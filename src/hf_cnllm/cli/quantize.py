@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise, save and look at what was saved.
+    """Quantize, save and look at what was saved.
 
     Raises:
-        ValueError: the checkpoint is quantised already, an adapter, or of another family; the method does not do it.
+        ValueError: the checkpoint is quantized already, an adapter, or of another family; the method does not do it.
         ImportError: the method's package is missing.
         FileExistsError: OUT is there.
     """
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:  # what libraries raise
         raise ValueError(
-            f"{method} cannot quantise this checkpoint to {args.bits} bits and save it on this machine: {one_line(error)}"
+            f"{method} cannot quantize this checkpoint to {args.bits} bits and save it on this machine: {one_line(error)}"
         ) from error
     print(f"{args.output}: {in_words(size)} of weights, in {args.bits} bits by {method}")
     return 0
@@ -117,11 +117,11 @@ def _method(checkpoint: Checkpoint, asked: str | None) -> str:
     if checkpoint.adapter:
         raise ValueError(f"{checkpoint.adapter} is an adapter: merge it into {checkpoint.name} and save that first")
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        raise ValueError(f"{checkpoint.name} is quantised already")
+        raise ValueError(f"{checkpoint.name} is quantized already")
     is_chatglm = checkpoint.config.model_type == "chatglm"
     method = asked or ("chatglm" if is_chatglm else "bitsandbytes")
     if method == "chatglm" and not is_chatglm:
         raise ValueError("the method chatglm is ChatGLM's own format: choose another")
     if method != "chatglm" and importlib.util.find_spec(method) is None:
-        raise ImportError(f"{method} is missing, which quantises this family: pip install {method}")
+        raise ImportError(f"{method} is missing, which quantizes this family: pip install {method}")
     return method
