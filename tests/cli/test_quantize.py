@@ -32,6 +32,7 @@ def test_chatglm_in_its_own_format(family, bits, tiny, tmp_path, capsys):
 def test_the_generation_config_is_carried_along(tiny, tmp_path, monkeypatch):
     """Baichuan's, by way of a stand-in for a method that saves floats."""
     monkeypatch.setitem(quantize.METHODS, "bitsandbytes", lambda bits, dtype: None)
+    monkeypatch.setattr(quantize, "linear_layers", lambda model: {})
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: object())
     assert main(["quantize", str(tiny("baichuan")), str(tmp_path / "out"), "--bits", "8"]) == 0
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
