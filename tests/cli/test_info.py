@@ -156,3 +156,12 @@ def test_a_wrong_command_line_is_answered_with_the_usage(words, capsys):
     with pytest.raises(SystemExit) as exit:
         main(words)
     assert exit.value.code == USER_ERROR and "usage: hf-cnllm" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path, capsys):
+    """Such as the demo's and the recipes' outputs."""
+    for name in ("merged/config.json", "adapter/adapter_config.json", "logs/other.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    assert main(["info", str(tmp_path)]) == USER_ERROR
+    assert capsys.readouterr().err.endswith(f"; these are: {tmp_path / 'adapter'}, {tmp_path / 'merged'}\n")

@@ -268,7 +268,7 @@ def test_an_evaluation(hf_cnllm, original, aligned):
         original.name == "chatglm"
     ):  # lm_eval joins question and answer to one text, where no blank can stand between them
         with pytest.raises(
-            (ValueError, subprocess.CalledProcessError), match="more than one start token|exit status 1"
+            (ValueError, subprocess.CalledProcessError), match=r"more than one start token|exit status 1"
         ):
             hf_cnllm("run", "lm_eval", *words)
         return
