@@ -5,10 +5,11 @@ nox -s slow                    what the suite leaves out: whole products of fami
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
 nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
+nox -s week                    a newcomer's week with one family, on nothing but the wheel; `nox -s week -- -k wheel` with all
 nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
 nox -s release                 sdist and wheel: built, checked, and what is in them; the citation file
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
-nox -s quantized               `hf-cnllm quantize` with bitsandbytes
+nox -s quantized               `hf-cnllm quantize` with bitsandbytes and torchao, the slow tests too
 nox -s gguf                    exports through llama.cpp: its converter, its tokenizer and its engine, which is compiled
 nox -s vllm                    the models for vLLM, in an environment of their own
 nox -s integrations            export and quantization with the packages of those extras, the slow tests too
@@ -94,6 +95,14 @@ def tools(session: nox.Session) -> None:
 
 
 @nox.session
+def week(session: nox.Session) -> None:
+    """The package is installed as a wheel, and nothing else but its extras and pytest: a forgotten dependency is missed."""
+    session.install("-c", "constraints.txt", ".[train,serve,eval]", "pytest")
+    tests = session.posargs or ["-k", "wheel and baichuan"]
+    session.run("pytest", "-m", "", "tests/integrations/test_week.py", *tests, env=OFFLINE)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The API pages are read from the sources: neither the package nor torch is installed."""
     session.install("-c", "constraints.txt", *EXTRAS["docs"], "pytest")
@@ -119,8 +128,8 @@ def web(session: nox.Session) -> None:
 
 @nox.session
 def quantized(session: nox.Session) -> None:
-    session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes")
-    session.run("pytest", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
+    session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes", "torchao")
+    session.run("pytest", "-m", "", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

@@ -6,7 +6,7 @@
 Forward and backward of the loss alone, all forms in turns: medians over the rounds. Memory is the growth at its peak above hidden states, weight
 and their gradients. `torch` is torch.nn.functional.linear_cross_entropy (torch 2.13) and `liger` Liger-Kernel's fused
 linear cross entropy (CUDA): they know neither max-z nor NormHead, so they are measured without max-z, and with NormHead
-on the normalised weight, whose gradient autograd then takes through the norms: exact, for two more tensors of its size.
+on the normalized weight, whose gradient autograd then takes through the norms: exact, for two more tensors of its size.
 `--clock cpu` counts processor time, for a busy machine (with OMP_NUM_THREADS=1).
 """
 

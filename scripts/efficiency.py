@@ -139,7 +139,7 @@ def main() -> None:
     axes = figure.subplots()
     for name, line in results.int4_gb.items():
         axes.plot(line.keys(), line.values(), marker="o", label=name)
-    axes.axhline(6, color="grey", linestyle=":", label="6 GB")
+    axes.axhline(6, color="gray", linestyle=":", label="6 GB")
     axes.set(xscale="log", xlabel="tokens of dialogue", ylabel="GB with INT4 weights")
     axes.legend()
     write_study(args.output, table, vars(results), figure)

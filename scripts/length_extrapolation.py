@@ -156,7 +156,7 @@ def main() -> None:
     axes.set_xscale("log", base=2)
     for name, row in results.items():
         axes.plot(lengths, row["perplexity"].values(), marker="o", label=name)
-    axes.axvline(args.length, color="grey", linestyle=":", label="trained length")
+    axes.axvline(args.length, color="gray", linestyle=":", label="trained length")
     axes.legend()
     write_study(args.output, table, results, figure)
 

@@ -27,6 +27,7 @@ from torch import nn
 
 from hf_cnllm import ChatGLMQuantizationConfig
 from hf_cnllm.auto import family_of
+from hf_cnllm.cli.quantize import linear_layers
 from hf_cnllm.demo.dataset import split_data
 from hf_cnllm.demo.tasks import ChatTask, load_task
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
@@ -96,16 +97,6 @@ def size(model: nn.Module) -> int:
     return sum(
         of(value) for value in {id(value): value for value in values if isinstance(value, torch.Tensor)}.values()
     )
-
-
-def linear_layers(model: nn.Module) -> dict[str, bool]:
-    """Name of each linear layer, by whatever class -> whether its weight is an ordinary float matrix."""
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "in_features") and hasattr(module, "out_features"):
-            weight = module._parameters.get("weight")
-            found[name] = type(weight) is nn.Parameter and weight.is_floating_point()
-    return found
 
 
 class Figures(NamedTuple):

@@ -85,7 +85,7 @@ def main() -> None:
     table += f"\n\nL(C) = {a:.3g} * C^{b:.3g} + {floor:.3g}"
     figure = Figure(layout="constrained")
     axes = figure.subplots()
-    axes.plot(compute, law, color="grey", label="law, fitted without the largest")
+    axes.plot(compute, law, color="gray", label="law, fitted without the largest")
     axes.scatter(compute[:-1], losses[:-1], label="fitted")
     axes.scatter(compute[-1:], losses[-1:], marker="*", s=150, label="the largest")
     axes.set(xscale="log", xlabel="FLOPs", ylabel="held-out loss, nats a byte")

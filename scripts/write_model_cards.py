@@ -2,7 +2,8 @@
 
     python scripts/write_model_cards.py
 
-`checkpoints.json` says line -> size -> facts, license if it is not the line's, and checkpoints with what they are for;
+`checkpoints.json` says line -> size -> facts, license if it is not the line's, checkpoints with what they are for, and the
+sources of license and facts;
 `<line>.md` is what all cards of a line say; `card.md` is the template.
 """
 

@@ -142,7 +142,7 @@ def check_forward(model, case: Case, atol: float = TOLERANCE, train: bool = Fals
 
 
 def check_training_step(model, case: Case, atol: float = TOLERANCE):
-    """The labelled case in train mode: logits, loss, and the gradient norm of every parameter."""
+    """The labeled case in train mode: logits, loss, and the gradient norm of every parameter."""
     inputs, outputs = case.inputs, case.outputs
     kwargs = {key: inputs[key] for key in FORWARD_INPUTS if key in inputs}
     model.train()

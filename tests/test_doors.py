@@ -14,25 +14,28 @@ from doors import DOORS, Place
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
 
 NO_CHAT = {"glm": "GLM has no form for chats"}
-UNKNOWN = "Unrecognized configuration class"
+NO_SEQ2SEQ = r"has no model for AutoModelForSeq2SeqLM: it has AutoModel, AutoModelForCausalLM,"
+NO_CLASSIFIER = {
+    "glm": "GLM has no model for AutoModelForSequenceClassification: it has AutoModel, AutoModelForSeq2SeqLM"
+}
 NO_CAUSAL = {"glm": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM"}
-NO_CONTEXT = {"glm": "to find context and blanks in `input_ids` the configuration needs `sop_token_id`"}
+NO_CONTEXT = {"glm": "to find context and blanks in `input_ids` .*: let `hf_cnllm.infill`"}
 PREFIX_LM = "is causal and has no place for the prefix of a prefix language model: use `generate`"
 NEEDS_IDS = r"`inputs_embeds` do not tell where the context ends.*PEFT's prompt tuning.* cannot"
 # Door -> families -> the sentence that refuses.
 REFUSED: dict[str, dict[str, str]] = {
     "AutoModelForCausalLM": NO_CAUSAL,
-    "AutoModelForSeq2SeqLM": {"baichuan qwen": UNKNOWN},
-    "AutoModelForSequenceClassification": {"glm": UNKNOWN},
+    "AutoModelForSeq2SeqLM": {"baichuan qwen": NO_SEQ2SEQ},
+    "AutoModelForSequenceClassification": NO_CLASSIFIER,
     "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm": PREFIX_LM},
     'pipeline("text-generation")': NO_CONTEXT,
     'pipeline("text-generation"), batched': NO_CONTEXT,
     "apply_chat_template": NO_CHAT,
-    "model.chat": {"glm": "'GLMForConditionalGeneration' object has no attribute 'chat'"},
+    "model.chat": NO_CHAT,
     "transformers serve (class lookup)": NO_CHAT,
     "vLLM (model registry)": {"chatglm glm": "vLLM cannot serve this checkpoint: .* is a prefix language model"},
     "PEFT, prompt tuning": {"chatglm glm": NEEDS_IDS},
-    "TRL, Reward": {"glm": UNKNOWN},
+    "TRL, Reward": NO_CLASSIFIER,
     **{f"TRL, {trainer}": NO_CHAT for trainer in ("SFT", "DPO", "KTO", "GRPO", "RLOO")},
 }
 if not find_spec("bitsandbytes"):

@@ -271,7 +271,7 @@ def lora(tiny):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
-def quantised(tiny, folder):
+def quantized(tiny, folder):
     model = AutoModel.from_pretrained(GOLDENS / "chatglm2_6b").quantize(4)
     model.save_pretrained(folder)
     ids = torch.tensor([[5, 6, 7]])
@@ -316,7 +316,7 @@ MESSAGES = {
     "Qwen repeats itself or writes garbage on prompts beyond 2,048 or 8,192 tokens, in batches above all": long_prompts,
     "warnings about flash-attn at import": silence,
     "`element 0 of tensors does not require grad` with LoRA and gradient checkpointing": lora,
-    "a quantised model saves and does not load, or is saved as a whole for a prefix of some megabytes": quantised,
+    "a quantized model saves and does not load, or is saved as a whole for a prefix of some megabytes": quantized,
     "a P-tuning checkpoint (`prefix_encoder` alone) does not load": prefix,
     "batches answer otherwise than single prompts": batches,
     "`does not recognize this architecture`, `ModuleNotFoundError: flash_attn.…` in a checkpoint's code": no_code,
@@ -332,4 +332,4 @@ def test_every_other_row_is_tested():
 @pytest.mark.parametrize("row", [*DIFFERENT, *MESSAGES])
 def test_what_the_page_says(row, tiny, tmp_path):
     check = (DIFFERENT | MESSAGES)[row]
-    check(tiny, tmp_path) if check in (setting_eos, quantised) else check(tiny)
+    check(tiny, tmp_path) if check in (setting_eos, quantized) else check(tiny)

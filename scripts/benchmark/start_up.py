@@ -1,4 +1,4 @@
-"""What a user waits for before the first token: importing the package, loading a checkpoint; and tokenisation."""
+"""What a user waits for before the first token: importing the package, loading a checkpoint; and tokenization."""
 
 import os
 import statistics

@@ -235,12 +235,13 @@ class AdapterHooks:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def name_in_transformers(model_class: type) -> None:
-    """Makes `transformers.<name>` a class of ours, unless there is one of that name. TRL, `transformers serve`, pipelines and
-    vLLM look up what a config.json has in `architectures` there, and there is no way to register a name (until 5.24)."""
+def name_in_transformers(model_class: Any, in_place_of: Any = None) -> None:
+    """Makes `transformers.<name>` a class of ours, unless there is one of that name other than `in_place_of`. TRL, `transformers
+    serve`, pipelines and vLLM look up what a config.json has in `architectures` there, and there is no way to register a name
+    (until 5.24)."""
     # `transformers.processing_utils` puts a second module in the place of the first, which others hold by then as we do.
     for module in (transformers, sys.modules["transformers"]):
-        if not hasattr(module, model_class.__name__):
+        if getattr(module, model_class.__name__, in_place_of) is in_place_of:
             setattr(module, model_class.__name__, model_class)
 
 

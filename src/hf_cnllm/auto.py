@@ -59,7 +59,9 @@ class Family(NamedTuple):
     architecture_of: Callable[[Any], str]  # the name of a configuration's architecture
     trained_length: Callable[[Any], int]  # tokens of prompt and answer that the model was trained on
     decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
-    refusals: dict[str, type] = {}  # name of an auto class that users try -> what says which one to use
+    refusals: dict[
+        str, str
+    ] = {}  # name of an auto class of `TRIED` that it lacks -> what to use instead, if not `models`
     variants: tuple[
         type[PreTrainedConfig], ...
     ] = ()  # classes of single architectures; the models' `for_config` tells whose
@@ -157,21 +159,6 @@ def _known_control_tokens(config: Any) -> str:
     return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 
-class NoCausalGLM:
-    """Stands for GLM in `AutoModelForCausalLM`, which most scripts and the pipeline `text-generation` load."""
-
-    config_class = glm.GLMConfig
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM, and let "
-            "hf_cnllm.infill(model, tokenizer, text) or tokenizer.build_inputs_for_generation ask it."
-        )
-
-    _from_config = from_pretrained
-
-
 FAMILIES: tuple[Family, ...] = (
     Family(
         config=baichuan.BaichuanConfig,
@@ -257,7 +244,10 @@ FAMILIES: tuple[Family, ...] = (
             "AutoModelForSeq2SeqLM": glm.GLMForConditionalGeneration,
             "AutoModelForMultipleChoice": glm.GLMForMultipleChoice,
         },
-        refusals={"AutoModelForCausalLM": NoCausalGLM},
+        refusals={
+            "AutoModelForCausalLM": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM, and "
+            "let hf_cnllm.infill(model, tokenizer, text) or tokenizer.build_inputs_for_generation ask it."
+        },
         tokenizers=(glm.GLMChineseTokenizer, glm.GLMGPT2Tokenizer, glm.GLMBertTokenizer, glm.GLMRobertaTokenizer),
         lines={
             "glm": Line(
@@ -316,6 +306,30 @@ def family_with(architecture: str) -> Family:
     return next(family for family in FAMILIES if architecture in family.architectures)
 
 
+# Auto classes that scripts try on any model. Of one that a family lacks transformers names its own hundreds of models.
+TRIED = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+)
+
+
+def _refusal(family: Family, auto_class: str, config_class: type[PreTrainedConfig]) -> type:
+    """Stands for the model class that a family lacks: loading it says which auto classes there are."""
+    title = next(iter(family.lines.values())).title
+    sentence = f"{title} has no model for {auto_class}: it has {', '.join(family.models)}."
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(family.refusals.get(auto_class, sentence))
+
+    members = dict.fromkeys(("from_pretrained", "_from_config"), staticmethod(refuse))
+    return type(f"No{auto_class}", (), {"config_class": config_class, **members})
+
+
 class TokenizerFoundByName(PreTrainedConfig):
     """The configuration that tokenizers are registered under. No checkpoint has it, so transformers finds them by their
     class name alone. A tokenizer under the configuration of its model would lose to the code files of a checkpoint when
@@ -337,8 +351,10 @@ def register() -> None:
             for config_class in family.variants:
                 of_architecture = model_class.for_config(config_class)  # type: ignore[attr-defined]
                 getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
-        for auto_class, refusal in family.refusals.items():
-            getattr(transformers, auto_class).register(family.config, refusal, exist_ok=True)
+        for auto_class in (name for name in TRIED if name not in family.models):
+            for config_class in (family.config, *family.variants):
+                refusal = _refusal(family, auto_class, config_class)
+                getattr(transformers, auto_class).register(config_class, refusal, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         add_peft_targets(model_type, family.config.adapter_targets)

@@ -122,7 +122,7 @@ def shares_head(model):
 
 
 @pytest.mark.parametrize(("bits", "family"), [(4, "chatglm2_6b"), (8, "chatglm2_6b"), (8, "chatglm3_6b")])
-def test_the_memory_of_fewer_bits_is_that_of_a_quantised_model(bits, family):
+def test_the_memory_of_fewer_bits_is_that_of_a_quantized_model(bits, family):
     sizes = sizes_of(AutoConfig.from_pretrained(GOLDENS / family))
     model = transformers.AutoModelForCausalLM.from_pretrained(GOLDENS / family, dtype=torch.bfloat16).quantize(bits)
     assert model.get_memory_footprint(return_buffers=False) == sizes.weight_bytes(bits)
@@ -156,3 +156,12 @@ def test_a_wrong_command_line_is_answered_with_the_usage(words, capsys):
     with pytest.raises(SystemExit) as exit:
         main(words)
     assert exit.value.code == USER_ERROR and "usage: hf-cnllm" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path, capsys):
+    """Such as the demo's and the recipes' outputs."""
+    for name in ("merged/config.json", "adapter/adapter_config.json", "logs/other.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    assert main(["info", str(tmp_path)]) == USER_ERROR
+    assert capsys.readouterr().err.endswith(f"; these are: {tmp_path / 'adapter'}, {tmp_path / 'merged'}\n")

@@ -1,6 +1,5 @@
 """`hf-cnllm quantize`: what is saved loads again with the same answers, or nothing is written."""
 
-import importlib.util
 import json
 
 import pytest
@@ -33,6 +32,7 @@ def test_chatglm_in_its_own_format(family, bits, tiny, tmp_path, capsys):
 def test_the_generation_config_is_carried_along(tiny, tmp_path, monkeypatch):
     """Baichuan's, by way of a stand-in for a method that saves floats."""
     monkeypatch.setitem(quantize.METHODS, "bitsandbytes", lambda bits, dtype: None)
+    monkeypatch.setattr(quantize, "linear_layers", lambda model: {})
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: object())
     assert main(["quantize", str(tiny("baichuan")), str(tmp_path / "out"), "--bits", "8"]) == 0
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
@@ -40,22 +40,37 @@ def test_the_generation_config_is_carried_along(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="the lane `quantized` installs bitsandbytes"
-)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", ["baichuan", "qwen", "glm", "chatglm2"])
-def test_the_others_by_bitsandbytes(family, bits, tiny, tmp_path):
+@pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 4), ("bitsandbytes", 8), ("torchao", 8)])
+@pytest.mark.parametrize("family", ["baichuan", "qwen", "glm", "chatglm", "chatglm2", "chatglm3"])
+def test_every_family_by_a_library(family, method, bits, tiny, tmp_path, capsys):
+    pytest.importorskip(method, reason="the lane `quantized` installs it")
     output = tmp_path / "out"
-    words = [str(tiny(family)), str(output), "--bits", str(bits), "--method", "bitsandbytes"]
+    words = [str(tiny(family)), str(output), "--bits", str(bits), "--method", method]
     assert main(["quantize", *words]) == 0
+    assert f"in {bits} bits by {method}" in capsys.readouterr().out
     auto_class = transformers.AutoModelForSeq2SeqLM if family == "glm" else AutoModelForCausalLM
-    assert auto_class.from_pretrained(output).config.quantization_config.quant_method == "bitsandbytes"
-    assert (
-        sum(f.stat().st_size for f in output.glob("*.safetensors"))
-        < (tiny(family) / "model.safetensors").stat().st_size
-    )
+    found, floats = (auto_class.from_pretrained(folder).eval() for folder in (output, tiny(family)))
+    assert found.config.quantization_config.quant_method == method
+    sizes = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (output, tiny(family)))
+    assert next(sizes) < next(sizes)
+    if bits == 8:
+        inputs = AutoTokenizer.from_pretrained(output)("今天天气很好[gMASK]", return_tensors="pt")
+        if family == "glm":
+            inputs = AutoTokenizer.from_pretrained(output).build_inputs_for_generation(inputs, targets=["。"])
+        inputs = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
+        with torch.no_grad():
+            logits, wanted = found(**inputs).logits.float(), floats(**inputs).logits.float()
+        assert 0 < (logits - wanted).abs().max() < 0.1 * wanted.abs().max()
     assert main(["verify", str(output)]) == 0
+
+
+@pytest.mark.slow
+def test_layers_that_a_library_passes_over_are_told_and_nothing_is_written(tiny, tmp_path, capsys):
+    """torchao's INT4 needs widths that 128 divides, and skips the others in silence."""
+    pytest.importorskip("torchao", reason="the lane `quantized` installs it")
+    said = refused([tiny("baichuan"), tmp_path / "out", "--bits", 4, "--method", "torchao"], capsys)
+    assert "torchao leaves 20 of 21 linear layers as they are, the first model.layers.0." in said
+    assert not list(tmp_path.iterdir())
 
 
 def refused(words, capsys):
@@ -75,9 +90,9 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny, tmp_path, caps
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-def test_a_quantised_checkpoint_is_refused(tiny, tmp_path, capsys):
+def test_a_quantized_checkpoint_is_refused(tiny, tmp_path, capsys):
     assert main(["quantize", str(tiny("chatglm2")), str(tmp_path / "first"), "--bits", "8"]) == 0
-    assert "quantised already" in refused([tmp_path / "first", tmp_path / "out", "--bits", 4], capsys)
+    assert "quantized already" in refused([tmp_path / "first", tmp_path / "out", "--bits", 4], capsys)
 
 
 def test_a_library_that_fails_is_one_line_and_nothing_stays(tiny, tmp_path, capsys, monkeypatch):
@@ -88,12 +103,12 @@ def test_a_library_that_fails_is_one_line_and_nothing_stays(tiny, tmp_path, caps
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
     said = refused([tiny("chatglm2"), tmp_path / "out", "--bits", 4], capsys)
     assert said.endswith(
-        "chatglm cannot quantise this checkpoint to 4 bits and save it on this machine: this kernel is not here"
+        "chatglm cannot quantize this checkpoint to 4 bits and save it on this machine: this kernel is not here"
     )
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights_are_not_quantised(tiny, tmp_path, capsys):
+def test_damaged_weights_are_not_quantized(tiny, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny("chatglm2"))
     with torch.no_grad():
         model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight[3, 3] = float("nan")

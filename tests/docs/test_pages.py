@@ -27,3 +27,15 @@ def test_every_page_is_in_the_navigation():
     navigation = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
     assert {page for page in pages if not page.endswith(".zh.md")} == set(navigation)
     assert {page.replace(".zh.md", ".md") for page in pages} == set(navigation)
+
+
+def test_what_was_measured_is_the_same_in_both_languages():
+    english, chinese = ((ROOT / "docs" / f"quantization{suffix}.md").read_text() for suffix in ("", ".zh"))
+    rows = re.findall(r"^\| \w+ \| [\w-]+ \| \d+ of \d+ \|.*$", english, flags=re.M)
+    assert len(rows) > 40 and rows == re.findall(r"^\| \w+ \| [\w-]+ \| \d+ of \d+ \|.*$", chinese, flags=re.M)
+
+
+def test_modules_that_pages_run_are_there():
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "README.zh.md"]:
+        for name in set(re.findall(r"-m (hf_cnllm(?:\.\w+)+)", path.read_text(encoding="utf-8"))):
+            assert ROOT.joinpath("src", *name.split(".")).with_suffix(".py").is_file(), f"{path.name}: {name}"

@@ -7,8 +7,9 @@ from torch import nn
 
 from hf_cnllm import ChatGLMQuantizationConfig
 from hf_cnllm.auto import FAMILIES, Shape, family_with
+from hf_cnllm.cli.quantize import linear_layers
 from hf_cnllm.loss.norm_head import NormHead
-from quantization_table import METHODS, is_installed, linear_layers
+from quantization_table import METHODS, is_installed
 
 SHAPE = Shape(hidden_size=128, layers=1, heads=4, ffn_size=128, vocab_size=96)
 ARCHITECTURES = [name for family in FAMILIES for name in family.architectures]

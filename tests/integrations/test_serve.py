@@ -67,6 +67,25 @@ def test_a_chat_has_the_answers_of_generate(layout, folder, server):
         messages.append({"role": "assistant", "content": answer})
 
 
+@pytest.mark.parametrize(("family", "end"), [("qwen", "<|im_end|>"), ("chatglm3", "<|user|>")])
+def test_a_reply_ends_where_the_template_ends_it(family, end, tmp_path, server):
+    """The files of these on the Hub stop elsewhere."""
+    folder = tmp_path / family
+    write_tiny_checkpoint(family, folder)
+    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(end)
+    config = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert token not in torch.tensor(config.eos_token_id)
+    client = openai.OpenAI(base_url=server, api_key="none")
+    completion = client.chat.completions.create(
+        model=str(folder),
+        messages=[{"role": "user", "content": QUESTIONS[0]}],
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        logit_bias={str(token): 100.0},
+    )
+    assert completion.choices[0].finish_reason == "stop" and completion.usage.completion_tokens == 1
+
+
 @pytest.mark.slow
 def test_a_port_in_use_is_said_in_one_line(server):
     port = server.removesuffix("/v1").rpartition(":")[2]

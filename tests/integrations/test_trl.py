@@ -35,7 +35,7 @@ def model(request, tokenizer):
     )  # fmt: skip
     model = hf_cnllm.BaichuanForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.raw_weight.mul_(torch.rand(len(tokenizer), 1) * 9 + 1)  # rows far from normalised
+        model.lm_head.raw_weight.mul_(torch.rand(len(tokenizer), 1) * 9 + 1)  # rows far from normalized
     return model
 
 

@@ -120,7 +120,7 @@ def test_a_frozen_head_backpropagates_after_inference_mode():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 11])
-def test_new_rows_lie_around_the_mean_of_the_normalised_ones(count):
+def test_new_rows_lie_around_the_mean_of_the_normalized_ones(count):
     torch.manual_seed(0)
     weight = torch.randn(50, 16) * torch.rand(50, 1) + 0.3
     rows = rows_around_mean(weight, count)

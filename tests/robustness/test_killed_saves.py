@@ -207,8 +207,8 @@ def test_other_numbers_of_shards(golden, whole, tally, tmp_path):
 @sample_or_whole
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_over_float(bits, whole, tally, tmp_path):
-    """A quantised model saved over the one it was made from: integers and floats never load together."""
-    tally.part, tally.name = PART, "a quantised model over the float one"
+    """A quantized model saved over the one it was made from: integers and floats never load together."""
+    tally.part, tally.name = PART, "a quantized model over the float one"
     golden = "chatglm2_6b"
     old, _ = two_models(golden)
     save_sharded(old, tmp_path / "old")

@@ -99,7 +99,7 @@ def test_broken_weights_end_generation(golden, tally):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norm_head(dtype, training, tally):
-    """Rows and hidden states of large norms: logits, loss and gradients are those in fp32, which normalises the rows."""
+    """Rows and hidden states of large norms: logits, loss and gradients are those in fp32, which normalizes the rows."""
     tally.part, tally.name = PART, "NormHead in half precision"
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     for norm in (1e-3, 1.0, 30.0, 300.0, 3000.0, 30_000.0):

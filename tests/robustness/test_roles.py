@@ -205,7 +205,7 @@ OWN_DOORS: dict[str, dict[str, Door]] = {
 @sample_or_whole
 @every_chat
 def test_texts_on_the_way_in(name, whole, tally):
-    tally.part, tally.name = PART, "tokenised and rendered chats"
+    tally.part, tally.name = PART, "tokenized and rendered chats"
     tokenizer = tokenizer_of(name)
     all_doors = doors(name)
     harmless = {door: controls(name, enter(tokenizer, HARMLESS)) for door, enter in all_doors.items()}

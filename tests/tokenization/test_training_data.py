@@ -49,7 +49,7 @@ def trainer_for(learner, dataset, tmp_path, **arguments):
     )
 
 
-def labelled(trainer, row: int = 0) -> list[int]:
+def labeled(trainer, row: int = 0) -> list[int]:
     labels = trainer.data_collator([trainer.train_dataset[row]])["labels"][0].tolist()
     return [label for label in labels if label != -100]
 
@@ -61,7 +61,7 @@ def test_loss_on_the_answers_only(learner, tmp_path):
     assert ids == tokenizer.apply_chat_template(CHAT)["input_ids"]
     assert [index for index in ids if index in (2, 195, 196)] == [195, 196, 195, 196, 2]
     answers = [tokenizer.encode_message(turn["content"]) for turn in CHAT if turn["role"] == "assistant"]
-    assert labelled(trainer) == [*answers[0], *answers[1], tokenizer.eos_token_id]
+    assert labeled(trainer) == [*answers[0], *answers[1], tokenizer.eos_token_id]
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and losses[1] < losses[0]
@@ -71,5 +71,5 @@ def test_prompt_and_completion(learner, tmp_path, caplog):
     _, tokenizer = learner
     data = {"prompt": [CHAT[:-1]] * 2, "completion": [CHAT[-1:]] * 2}
     trainer = trainer_for(learner, data, tmp_path)
-    assert labelled(trainer) == [*tokenizer.encode_message(CHAT[-1]["content"]), tokenizer.eos_token_id]
+    assert labeled(trainer) == [*tokenizer.encode_message(CHAT[-1]["content"]), tokenizer.eos_token_id]
     assert "not a prefix" not in caplog.text

@@ -39,7 +39,7 @@ from .._compat import (
 )
 from .alibi_flash import FlashAlibi, alibi_flash_attention, make_flash_alibi
 from .flex import fixed_size
-from .masks import AttentionMask, follow_restarts, read_mask
+from .masks import TENSOR_MASK_BACKENDS, AttentionMask, follow_restarts, read_mask
 
 
 class FoldedAlibi(NamedTuple):
@@ -208,7 +208,7 @@ def prepare_alibi_mask(
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
     """The mask of a compiled step with a static cache, made outside of it; `attention_mask` itself where the forward
     pass is to make it: in prompts, which are not compiled, and for flash and flex attention."""
-    if inputs_embeds.shape[1] > 1 or config._attn_implementation not in ("eager", "sdpa"):
+    if inputs_embeds.shape[1] > 1 or config._attn_implementation not in TENSOR_MASK_BACKENDS:
         return attention_mask
     return {PREPARED: create_alibi_mask(config, inputs_embeds, attention_mask, cache)}
 

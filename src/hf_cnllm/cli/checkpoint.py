@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..auto import FAMILIES, Family, family_of
 
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIGS = ("config.json", ADAPTER_CONFIG)
 
 
 class Elsewhere(NamedTuple):
@@ -134,7 +135,9 @@ def _is_path(name: str) -> bool:
 def _read_config(name: str, folder: Path | None) -> Mapping[str, Any]:
     if folder is not None:
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{name} is no checkpoint: it has neither config.json nor {ADAPTER_CONFIG}")
+            inside = sorted(str(file.parent) for file in folder.glob("*/*config.json") if file.name in CONFIGS)
+            hint = f"; these are: {', '.join(dict.fromkeys(inside))}" if inside else ""
+            raise FileNotFoundError(f"{name} is no checkpoint: it has neither {' nor '.join(CONFIGS)}{hint}")
         return _as_object(folder / "config.json")
     try:
         return PreTrainedConfig.get_config_dict(name)[0]

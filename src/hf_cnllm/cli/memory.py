@@ -15,7 +15,7 @@ class Sizes(NamedTuple):
     """Counts of one model."""
 
     parameters: int
-    linear_weights: int  # of the layers, which is what quantisation makes smaller
+    linear_weights: int  # of the layers, which is what quantization makes smaller
     linear_rows: int
     key_value_size: int  # numbers in the cache for each token
     learned_keys: int  # places in the cache of P-tuning v2
@@ -44,7 +44,7 @@ def stored_bytes(config: Any) -> int | None:
 
 
 def sizes_of(config: Any) -> Sizes:
-    """Counts of the model that a configuration describes, as if it were not quantised."""
+    """Counts of the model that a configuration describes, as if it were not quantized."""
     config = deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

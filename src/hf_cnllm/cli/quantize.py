@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from .._compat import logging
@@ -55,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise, save and look at what was saved.
+    """Quantize, save and look at what was saved.
 
     Raises:
-        ValueError: the checkpoint is quantised already, an adapter, or of another family; the method does not do it.
+        ValueError: the checkpoint is quantized already, an adapter, or of another family; the method does not do it.
         ImportError: the method's package is missing.
         FileExistsError: OUT is there.
     """
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(source)
     try:
         model = auto_class.from_pretrained(source, dtype=dtype, quantization_config=METHODS[method](args.bits, dtype))
+        if method != "chatglm":  # which knows its layers
+            _check_that_all_are(model, method)
         with staged_folder(args.output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -82,21 +85,43 @@ def run(args: argparse.Namespace) -> int:
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:  # what libraries raise
         raise ValueError(
-            f"{method} cannot quantise this checkpoint to {args.bits} bits and save it on this machine: {one_line(error)}"
+            f"{method} cannot quantize this checkpoint to {args.bits} bits and save it on this machine: {one_line(error)}"
         ) from error
     print(f"{args.output}: {in_words(size)} of weights, in {args.bits} bits by {method}")
     return 0
+
+
+def linear_layers(model: nn.Module) -> dict[str, bool]:
+    """Name of each linear layer, by whatever class -> whether its weight is an ordinary float matrix."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            weight = module._parameters.get("weight")
+            found[name] = type(weight) is nn.Parameter and weight.is_floating_point()
+    return found
+
+
+def _check_that_all_are(model: Any, method: str) -> None:
+    """Refuses a model with layers, beside its head, that the method has passed over without a word."""
+    layers, head = linear_layers(model), model.get_output_embeddings()
+    left = [name for name, is_float in layers.items() if is_float and model.get_submodule(name) is not head]
+    if left:
+        raise ValueError(
+            f"{method} leaves {len(left)} of {len(layers)} linear layers as they are, the first {left[0]} of width "
+            f"{model.get_submodule(left[0]).in_features}: it takes widths that its groups of weights divide. Use another "
+            "number of bits or another method."
+        )
 
 
 def _method(checkpoint: Checkpoint, asked: str | None) -> str:
     if checkpoint.adapter:
         raise ValueError(f"{checkpoint.adapter} is an adapter: merge it into {checkpoint.name} and save that first")
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        raise ValueError(f"{checkpoint.name} is quantised already")
+        raise ValueError(f"{checkpoint.name} is quantized already")
     is_chatglm = checkpoint.config.model_type == "chatglm"
     method = asked or ("chatglm" if is_chatglm else "bitsandbytes")
     if method == "chatglm" and not is_chatglm:
         raise ValueError("the method chatglm is ChatGLM's own format: choose another")
     if method != "chatglm" and importlib.util.find_spec(method) is None:
-        raise ImportError(f"{method} is missing, which quantises this family: pip install {method}")
+        raise ImportError(f"{method} is missing, which quantizes this family: pip install {method}")
     return method

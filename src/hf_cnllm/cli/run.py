@@ -2,7 +2,8 @@
 
 `hf-cnllm run trl sft …` runs a console script of an installed package, `hf-cnllm run -m lm_eval …` a module and
 `hf-cnllm run train.py …` a file, each in this process and as if started without us: `sys.argv`, exit codes, signals and
-errors are the tool's own. Launchers that start further processes are told to start them through here too.
+errors are the tool's own. Launchers that start further processes are told to start them through here too, and the models of
+`transformers serve` stop where a reply of a chat ends.
 """
 
 import argparse
@@ -17,6 +18,11 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedModel
+
+from .._compat import name_in_transformers
+from ..auto import FAMILIES
+from ..data.conversations import reply_end_ids
 from ..recipes import config_file
 
 
@@ -134,11 +140,37 @@ def _our_config_file(options: list[str]) -> list[str]:
     return words
 
 
-LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
+# --- transformers serve -----------------------------------------------------------------------------------------------
+
+
+class ForChats:
+    """Stands for a model class where a server of chats loads it: its models stop where the chat template ends a reply, which
+    the files of Qwen-Chat and ChatGLM3 on the Hub do not say. GLM, which has no chats, is refused by its tokenizer."""
+
+    def __init__(self, model_class: type[PreTrainedModel]):
+        self.model_class, self.__name__ = model_class, model_class.__name__
+
+    def from_pretrained(self, name: str, **options: Any) -> PreTrainedModel:
+        model = self.model_class.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=options.get("revision"))
+        model.generation_config.eos_token_id = reply_end_ids(tokenizer, model.generation_config)
+        return model
+
+
+def _transformers(arguments: list[str]) -> list[str]:
+    if arguments[:1] == ["serve"]:
+        for family in FAMILIES:
+            model_class = family.models[family.generates_with]
+            name_in_transformers(ForChats(model_class), in_place_of=model_class)
+    return arguments
+
+
+LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {  # what is done first, and the arguments that come of it
     "accelerate": _accelerate,
     "accelerate-launch": _accelerate_launch,
     "accelerate.commands.launch": _accelerate_launch,
     "torch.distributed.run": _torchrun,
     "torchrun": _torchrun,
+    "transformers": _transformers,
     "trl": _trl,
 }

@@ -57,7 +57,7 @@ def check_weight_files(files: Sequence[str], expected: Mapping[str, torch.dtype]
             if kinds.get(key, kind) != kind:
                 advice = "The file is damaged, or of another checkpoint: download or save it again."
                 if f"{name}_scale" in stored:
-                    advice = "It holds quantised weights of ChatGLM, and config.json does not say so: set `quantization_bit`."
+                    advice = "It holds quantized weights of ChatGLM, and config.json does not say so: set `quantization_bit`."
                 raise ValueError(f"`{name}` holds {kind} in {file}, where this model has {kinds[key]}. {advice}")
             if key in kinds and key in found:
                 raise ValueError(f"`{name}` is both in {found[key]} and in {file.name}. {MIXED}")

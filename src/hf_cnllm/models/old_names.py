@@ -29,6 +29,12 @@ QUANTIZE_WHILE_LOADING = instead_use(
 )
 
 
+NO_CHATS = (
+    "GLM has no form for chats, it fills blanks: put `[gMASK]` behind the question and let "
+    "hf_cnllm.infill(model, tokenizer, text) or tokenizer.build_inputs_for_generation ask it."
+)
+
+
 class InnerTokenizer:
     """A part of a tokenizer that scripts know as `tokenizer.tokenizer`. What else is asked of it the whole one answers, as
     `transformers serve` takes whatever has that name for a processor with a tokenizer in it."""

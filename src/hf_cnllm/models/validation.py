@@ -20,7 +20,7 @@ from ..attention.masks import is_readable
 
 # What embedding tables take.
 ID_DTYPES = (torch.int64, torch.int32)
-# From here on fp32, in which angles are computed, rounds neighbouring positions to the same number.
+# From here on fp32, in which angles are computed, rounds neighboring positions to the same number.
 POSITION_LIMIT = 2**24
 # Arguments of the originals that these models do not compute with.
 NOT_COMPUTED = {

@@ -6,7 +6,7 @@ of two kinds: for single characters, and for every spelling of a composed charac
 The Rust `Precompiled` normalizer looks rules up for whole grapheme clusters and takes the shortest one that fits, which
 is right only where a cluster is one character. So the clusters are taken apart for it, and NFC does the composing:
 
-1. `BORDER`, which no rule knows, goes wherever the rules do not compose two neighbours though NFC might;
+1. `BORDER`, which no rule knows, goes wherever the rules do not compose two neighbors though NFC might;
 2. `APART`, another such character, goes between the characters of every cluster;
 3. `Precompiled` applies the rules for single characters;
 4. `APART` goes, and NFC composes what is left adjacent: the result of the longest rule, since all are compositions;

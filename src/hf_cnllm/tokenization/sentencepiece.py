@@ -8,7 +8,7 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 | SentencePiece                                    | here                                                       |
 |--------------------------------------------------|------------------------------------------------------------|
 | normalizer (compiled rules, spaces, `▁` prefix)  | `build_normalizer`, rules in `charsmap`                    |
-| BPE: merge the neighbours whose union has the    | merges = every split of each normal piece, best score      |
+| BPE: merge the neighbors whose union has the    | merges = every split of each normal piece, best score      |
 | best score, whatever they were made of           | first                                                      |
 | BPE: user-defined symbols leave before any merge | a `Split` isolates them, `ignore_merges` looks them up     |
 | Unigram: a symbol always wins                    | its score is `length * best - 0.1`, as in the original     |

@@ -1,4 +1,4 @@
-"""ChatGLM2 and ChatGLM3 for vLLM. Integer weights of the line's quantised checkpoints become floats when they are loaded."""
+"""ChatGLM2 and ChatGLM3 for vLLM. Integer weights of the line's quantized checkpoints become floats when they are loaded."""
 
 import torch
 from vllm.config import VllmConfig
@@ -67,5 +67,5 @@ class ChatGLMForConditionalGeneration(DecoderForCausalLM):
                 yield f"{module}.weight", dequantize_rows(integers, scale, bits, self.dtype)
         if waiting:
             raise ValueError(
-                f"`{min(waiting)}` has a quantised weight without its `weight_scale`, or one without the other."
+                f"`{min(waiting)}` has a quantized weight without its `weight_scale`, or one without the other."
             )

@@ -25,7 +25,7 @@ class OwnConvertor(Convertor):
         return longest(self.hf_config)
 
     def get_quantization_config(self) -> Any:
-        """None for the integers of ChatGLM's own checkpoints, which are dequantised when they are loaded."""
+        """None for the integers of ChatGLM's own checkpoints, which are dequantized when they are loaded."""
         config = super().get_quantization_config()
         return None if config and config["quant_method"] == QUANT_METHOD else config
 

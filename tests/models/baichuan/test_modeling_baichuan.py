@@ -172,7 +172,7 @@ def test_a_model_on_the_meta_device_tells_its_shapes(name):
         assert model(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, model.config.vocab_size)
 
 
-def test_nothing_is_left_uninitialised_by_meta_loading():
+def test_nothing_is_left_uninitialized_by_meta_loading():
     model = load("baichuan2_7b")
     reference = BaichuanForCausalLM(model.config)
     for name, buffer in reference.named_buffers():

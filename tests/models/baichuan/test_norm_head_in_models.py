@@ -27,7 +27,7 @@ def test_golden_norm_head_without_the_originals_writes(name, backend):
 
     case = cases_of(name)["normhead_eval_train_eval"]
     model.lm_head.raw_weight.mul_(3)
-    # The second recorded result of 7B is a bug: it used the weight as it was. Normalised rows have no scale.
+    # The second recorded result of 7B is a bug: it used the weight as it was. Normalized rows have no scale.
     for training in (True, False):
         assert_close(model.train(training)(case.inputs["input_ids"]).logits, case.outputs["logits_train"])
 

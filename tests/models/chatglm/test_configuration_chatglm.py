@@ -23,7 +23,7 @@ def read(tmp_path, values: dict, **overrides) -> ChatGLMConfig:
 
 
 @pytest.mark.parametrize("path", sorted(GOLDENS.glob("chatglm*")), ids=lambda path: path.name)
-def test_the_goldens_are_recognised_and_survive_a_save(path, tmp_path):
+def test_the_goldens_are_recognized_and_survive_a_save(path, tmp_path):
     config = AutoConfig.from_pretrained(path)
     assert config.architecture == ("chatglm" if path.name.startswith("chatglm_6b") else "chatglm2")
     assert config.early_positions == (path.name == "chatglm_6b_150k" if config.architecture == "chatglm" else None)

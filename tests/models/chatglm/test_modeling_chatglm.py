@@ -28,7 +28,7 @@ from hf_cnllm.models.chatglm import modeling_chatglm
 
 CHECKPOINTS = ("chatglm_6b_3layer", "chatglm_6b_ptuning", "chatglm_6b_ptuning_proj")
 DEEP = ("chatglm_6b", "chatglm_6b_150k")
-QUANTISED = ("chatglm_6b_3layer_int8", "chatglm_6b_3layer_int4", "chatglm_6b_3layer_int4_qe")
+QUANTIzED = ("chatglm_6b_3layer_int8", "chatglm_6b_3layer_int4", "chatglm_6b_3layer_int4_qe")
 PTUNING = ("chatglm_6b_ptuning", "chatglm_6b_ptuning_proj")
 MASK, GMASK, SMASK, BOS, PAD = 140, 141, 142, 144, 3
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
@@ -76,8 +76,8 @@ def test_golden_of_all_layers(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", golden_cases(*QUANTISED))
-def test_golden_of_quantised_checkpoints(case, backend):
+@pytest.mark.parametrize("case", golden_cases(*QUANTIzED))
+def test_golden_of_quantized_checkpoints(case, backend):
     check_chatglm1_case(golden_model(AutoModelForSeq2SeqLM, case, backend, dtype=torch.float32), case)
 
 

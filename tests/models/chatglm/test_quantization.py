@@ -1,4 +1,4 @@
-"""The ChatGLM line's quantised checkpoints: the originals' numbers, the same files from `quantize`, and bad files."""
+"""The ChatGLM line's quantized checkpoints: the originals' numbers, the same files from `quantize`, and bad files."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_golden_of_chatglm1(name, backend):
 
 @pytest.mark.parametrize("name", [*CHATGLM2, *CHATGLM1])
 @torch.no_grad()
-def test_dequantised_in_half_precision_is_what_the_originals_gpu_kernels_compute(name):
+def test_dequantized_in_half_precision_is_what_the_originals_gpu_kernels_compute(name):
     case = next(iter(cases_of(name).values()))
     model = load(name)
     assert model.dtype == torch.float16 and model.config.quantization_bit
@@ -97,18 +97,18 @@ def test_quantize_writes_the_originals_file(name, tmp_path):
     assert all(torch.equal(tensor, floats.state_dict()[key]) for key, tensor in again.state_dict().items())
 
 
-def test_quantising_while_loading(tmp_path):
+def test_quantizing_while_loading(tmp_path):
     config = ChatGLMQuantizationConfig(bits=4)
     model = load("chatglm2_6b", dtype=torch.float16, quantization_config=config)
     original = load_file(GOLDENS / "chatglm2_6b_int4" / "model.safetensors")
     assert all(torch.equal(tensor, original[key]) for key, tensor in model.state_dict().items())
     assert model.quantize(4) is model and model.quantize(0) is model
-    with pytest.raises(ValueError, match=r"quantised already .* call model.dequantize\(\) first"):
+    with pytest.raises(ValueError, match=r"quantized already .* call model.dequantize\(\) first"):
         model.quantize(8)
 
 
 @torch.no_grad()
-def test_a_model_that_cannot_be_quantised_stays_as_it_was():
+def test_a_model_that_cannot_be_quantized_stays_as_it_was():
     model = load("chatglm2_6b", dtype=torch.float32)
     model.get_submodule(LINEAR).weight[3, 2] = float("nan")
     with pytest.raises(ValueError, match=rf"`{LINEAR}.weight` holds NaN or infinite values \(in row 3\)"):
@@ -233,7 +233,7 @@ def test_the_hubs_pickled_weight_files_load(tmp_path):
         ("chatglm2_6b_int4", {"quantization_bit": 8}, {}, "`quantization_bit` 8 needs integers of shape"),
         ("chatglm2_6b_int8", {"quantization_bit": 4}, {}, "`quantization_bit` 4 needs integers of shape"),
         ("chatglm2_6b", {"quantization_bit": 8}, {}, "holds floats of shape .* needs integers"),
-        ("chatglm2_6b_int8", {"quantization_bit": None}, {}, "holds quantised weights .* set `quantization_bit`"),
+        ("chatglm2_6b_int8", {"quantization_bit": None}, {}, "holds quantized weights .* set `quantization_bit`"),
     ],
 )  # fmt: skip
 def test_bad_files_are_named(name, config, tensors, complaint, weights, tmp_path):

@@ -74,7 +74,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(wrong):
     weight = torch.randn(5, 8)
     refuse_unfit_weights({"a": weight})
     weight[3, 2] = wrong
-    with pytest.raises(ValueError, match=r"`a` holds NaN or infinite values \(in row 3\), which cannot be quantised"):
+    with pytest.raises(ValueError, match=r"`a` holds NaN or infinite values \(in row 3\), which cannot be quantized"):
         refuse_unfit_weights({"a": weight})
 
 
@@ -88,7 +88,7 @@ def test_a_row_of_zeros_stays_zero(bits):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dequantising_rounds_the_exact_product_once(bits, dtype):
+def test_dequantizing_rounds_the_exact_product_once(bits, dtype):
     quantized, scale = quantize_rows(torch.randn(6, 8).half(), bits)
     integers = unpack_int4(quantized) if bits == 4 else quantized
     exact = integers.double() * scale.double()[:, None]
@@ -97,7 +97,7 @@ def test_dequantising_rounds_the_exact_product_once(bits, dtype):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_layer_is_a_linear_layer_with_the_dequantised_weight(bits, bias):
+def test_the_layer_is_a_linear_layer_with_the_dequantized_weight(bits, bias):
     linear = nn.Linear(16, 6, bias=bias).double()
     layer = QuantizedLinear.like(linear, bits).quantize_from(linear)
     naive = layer.dequantize(torch.float64)
@@ -135,7 +135,7 @@ def test_under_autocast_forward_and_backward():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_embedding_looks_up_the_dequantised_rows(bits):
+def test_the_embedding_looks_up_the_dequantized_rows(bits):
     embedding = nn.Embedding(10, 8)
     layer = QuantizedEmbedding.like(embedding, bits).quantize_from(embedding)
     ids = torch.tensor([[3, 0, 9]])
@@ -151,7 +151,7 @@ def test_an_odd_number_of_inputs_does_not_pack():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_cuda_dequantises_as_the_cpu_does(bits, dtype):
+def test_cuda_dequantizes_as_the_cpu_does(bits, dtype):
     quantized, scale = quantize_rows(torch.randn(64, 32).half(), bits)
     on_cpu = dequantize_rows(quantized, scale, bits, dtype)
     assert torch.equal(dequantize_rows(quantized.cuda(), scale.cuda(), bits, dtype).cpu(), on_cpu)

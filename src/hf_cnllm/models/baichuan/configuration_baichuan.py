@@ -46,7 +46,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
         max_position_embeddings: trained length in tokens of a RoPE model. Its presence in a checkpoint says RoPE.
         model_max_length: trained length in tokens of an ALiBi model; longer inputs work.
         position_embedding: `"rope"` or `"alibi"`; default: from the two lengths above.
-        norm_head: whether the output head normalises its rows (NormHead, Baichuan 2 report, section 2.4); default:
+        norm_head: whether the output head normalizes its rows (NormHead, Baichuan 2 report, section 2.4); default:
             from `vocab_size`, and for other sizes from `tokenizer_class`, which only Baichuan2's files carry; another
             class there is an error.
         z_loss_weight: weight of the max-z loss (Baichuan 2 report, equation 2; the report trains with 2e-4). 0 is off.

@@ -1,5 +1,5 @@
 """Baichuan 1 and 2 (arXiv 2309.10305): a Llama with one packed q | k | v projection, and, by configuration, ALiBi
-instead of RoPE (the 13B models) and a row-normalised output head (Baichuan2)."""
+instead of RoPE (the 13B models) and a row-normalized output head (Baichuan2)."""
 
 from collections.abc import Callable
 

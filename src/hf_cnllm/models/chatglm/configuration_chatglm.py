@@ -5,7 +5,6 @@
   rotary positions, in `modeling_chatglm2.py`.
 """
 
-from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -16,7 +15,7 @@ from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
 
-# Keys that only one of the two originals has: what an unlabelled checkpoint is recognised by.
+# Keys that only one of the two originals has: what an unlabeled checkpoint is recognized by.
 DECISIVE_KEYS = {
     "chatglm": ("position_encoding_2d", "inner_hidden_size"),
     "chatglm2": ("ffn_hidden_size", "multi_query_attention", "kv_channels"),
@@ -109,7 +108,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def __new__(cls, *args, **kwargs):
         # A configuration is often made from keywords alone, which say which one only now.
-        return super().__new__(_recognise(kwargs, default="chatglm2") if cls is ChatGLMConfig else cls)
+        return super().__new__(_recognize(kwargs, default="chatglm2") if cls is ChatGLMConfig else cls)
 
     def __post_init__(self, **kwargs):
         self.architecture = next(name for name, config in ARCHITECTURES.items() if isinstance(self, config))
@@ -158,10 +157,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_class = cls
         if config_dict.get("model_type") in (None, cls.model_type):
-            config_class = _recognise(config_dict | kwargs)
-            # Overrides take part in the decisions, so they must be there when the configuration is built.
-            names = {field.name for field in fields(config_class)} - {"dtype"}
-            config_dict = config_dict | {name: value for name, value in kwargs.items() if name in names}
+            config_class = _recognize(config_dict | kwargs)
             if not kwargs.keys().isdisjoint(SIZES_FOLLOW_FROM):  # what a saved file says of them gives way
                 config_dict = {k: v for k, v in config_dict.items() if k in kwargs or k not in SIZES}
         return super(ChatGLMConfig, config_class).from_dict(config_dict, **kwargs)
@@ -177,7 +173,7 @@ class ChatGLM1Config(ChatGLMConfig):
             Whether the output head is the embedding. The checkpoint's `config.json` does not say so, but its code ran
             where that was the default. A file with two different matrices loads untied.
         inner_hidden_size, max_sequence_length, position_encoding_2d, quantization_embeddings:
-            Width of the MLP; trained length; 2-D or plain positions; whether the word embeddings are quantised too (and
+            Width of the MLP; trained length; 2-D or plain positions; whether the word embeddings are quantized too (and
             then serve as the output projection).
         mask_token_id, gmask_token_id, smask_token_id (`int`, *optional*):
             Ids of `[MASK]`, `[gMASK]` and (ours) `[sMASK]`. Left out, they are known for the two published vocabulary
@@ -304,7 +300,7 @@ class ChatGLM2Config(ChatGLMConfig):
 ARCHITECTURES: dict[str, type[ChatGLMConfig]] = {"chatglm": ChatGLM1Config, "chatglm2": ChatGLM2Config}
 
 
-def _recognise(values: dict[str, Any], default: str | None = None) -> type[ChatGLMConfig]:
+def _recognize(values: dict[str, Any], default: str | None = None) -> type[ChatGLMConfig]:
     """The configuration class for these values, by their `architecture` or else by their decisive keys."""
     if (architecture := values.get("architecture")) is None:
         seen = {name: [key for key in keys if values.get(key) is not None] for name, keys in DECISIVE_KEYS.items()}

@@ -181,7 +181,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     params_dtype = property(lambda model: model.dtype)
 
     _input_embed_layer = "word_embeddings"
-    # A head's q | k | v are neighbours, so shards of the projection are whole heads.
+    # A head's q | k | v are neighbors, so shards of the projection are whole heads.
     _tp_plan = {
         "word_embeddings": "embedding_rowwise",
         "layers.*.attention.query_key_value": "colwise",

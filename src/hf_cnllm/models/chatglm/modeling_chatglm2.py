@@ -24,7 +24,7 @@ from ..._compat import (
     slice_logits_to_keep,
     takes_cache,
 )
-from ...attention.masks import create_causal_mask, positions_in_sequences
+from ...attention.masks import TENSOR_MASK_BACKENDS, create_causal_mask, positions_in_sequences
 from ...loss.head import loss_and_logits
 from ..chat import History, as_messages
 from ..old_names import FromConfig, instead_use
@@ -411,7 +411,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
         is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
-        if config._attn_implementation not in ("eager", "sdpa") or (self.learned_keys and is_empty(cache)):
+        if config._attn_implementation not in TENSOR_MASK_BACKENDS or (self.learned_keys and is_empty(cache)):
             return attention_mask
         return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, self.learned_keys)
 

@@ -103,14 +103,14 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, empty_init=None, device=None, **kwargs):
-        """As in transformers; quantised weights without `quantization_bit` in the configuration are a ValueError. `device` is
+        """As in transformers; quantized weights without `quantization_bit` in the configuration are a ValueError. `device` is
         the originals' name for `device_map`, and `empty_init` has no effect."""
         if device is not None:
             kwargs.setdefault("device_map", device)
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if any(key.endswith(".weight_scale") for key in loading_info["unexpected_keys"]):
             raise ValueError(
-                "the checkpoint holds quantised weights (`weight_scale`), but its configuration does not say so: set "
+                "the checkpoint holds quantized weights (`weight_scale`), but its configuration does not say so: set "
                 "`quantization_bit` to 8 or 4"
             )
         model._freeze_for_prefix_tuning()  # loading replaces the parameters
@@ -130,7 +130,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         return quantize(self, bits, quantize_embeddings) if bits else self
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, *args, **kwargs):
-        """As in transformers, where quantised models save all of their weights, whatever `state_dict` says."""
+        """As in transformers, where quantized models save all of their weights, whatever `state_dict` says."""
         quantizer: Any = self.hf_quantizer if self._is_weight_only_quantized else None
         with quantizer.saving(state_dict) if quantizer else nullcontext():
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -140,7 +140,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
         """Whether the weights are ChatGLM's own INT8 or INT4."""
         return self._is_weight_only_quantized
 
-    # transformers refuses these on every quantised model; here the integers stay and everything else may follow, as in
+    # transformers refuses these on every quantized model; here the integers stay and everything else may follow, as in
     # the originals' scripts (`from_pretrained(...).half().cuda()`, `.float()`).
 
     def half(self, *args):
@@ -165,8 +165,8 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, QuantizedRows):
-            raise ValueError(f"quantised weights cannot be initialised, but some were not loaded: {module}")
-        if self._prefix_encoder is not None and module in self._prefix_encoder.initialised_as_in_torch():
+            raise ValueError(f"quantized weights cannot be initialized, but some were not loaded: {module}")
+        if self._prefix_encoder is not None and module in self._prefix_encoder.initialized_as_in_torch():
             module.reset_parameters()  # type: ignore[operator]
         else:
             super()._init_weights(module)

@@ -40,8 +40,8 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(config.pre_seq_len, all_layers)
             self.trans = nn.Identity()
 
-    def initialised_as_in_torch(self) -> list[nn.Module]:
-        """The parts that start from torch's own initialisation, as in the originals; the model's is much smaller."""
+    def initialized_as_in_torch(self) -> list[nn.Module]:
+        """The parts that start from torch's own initialization, as in the originals; the model's is much smaller."""
         return [self.embedding, *(part for part in self.trans.children() if isinstance(part, nn.Linear))]
 
     def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -19,13 +19,13 @@ from ...hub.weight_files import FLOATS, INTEGERS, stored_tensors
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows, refuse_unfit_weights
 
 QUANT_METHOD = "chatglm"
-# What the originals quantise in each layer; embeddings, norms, biases and heads stay floats.
+# What the originals quantize in each layer; embeddings, norms, biases and heads stay floats.
 LAYER_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 @registers_quantization(QUANT_METHOD)
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
-    """How a ChatGLM checkpoint is quantised.
+    """How a ChatGLM checkpoint is quantized.
 
     Args:
         bits: 8 or 4.
@@ -34,7 +34,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, bits: int = 8, quantize_embeddings: bool = False, **kwargs):
         if bits not in (4, 8):
-            raise ValueError(f"ChatGLM weights are quantised to 4 or 8 bits, not {bits}")
+            raise ValueError(f"ChatGLM weights are quantized to 4 or 8 bits, not {bits}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own methods only
         self.bits = bits
         self.quantize_embeddings = quantize_embeddings
@@ -61,7 +61,7 @@ class ChatGLMQuantizer(HfQuantizer):
             self.state_dict_to_save = None
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
-        """With a quantised embedding the head is stored too, though it is the same: the original code wants both."""
+        """With a quantized embedding the head is stored too, though it is the same: the original code wants both."""
         _, metadata = super().get_state_dict_and_metadata(model)
         state_dict = self.state_dict_to_save
         if self.quantization_config.quantize_embeddings:
@@ -76,7 +76,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """What is not quantised may be trained, as the originals' P-tuning scripts do over INT4 weights."""
+        """What is not quantized may be trained, as the originals' P-tuning scripts do over INT4 weights."""
         return True
 
     @property
@@ -91,7 +91,7 @@ class ChatGLMQuantizer(HfQuantizer):
         return model
 
     def _check_files(self, model: PreTrainedModel, checkpoint_files: list[str]):
-        """Says what is wrong with a quantised checkpoint before anything is loaded from it."""
+        """Says what is wrong with a quantized checkpoint before anything is loaded from it."""
         prefix = f"{model.base_model_prefix}."  # a headless model loads from a checkpoint with a head, and vice versa
         stored = {
             name.removeprefix(prefix): tensor
@@ -129,13 +129,13 @@ class ChatGLMQuantizer(HfQuantizer):
         return model
 
     def check_weights(self, model: PreTrainedModel) -> None:
-        """Refuses weights that cannot be quantised, before any is."""
+        """Refuses weights that cannot be quantized, before any is."""
         refuse_unfit_weights(
             {f"{name}.weight": module.weight for module, name in self._find_modules(model)[0].items()}
         )
 
     def _find_modules(self, model: PreTrainedModel):
-        """The modules that the method quantises, with their names, and which of them are embedding and head."""
+        """The modules that the method quantizes, with their names, and which of them are embedding and head."""
         embedding, head = None, None
         if self.quantization_config.quantize_embeddings:
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -152,7 +152,7 @@ class ChatGLMQuantizer(HfQuantizer):
         return names, embedding, head
 
     def _replace(self, model: PreTrainedModel, with_weights: bool):
-        """Puts a quantised module, empty or with the same weights, in the place of each that the method quantises."""
+        """Puts a quantized module, empty or with the same weights, in the place of each that the method quantizes."""
         bits, (names, embedding, head) = self.quantization_config.bits, self._find_modules(model)
         for module, name in names.items():
             quantized_class = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedEmbedding
@@ -188,10 +188,10 @@ class ChatGLMQuantizer(HfQuantizer):
 
 
 def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = False) -> PreTrainedModel:
-    """Quantises a loaded float model in place and returns it.
+    """Quantizes a loaded float model in place and returns it.
 
     Raises:
-        ValueError: `bits` is not 4 or 8, the model is quantised in another way already, or holds NaN or infinite
+        ValueError: `bits` is not 4 or 8, the model is quantized in another way already, or holds NaN or infinite
             weights, and is left as it was.
     """
     config = ChatGLMQuantizationConfig(bits=bits, quantize_embeddings=quantize_embeddings)
@@ -199,7 +199,7 @@ def quantize(model: PreTrainedModel, bits: int, quantize_embeddings: bool = Fals
         found = model.config.quantization_config
         if found.to_dict() == config.to_dict():
             return model
-        raise ValueError(f"this model is quantised already ({found.to_dict()}); call model.dequantize() first")
+        raise ValueError(f"this model is quantized already ({found.to_dict()}); call model.dequantize() first")
     quantizer = ChatGLMQuantizer(config, pre_quantized=False)
     quantizer.check_weights(model)
     model.is_quantized = True  # type: ignore[assignment]  # torch declares tensors and modules only

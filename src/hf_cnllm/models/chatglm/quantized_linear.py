@@ -1,4 +1,4 @@
-"""Weight-only INT8 and INT4 layers in the format of the ChatGLM line's quantised checkpoints.
+"""Weight-only INT8 and INT4 layers in the format of the ChatGLM line's quantized checkpoints.
 
 A row of the weight is stored as integers with one scale::
 
@@ -9,8 +9,8 @@ range. Half precision ends, though, at 6e-8 and 65,504, and has few bits below 6
 is -128 in a byte, or the scale 0 or infinite. A scale that half precision holds only roughly is kept as it is, or rounded up
 where the layer itself is in half precision.
 
-INT4 packs two neighbouring inputs into a byte, the even one in the high nibble, both in two's complement. The layers
-dequantise on the fly, in the dtype of their input, and once more in the backward pass instead of keeping the result.
+INT4 packs two neighboring inputs into a byte, the even one in the high nibble, both in two's complement. The layers
+dequantize on the fly, in the dtype of their input, and once more in the backward pass instead of keeping the result.
 """
 
 import torch
@@ -47,7 +47,7 @@ def refuse_unfit_weights(weights: dict[str, Tensor]) -> None:
         if not weight.is_meta and not weight.isfinite().all():
             row = int((~weight.isfinite().all(dim=-1)).nonzero()[0])
             raise ValueError(
-                f"`{name}` holds NaN or infinite values (in row {row}), which cannot be quantised: is the checkpoint damaged?"
+                f"`{name}` holds NaN or infinite values (in row {row}), which cannot be quantized: is the checkpoint damaged?"
             )
 
 
@@ -78,7 +78,7 @@ def packed_size(columns: int, bits: int) -> int:
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """`linear(inputs, dequantised weight, bias)` that keeps the integers for its backward pass, not the floats."""
+    """`linear(inputs, dequantized weight, bias)` that keeps the integers for its backward pass, not the floats."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:

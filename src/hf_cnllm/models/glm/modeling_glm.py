@@ -30,6 +30,7 @@ from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
+from ..old_names import NO_CHATS
 from ..validation import cached_length, validate_inputs
 from .configuration_glm import GLMConfig
 
@@ -356,6 +357,12 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def chat(self, *args, **kwargs):
+        """Raises a ValueError that says what to use: scripts for ChatGLM call it."""
+        raise ValueError(NO_CHATS)
+
+    stream_chat = chat
 
 
 class GLMForMultipleChoice(GLMPreTrainedModel):

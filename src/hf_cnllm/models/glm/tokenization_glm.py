@@ -42,6 +42,7 @@ from ...tokenization.folder import (
 )
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+from ..old_names import NO_CHATS
 
 IGNORED = -100  # label of tokens without a loss
 
@@ -86,10 +87,7 @@ class GLMTokenizerMixin(TokenizerPublishingMixin):
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         if chat_template is None and not self.chat_template:
-            raise ValueError(
-                "GLM has no form for chats, it fills blanks: put `[gMASK]` behind the question and let "
-                "hf_cnllm.infill(model, tokenizer, text) or tokenizer.build_inputs_for_generation ask it."
-            )
+            raise ValueError(NO_CHATS)
         return super().get_chat_template(chat_template, tools)
 
     def build_inputs_for_generation(

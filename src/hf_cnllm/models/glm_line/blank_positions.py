@@ -167,8 +167,8 @@ def find_positions(
     if not masks or start_id is None:
         raise ValueError(
             f"to find context and blanks in `input_ids` the configuration needs `{start_field}` and at least one of "
-            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: set them (the tokenizer knows the ids), or pass "
-            "2-row `position_ids`"
+            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: let `hf_cnllm.infill` or the tokenizer's "
+            "`build_inputs_for_generation` make the inputs, whose 2-row `position_ids` say it, or set the ids"
         )
     batch, length = input_ids.shape
     if attention_mask is None:

@@ -1,7 +1,7 @@
 """Byte-level BPE from a tiktoken file: reading it, and the merges that its ranks stand for.
 
 A `.tiktoken` file holds one token a line, its bytes in base64 and its rank (which is also its id). tiktoken encodes by
-joining, again and again, the leftmost pair of neighbours whose joined bytes have the lowest rank. The Rust `tokenizers`
+joining, again and again, the leftmost pair of neighbors whose joined bytes have the lowest rank. The Rust `tokenizers`
 library encodes the same way, from a list of merges (a, b) in order of priority. So the merges must be found: which of
 the ways to split a token into two others is the one that tiktoken ever takes?
 
