@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import errno
 from pathlib import Path
+from typing import Any
 
 from hf_cnllm.training.recipe import run_recipe
 
@@ -21,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     from hf_cnllm.data.corpus import STAGES, Settings
     from hf_cnllm.data.corpus.executors import EXECUTORS
 
-    default = {field.name: field.default for field in dataclasses.fields(Settings)}
+    default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name: str, text: str, **options: object) -> None:
@@ -55,7 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     add("quality-threshold", "quality: least probability of a sentence to be good")
     add("decontaminate", "decontamination: files of benchmarks (.jsonl, .txt)", nargs="+", type=Path)
     add("decontamination-ngrams", "decontamination: words in a row that must not be shared")
-    add("weights", "mix: one for each --input; 0.5 takes half of its documents, 2 takes each twice", nargs="+", type=float)
+    add(
+        "weights",
+        "mix: one for each --input; 0.5 takes half of its documents, 2 takes each twice",
+        nargs="+",
+        type=float,
+    )
     add("tokenizer", "checkpoint whose tokenizer packs the result into rows of token ids")
     add("sequence-length", "tokens in a row")
     arguments = parser.parse_args()

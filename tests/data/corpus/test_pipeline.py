@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from hf_cnllm.data.corpus import Settings, run
 from hf_cnllm.data.corpus.pipeline import STAGES, plan
-from hf_cnllm.data.corpus.records import plan_shards, read_lines
+from hf_cnllm.data.records import plan_shards, read_lines
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 
 from .corpora import planted, read_records, write_records
@@ -129,7 +129,12 @@ def killed_run(tmp_path, after, *options):
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, checkpoint, after, workers):
     records, _ = planted(originals=60, pairs=30, near_misses=0)
-    changes = {"shard_bytes": 20_000, "sequence_length": 64, "tokenizer": checkpoint, "stages": ("exact", "minhash", "pii")}
+    changes = {
+        "shard_bytes": 20_000,
+        "sequence_length": 64,
+        "tokenizer": checkpoint,
+        "stages": ("exact", "minhash", "pii"),
+    }
     prepare(tmp_path, records, "whole", **changes)
     options = ["--stages", "exact,minhash,pii", "--tokenizer", checkpoint, "--sequence-length", "64"]
     killed_run(tmp_path, after, *options, "--shard-bytes", "20000", "--workers", str(workers))
@@ -148,7 +153,7 @@ def test_a_half_written_task_is_done_anew(tmp_path):
         if each.name.startswith("02-"):
             stopped = [step for step in each.pipeline if step.name == "records"]
     assert stopped
-    import hf_cnllm.data.corpus.records as records_module
+    from hf_cnllm.data.corpus import steps as records_module
 
     write, count = records_module.RecordWriter._write, iter(range(10))
 

@@ -45,14 +45,31 @@ def test_spans_of_sentences_are_in_order_and_leave_out_white_space_only(text):
 
 def test_words_and_sentences_of_both_languages():
     tokenizer = ScriptTokenizer()
-    assert tokenizer.word_tokenize("我有3.5个 apples_x，ok!") == [*"我有", "3", ".", "5", "个", "apples_x", "，", "ok", "!"]
+    assert tokenizer.word_tokenize("我有3.5个 apples_x，ok!") == [
+        *"我有",
+        "3",
+        ".",
+        "5",
+        "个",
+        "apples_x",
+        "，",
+        "ok",
+        "!",
+    ]
     sentences = ["他说：“好。”", "然后走了！", "It is 3.5 m.", "Right?"]
     assert tokenizer.sent_tokenize("他说：“好。”然后走了！It is 3.5 m. Right?") == sentences
 
 
 @pytest.mark.parametrize(
     ("text", "language"),
-    [("今天天气很好 ok", "zh"), ("It is fine", "en"), ("これは日本語です", "ja"), ("한국어", "ko"), ("123 …", "und"), ("Привет", "und")],
+    [
+        ("今天天气很好 ok", "zh"),
+        ("It is fine", "en"),
+        ("これは日本語です", "ja"),
+        ("한국어", "ko"),
+        ("123 …", "und"),
+        ("Привет", "und"),
+    ],
 )
 def test_languages_by_script(text, language):
     assert language_by_script(text)[0] == language
@@ -109,9 +126,13 @@ def test_k_means_puts_neighbors_together_and_large_blocks_agree_with_small(monke
 
 def test_heuristics_go_by_the_script(tmp_path):
     rng = random.Random(0)
-    stop = "的 了 是 在 和 有".split()
-    chinese = "".join(token + (rng.choice(stop) if i % 5 == 0 else "") for i, token in enumerate(words(rng, 120, True)))
-    english = " ".join(rng.choice(["the", "of", "and", "with", *(["".join(rng.sample("abcdefghij", 6))] * 8)]) for _ in range(120))
+    stop = ["的", "了", "是", "在", "和", "有"]
+    chinese = "".join(
+        token + (rng.choice(stop) if i % 5 == 0 else "") for i, token in enumerate(words(rng, 120, True))
+    )
+    english = " ".join(
+        rng.choice(["the", "of", "and", "with", *(["".join(rng.sample("abcdefghij", 6))] * 8)]) for _ in range(120)
+    )
     bad = ["太短", "the of and", chinese[:80] * 5, "# " * 200]
     left, row = kept(tmp_path, [chinese, english, *bad], "heuristics")
     assert left == [chinese, english]
@@ -127,7 +148,9 @@ def test_language_filter_with_a_model_of_fasttext(tmp_path):
     fasttext = pytest.importorskip("fasttext", reason="needs fasttext-numpy2-wheel")
     examples = ["le chat est sur la table", "où est la gare", "the cat is on the table", "where is the station"]
     labels = ["fr", "fr", "en", "en"]
-    (tmp_path / "train.txt").write_text("".join(f"__label__{a} {b}\n" for a, b in zip(labels, examples, strict=True) for _ in range(50)))
+    (tmp_path / "train.txt").write_text(
+        "".join(f"__label__{a} {b}\n" for a, b in zip(labels, examples, strict=True) for _ in range(50))
+    )
     model = fasttext.train_supervised(str(tmp_path / "train.txt"), thread=1, verbose=0, epoch=20)
     model.save_model(str(tmp_path / "lid.bin"))
     changes = {"languages": ("fr",), "language_model": str(tmp_path / "lid.bin")}
@@ -135,7 +158,11 @@ def test_language_filter_with_a_model_of_fasttext(tmp_path):
     assert left == examples[:2]
 
 
-GOOD = ["这部电影的摄影非常出色，情节也引人入胜。", "作者用平实的语言讲述了一个动人的故事。", "The study describes its method in detail."]
+GOOD = [
+    "这部电影的摄影非常出色，情节也引人入胜。",
+    "作者用平实的语言讲述了一个动人的故事。",
+    "The study describes its method in detail.",
+]
 BAD = ["点击领取红包！！！加微信看片", "代开发票，诚信办证，加QQ！！！", "Buy cheap pills now!!! Click here!!!"]
 
 
@@ -172,10 +199,16 @@ def test_a_trained_classifier_is_saved_and_loaded(tmp_path):
         ("not an id: 110105194912310021", "not an id: 110105194912310021"),
         ("4111 1111 1111 1111", "<CARD_NUMBER>"),
         ("4111 1111 1111 1112", "4111 1111 1111 1112"),
-        ("8.8.8.8 but 192.168.0.1, 1.2.3.4.5 and version 10.2.3", "<IP_ADDRESS> but 192.168.0.1, 1.2.3.4.5 and version 10.2.3"),
+        (
+            "8.8.8.8 but 192.168.0.1, 1.2.3.4.5 and version 10.2.3",
+            "<IP_ADDRESS> but 192.168.0.1, 1.2.3.4.5 and version 10.2.3",
+        ),
         ("2001:4860:4860::8888 at 12:30:45", "<IP_ADDRESS> at 12:30:45"),
         ("key sk-abcdefghijklmnopqrstuvwx", "key <KEY>"),
-        ("π=3.14159265358979323846, 2024-01-15, 订单20240115123456789", "π=3.14159265358979323846, 2024-01-15, 订单20240115123456789"),
+        (
+            "π=3.14159265358979323846, 2024-01-15, 订单20240115123456789",
+            "π=3.14159265358979323846, 2024-01-15, 订单20240115123456789",
+        ),
     ],
 )
 def test_personal_data_is_masked(text, masked):
@@ -192,7 +225,9 @@ def test_no_text_keeps_the_masks_busy(unit):
 
 def test_decontamination_keeps_benchmarks_out(tmp_path):
     question = "下列哪一项是中华人民共和国的根本政治制度？请选出最合适的一项"
-    benchmark = write_records(tmp_path / "ceval.jsonl", [{"question": question, "A": "人大", "answer": {"text": ["A"]}}])
+    benchmark = write_records(
+        tmp_path / "ceval.jsonl", [{"question": question, "A": "人大", "answer": {"text": ["A"]}}]
+    )
     texts = [f"某论坛：{question}！求答案", "人大代表讨论了根本政治制度的问题，会议持续了三天。"]
     left, row = kept(tmp_path, texts, "decontamination", decontaminate=[benchmark])
     assert left == texts[1:]

@@ -161,7 +161,9 @@ class VerifyCandidates(PipelineStep):
             if file not in files:
                 names = ("documents", "shingles", "ends")
                 paths = (Path(self.shingles, f"{file:05d}.{name}.npy") for name in names)
-                files[file] = tuple(np.load(path, mmap_mode="r" if "shingles." in path.name else None) for path in paths)
+                files[file] = tuple(
+                    np.load(path, mmap_mode="r" if "shingles." in path.name else None) for path in paths
+                )
             documents, shingles, ends = files[file]
             at = int(np.searchsorted(documents, number))
             return np.asarray(shingles[ends[at] : ends[at + 1]])

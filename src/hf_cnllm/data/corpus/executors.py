@@ -74,7 +74,9 @@ def run_locally(kind: type, passes: Sequence[Any], work: Path, workers: int, **o
                     for task in [pool.submit(executor._run_for_rank, rank) for rank in ranks]:
                         task.result()
                 except BrokenProcessPool as error:
-                    raise ChildProcessError(f"{each.name}: a worker was killed; was there too little memory?") from error
+                    raise ChildProcessError(
+                        f"{each.name}: a worker was killed; was there too little memory?"
+                    ) from error
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise

@@ -17,9 +17,9 @@ from datatrove.pipeline.formatters.base import BaseFormatter
 from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 
+from ..records import read_texts
 from .duplicates import NORMALIZED
 from .quality import SentenceClassifier, train_classifier
-from .records import RecordReader, plan_shards
 from .texts import ScriptTokenizer, language_by_script
 
 if TYPE_CHECKING:
@@ -106,13 +106,6 @@ def languages(job: "Job") -> list[PipelineStep]:
     return [Language(settings.languages, settings.language_model, settings.language_threshold)]
 
 
-def _texts(places: list[Path]) -> Iterator[str]:
-    shards = plan_shards(places)
-    for rank in range(len(shards)):
-        for document in RecordReader(shards).run(rank=rank):
-            yield document.text
-
-
 class TrainQuality(PipelineStep):
     """Trains the classifier of sentences on examples."""
 
@@ -127,7 +120,7 @@ class TrainQuality(PipelineStep):
         labeled = [
             (sentence, label)
             for label, places in self.examples.items()
-            for text in _texts(places)
+            for text in read_texts(places)
             for sentence in ScriptTokenizer().sent_tokenize(text)
         ]
         train_classifier(labeled).save(Path(self.output))
@@ -153,7 +146,9 @@ class SentenceQuality(BaseFilter):
             self._loaded = SentenceClassifier.load(Path(self.model))
         spans = ScriptTokenizer().span_tokenize(doc.text)
         scores = self._loaded.score([doc.text[start:end] for start, end in spans])
-        kept = [doc.text[start:end] for (start, end), score in zip(spans, scores, strict=True) if score >= self.threshold]
+        kept = [
+            doc.text[start:end] for (start, end), score in zip(spans, scores, strict=True) if score >= self.threshold
+        ]
         self.stat_update("removed_sentences", value=len(spans) - len(kept))
         text = "".join(kept).strip()
         if len(text) < len(doc.text) / 2:
@@ -215,7 +210,11 @@ PERSONAL_DATA: tuple[tuple[str, str, Callable[[str], bool] | None], ...] = (
     ("PHONE", r"(?<![\d.-])0\d{2,3}-\d{7,8}(?![\d-])", None),
     ("PHONE", r"(?<![\w.-])(?:\+1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])", None),
     ("PHONE", r"(?<![\w.-])\+\d{1,3}(?:[ -]\d{2,4}){2,4}(?![\w-])", None),
-    ("KEY", r"(?<!\w)(?:sk-[A-Za-z0-9_-]{20,200}|AKIA[0-9A-Z]{16}|gh[pousr]_\w{36,255}|hf_[A-Za-z]{30,40})(?!\w)", None),
+    (
+        "KEY",
+        r"(?<!\w)(?:sk-[A-Za-z0-9_-]{20,200}|AKIA[0-9A-Z]{16}|gh[pousr]_\w{36,255}|hf_[A-Za-z]{30,40})(?!\w)",
+        None,
+    ),
 )
 
 

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from datatrove.pipeline.base import PipelineStep
 from filelock import FileLock, Timeout
 
+from ..records import MAX_LINE_BYTES, SHARD_BYTES, Piece, Shard, plan_shards
 from . import statistics
 from .duplicates import exact_duplicates, near_duplicates, repeated_paragraphs, repeated_sentences
 from .embeddings import semantic_duplicates
 from .executors import EXECUTORS, LOGS, WORKERS, wait_for_workers
 from .filters import decontamination, heuristics, languages, personal_data, sentence_quality
-from .records import MAX_LINE_BYTES, SHARD_BYTES, Measure, Mix, Piece, RecordReader, RecordWriter, Shard, plan_shards
+from .steps import Measure, Mix, RecordReader, RecordWriter
 from .tokens import TOKENS, pack_tokens
 
 WORK, LOCK_FILE, RUN_FILE, DOCUMENTS = "work", ".lock", "run.json", "documents"
@@ -99,7 +100,7 @@ class Job:
 
     def documents(self) -> RecordReader:
         """A reader of the documents after all stages so far."""
-        if self.written is None and len(self._steps) > 2 or self.written and self._steps:
+        if (self.written is None and len(self._steps) > 2) or (self.written and self._steps):
             steps, self._steps = self._steps, []
             self.written = self.work / f"{len(self.passes):02d}-{DOCUMENTS}"
             self.add_pass([*steps, RecordWriter(str(self.written))])
@@ -123,7 +124,9 @@ class Job:
 def mixing(job: Job) -> list[PipelineStep]:
     weights = job.settings.weights
     if len(weights) != len(job.settings.input) or min(weights, default=0) < 0:
-        raise ValueError(f"the stage mix needs --weights, none negative, one for each --input: {len(job.settings.input)}")
+        raise ValueError(
+            f"the stage mix needs --weights, none negative, one for each --input: {len(job.settings.input)}"
+        )
     return [Mix([weights[shard.source] for shard in job.shards])]
 
 
@@ -190,7 +193,9 @@ def plan(settings: Settings) -> list[Pass]:
     if "mix" in settings.stages and settings.stages[-1] != "mix":
         raise ValueError("--stages: mix repeats documents, so it must be the last")
     if missing := [name for name in EXECUTORS[settings.executor][2] if name not in settings.executor_options]:
-        raise ValueError(f"--executor {settings.executor} needs --executor-options {' '.join(f'{n}=…' for n in missing)}")
+        raise ValueError(
+            f"--executor {settings.executor} needs --executor-options {' '.join(f'{n}=…' for n in missing)}"
+        )
     job = Job(settings, plan_shards(settings.input, settings.shard_bytes), settings.output / WORK)
     for name in settings.stages:
         job.add_stage(name)
@@ -253,8 +258,14 @@ def _owned(output: Path, identity: dict[str, Any]) -> Iterator[None]:
     record = output / RUN_FILE
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"--output {output} exists and is not a folder")
-    if not record.exists() and output.exists() and {path.name for path in output.iterdir()} - {LOCK_FILE, f".{RUN_FILE}.partial"}:
-        raise FileExistsError(f"--output {output} is not empty, and no run of this program began there: choose a new folder")
+    if (
+        not record.exists()
+        and output.exists()
+        and {path.name for path in output.iterdir()} - {LOCK_FILE, f".{RUN_FILE}.partial"}
+    ):
+        raise FileExistsError(
+            f"--output {output} is not empty, and no run of this program began there: choose a new folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / LOCK_FILE, timeout=0):

@@ -1,6 +1,7 @@
 """A small classifier of sentences, trained on own examples: fastText's supervised model (Joulin et al. 2016, arXiv 1607.01759),
 an average of embeddings of hashed words and pairs of words, and a line."""
 
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -40,7 +41,7 @@ class SentenceClassifier(nn.Module):
 
     def _hash(self, sentence: str) -> list[int]:
         words = ScriptTokenizer().word_tokenize(sentence.lower()) or [""]
-        grams = [*words, *(f"{first} {second}" for first, second in zip(words, words[1:], strict=False))]
+        grams = [*words, *(f"{first} {second}" for first, second in itertools.pairwise(words))]
         return [zlib.crc32(gram.encode()) % self.sizes["buckets"] for gram in grams]
 
     @torch.no_grad()

@@ -82,7 +82,9 @@ def draw_funnel(statistics: Mapping[str, Any], path: Path) -> None:
         whole = statistics["input"][unit] or 1
         shares = [100 * values[unit] / whole for _, values in bars]
         drawn = axes.barh([i + 0.4 * offset for i in range(len(bars))], shares, height=0.38, color=color, label=unit)
-        axes.bar_label(drawn, [f"{share:.1f} %  ({values[unit]:,})" for share, (_, values) in zip(shares, bars, strict=True)])
+        axes.bar_label(
+            drawn, [f"{share:.1f} %  ({values[unit]:,})" for share, (_, values) in zip(shares, bars, strict=True)]
+        )
     axes.set_yticks([i + 0.2 for i in range(len(bars))], [name for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 140)

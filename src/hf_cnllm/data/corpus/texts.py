@@ -8,7 +8,9 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 # Scripts without spaces: every character is a word, as in character n-grams.
 _SINGLE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}"
 WORD = regex.compile(rf"[{_SINGLE}]|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_SINGLE}]]+|[^\s\p{{L}}\p{{M}}\p{{N}}_]+", regex.V1)
-SENTENCE = regex.compile(r"(?:(?![。！？!?…]|\.(?!\S)|\n).)*+(?:[。！？!?…]+|\.+(?!\S)|\n+|$)[”’」』\"')）]*\s*", regex.S)
+SENTENCE = regex.compile(
+    r"(?:(?![。！？!?…]|\.(?!\S)|\n).)*+(?:[。！？!?…]+|\.+(?!\S)|\n+|$)[”’」』\"')）]*\s*", regex.S
+)
 LETTER = regex.compile(r"\p{L}")
 SCRIPTS = {
     "zh": regex.compile(r"\p{Han}"),

@@ -1,4 +1,4 @@
-"""Reading and writing the corpus: what is a record, what is skipped and counted, and how the input becomes shards.
+"""Files of texts: what is a record, what is skipped and why, and how much input becomes shards.
 
 A shard is a list of pieces, a piece a file or a range of its bytes that whole lines begin in. The shards depend on the input
 alone, not on the number of workers, so that neither does the output.
@@ -7,18 +7,13 @@ alone, not on the number of workers, so that neither does the output.
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers.disk_base import DiskWriter
+from typing import Any, NamedTuple
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 SHARD_BYTES = 64 << 20
 MAX_LINE_BYTES = 16 << 20
-RECORD = "record"  # the key in a document's metadata of the record that it comes from
 
 
 class Piece(NamedTuple):
@@ -85,8 +80,8 @@ def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[
     return shards
 
 
-def read_lines(stream: IO[bytes], start: int, end: int | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line) of the lines that begin in `[start, end)`; None for one of more than `limit` bytes, which is passed over
+def read_lines(stream: Any, start: int, end: int | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) of the lines of a binary file that begin in `[start, end)`; None for one of more than `limit` bytes, which is passed over
     a megabyte at a time, so that no line needs more memory than `limit`."""
     position = start
     if start > 0:  # the line that began before belongs to the piece before
@@ -143,89 +138,22 @@ def parse_record(line: bytes, name: str, offset: int) -> dict[str, Any] | str:
     return record if record["text"].strip() else "blank"
 
 
-class RecordReader(PipelineStep):
-    """Gives the records of a task's shard as documents. What is no record is counted under its reason, `skipped_…`; of a file
-    of gzip that is cut short or damaged, what comes before is read.
-
-    Args:
-        shards: one for each task; paths that do not exist hold nothing where `missing_ok`.
-        max_line_bytes: longer lines are skipped.
-    """
-
-    type, name = "📖 - READER", "records"
-
-    def __init__(self, shards: Sequence[Shard], max_line_bytes: int = MAX_LINE_BYTES, missing_ok: bool = False) -> None:
-        super().__init__()
-        self.shards = shards
-        self.max_line_bytes = max_line_bytes
-        self.missing_ok = missing_ok
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for piece in self.shards[rank].pieces:
-            if self.missing_ok and not Path(piece.path).exists():
-                continue
-            try:
-                yield from self._read(piece)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                self.stat_update(f"{'cut_short' if isinstance(error, EOFError) else 'damaged'}:{piece.name}")
-
-    def _read(self, piece: Piece) -> Iterator[Document]:
-        opened: IO[bytes] = gzip.open(piece.path) if piece.path.endswith(".gz") else open(piece.path, "rb")  # type: ignore
-        with opened as stream:
-            for offset, line in read_lines(stream, piece.start, piece.end, self.max_line_bytes):
-                with self.track_time():
-                    found = "too_long" if line is None else parse_record(line, piece.name, offset)
-                if isinstance(found, str):
-                    self.stat_update(f"skipped_{found}")
-                else:
-                    yield Document(text=found["text"], id=found["id"], metadata={RECORD: found})
+def read_piece(piece: Piece, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[dict[str, Any] | str]:
+    """The records of a piece, or why there is none: `skipped_…`, or `cut_short:FILE`, `damaged:FILE` where gzip ends too soon
+    or is none; what comes before that is read."""
+    with (gzip.open if piece.path.endswith(".gz") else open)(piece.path, "rb") as stream:
+        try:
+            for offset, line in read_lines(stream, piece.start, piece.end, max_line_bytes):
+                found = "too_long" if line is None else parse_record(line, piece.name, offset)
+                yield f"skipped_{found}" if isinstance(found, str) else found
+        except EOFError:
+            yield f"cut_short:{piece.name}"
+        except (zlib.error, gzip.BadGzipFile):
+            yield f"damaged:{piece.name}"
 
 
-class RecordWriter(DiskWriter):
-    """Writes a task's documents as `<task>.jsonl`, each as the record that it comes from, with its present text."""
-
-    default_output_filename = "${rank}.jsonl"
-    name = "records"
-
-    def __init__(self, output_folder: str) -> None:
-        super().__init__(output_folder, compression=None, mode="wb")
-
-    def _default_adapter(self, document: Document) -> dict[str, Any]:
-        return {**document.metadata[RECORD], "text": document.text}
-
-    def _write(self, document: dict[str, Any], file_handler: IO[bytes], filename: str) -> None:
-        file_handler.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
-
-
-class Measure(PipelineStep):
-    """Counts what passes: documents, and bytes of their text in UTF-8."""
-
-    type, name = "📏 - MEASURE", "what is left"
-
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for document in data:
-            self.stat_update("documents")
-            self.stat_update("bytes", value=len(document.text.encode()))
-            yield document
-
-
-class Mix(PipelineStep):
-    """Mixing weights: of a source with weight w, every document ⌊w⌋ times and once more for a share w − ⌊w⌋ of them, chosen
-    by a hash of the document's id.
-
-    Args:
-        weights: one for each task.
-    """
-
-    type, name = "⚖ - MIX", "weights"
-
-    def __init__(self, weights: Sequence[float]) -> None:
-        super().__init__()
-        self.weights = weights
-
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        whole, share = divmod(self.weights[rank], 1)
-        for document in data:
-            chosen = zlib.crc32(str(document.id).encode("utf-8", "replace")) < share * 2**32
-            for _ in range(int(whole) + chosen):
-                yield document
+def read_texts(inputs: Sequence[Path]) -> Iterator[str]:
+    """The texts of all records."""
+    for shard in plan_shards(inputs):
+        for piece in shard.pieces:
+            yield from (record["text"] for record in read_piece(piece) if not isinstance(record, str))
