@@ -211,9 +211,9 @@ def extend_vocabulary(model: Any, tokenizer: Any, tokens: Sequence[str], init: s
     tokenizer.add_tokens(list(tokens))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {
-        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(layer, "raw_weight", layer.weight) for layer in layers]  # NormHead's own weight is computed
+    tables = {id(weight): weight for weight in weights}
     for table in tables.values():  # one, where they are tied
         old = table[:before].float()
         for index, part in zip(tokenizer.convert_tokens_to_ids(list(tokens)), parts, strict=True):

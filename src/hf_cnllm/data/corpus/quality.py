@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ class SentenceClassifier(nn.Module):
         try:
             model = cls(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
             model.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no quality model: {error}") from error
         return model
 
