@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     """The lines of a file that begin in `[start, end)`; all of it where `end` is None."""
 
     path: str
-    name: str  # for ids of records that have none
+    name: str  # as it was given, for ids of records that have none
     start: int = 0
     end: int | None = None
 
@@ -32,8 +32,8 @@ class Shard(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def find_files(place: Path) -> list[tuple[Path, str]]:
-    """The files of records at a place, and their names in it.
+def find_files(place: Path) -> list[Path]:
+    """The files of records at a place.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -42,13 +42,13 @@ def find_files(place: Path) -> list[tuple[Path, str]]:
     if place.is_file():
         if not place.name.endswith(SUFFIXES):
             raise ValueError(f"--input {place}: expected a file that ends in {', '.join(SUFFIXES)}")
-        return [(place, place.name)]
+        return [place]
     if not place.is_dir():
         raise FileNotFoundError(f"--input {place}: there is no such file or folder")
     files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.name.endswith(SUFFIXES)]
     if not files:
         raise ValueError(f"--input {place}: no file in this folder ends in {', '.join(SUFFIXES)}")
-    return [(path, path.relative_to(place).as_posix()) for path in files]
+    return files
 
 
 def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
@@ -62,20 +62,20 @@ def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[
     for source, place in enumerate(inputs):
         pieces: list[Piece] = []
         room = shard_bytes
-        for path, name in find_files(place):
-            if (resolved := path.resolve()) in seen:
+        for path in find_files(place):
+            resolved = path.resolve()
+            if resolved in seen:
                 raise ValueError(f"--input {place}: {path} is named twice")
             seen.add(resolved)
             size = path.stat().st_size
-            is_packed = path.name.endswith(".gz")
-            for start in range(0, max(size, 1), max(size, 1) if is_packed else shard_bytes):
-                end = None if is_packed else min(start + shard_bytes, size)
-                length = size if end is None else end - start
-                if pieces and length > room:
+            step = max(size, 1) if path.name.endswith(".gz") else shard_bytes
+            for start in range(0, max(size, 1), step):
+                end = min(start + step, size)
+                if pieces and end - start > room:
                     shards.append(Shard(source, tuple(pieces)))
                     pieces, room = [], shard_bytes
-                pieces.append(Piece(str(resolved), name, start, end))
-                room -= length
+                pieces.append(Piece(str(resolved), str(path), start, None if end == size else end))
+                room -= end - start
         shards.append(Shard(source, tuple(pieces)))
     return shards
 

@@ -8,7 +8,7 @@ HAN = "".join(map(chr, range(0x4E00, 0x4E00 + 1500)))
 
 
 def words(rng, count, chinese=False):
-    return [rng.choice(HAN) if chinese else f"word{rng.randrange(4000)}" for _ in range(count)]
+    return [rng.choice(HAN) if chinese else "".join(rng.choices("abcdefghij", k=4)) for _ in range(count)]
 
 
 def text(tokens, chinese=False):
@@ -21,11 +21,12 @@ def similarity(first, second, n=5):
 
 
 def altered(rng, tokens, target, chinese=False):
-    """A copy with words replaced at random places, until its Jaccard similarity of 5-grams is about `target`."""
-    copy = list(tokens)
+    """A copy with words replaced at random places, whose Jaccard similarity of 5-grams is as near to `target` as can be."""
+    before = copy = list(tokens)
     while similarity(tokens, copy) > target:
+        before, copy = copy, list(copy)
         copy[rng.randrange(len(copy))] = words(rng, 1, chinese)[0]
-    return copy
+    return min(before, copy, key=lambda each: abs(similarity(tokens, each) - target))
 
 
 def write_records(path, records):

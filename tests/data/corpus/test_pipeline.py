@@ -183,10 +183,10 @@ def test_what_is_no_record_is_skipped_and_counted(tmp_path):
     assert statistics["input"]["skipped"] == {
         **{"without_text": 2, "not_an_object": 1, "undecodable": 2, "not_json": 2, "blank": 1}
     }
-    assert statistics["input"]["cut_short_files"] == ["b.txt.gz"]
-    assert statistics["input"]["damaged_files"] == ["c.jsonl.gz"]
+    assert statistics["input"]["cut_short_files"] == [str(folder / "b.txt.gz")]
+    assert statistics["input"]["damaged_files"] == [str(folder / "c.jsonl.gz")]
     kept = read_records(tmp_path / "out")
-    assert kept[0] == good and kept[1]["text"] == "无名" and kept[1]["id"].startswith("a.jsonl:")
+    assert kept[0] == good and kept[1]["text"] == "无名" and kept[1]["id"].startswith(f"{folder}/a.jsonl:")
     assert kept[2]["id"] == "last" and sum(record["text"].startswith("line ") for record in kept) > 500
 
 
@@ -219,6 +219,8 @@ def test_an_empty_corpus_is_one_clear_error(tmp_path, content):
         ({"stages": ("decontamination",)}, "--decontaminate"),
         ({"stages": ("language",), "languages": ("fr",)}, "--language-model"),
         ({"executor": "slurm"}, "time=… partition=…"),
+        ({"shard_bytes": 0}, "--shard-bytes must be from 1"),
+        ({"jaccard": 80}, "--jaccard must be from 0 to 1"),
         ({"input": [Path("nowhere")]}, "no such file"),
         ({"input": [Path(__file__)]}, "expected a file that ends in"),
         ({"input": [Path(__file__).parent]}, "no file in this folder"),
@@ -228,6 +230,11 @@ def test_what_cannot_be_is_said_before_work_starts(tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         prepare(tmp_path, [{"id": 1, "text": "x"}], **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_in_the_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="would be read as input"):
+        prepare(tmp_path, [{"id": 1, "text": "x"}], input=[tmp_path])
 
 
 @pytest.mark.parametrize("size", [1 << 26, pytest.param(1 << 30, marks=pytest.mark.slow)])

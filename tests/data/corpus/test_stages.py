@@ -93,6 +93,12 @@ def test_repeated_spans_of_three_sentences_go(tmp_path):
     assert left == [texts[0], "乙一。乙二？", texts[2]]
 
 
+@pytest.mark.parametrize("stage", ["minhash", "paragraph"])
+def test_numbers_are_words(tmp_path, stage):
+    texts = [" ".join(f"w{rng.randrange(900)}" for _ in range(40)) for rng in map(random.Random, range(5))]
+    assert kept(tmp_path, texts, stage)[0] == texts
+
+
 def test_chains_and_jaccard():
     pairs = np.array([[0, 1, 0, 2], [0, 2, 1, 5], [0, 3, 0, 4]])
     assert list(_chains(pairs)) == [[(0, 1), (0, 2), (1, 5)], [(0, 3), (0, 4)]]
@@ -133,7 +139,7 @@ def test_heuristics_go_by_the_script(tmp_path):
     english = " ".join(
         rng.choice(["the", "of", "and", "with", *(["".join(rng.sample("abcdefghij", 6))] * 8)]) for _ in range(120)
     )
-    bad = ["太短", "the of and", chinese[:80] * 5, "# " * 200]
+    bad = ["太短", "the of and", chinese[:80] * 5, "# alpha beta " * 100]
     left, row = kept(tmp_path, [chinese, english, *bad], "heuristics")
     assert left == [chinese, english]
     assert row["details"]["dropped_gopher_short_doc"] == 2 and sum(row["details"].values()) == 4
@@ -151,7 +157,9 @@ def test_language_filter_with_a_model_of_fasttext(tmp_path):
     (tmp_path / "train.txt").write_text(
         "".join(f"__label__{a} {b}\n" for a, b in zip(labels, examples, strict=True) for _ in range(50))
     )
-    model = fasttext.train_supervised(str(tmp_path / "train.txt"), thread=1, verbose=0, epoch=50, dim=10, lr=0.05)
+    model = fasttext.train_supervised(
+        str(tmp_path / "train.txt"), thread=1, verbose=0, epoch=50, dim=10, minn=2, maxn=4, bucket=1000
+    )
     model.save_model(str(tmp_path / "lid.bin"))
     changes = {"languages": ("fr",), "language_model": str(tmp_path / "lid.bin")}
     left, _ = kept(tmp_path, examples, "language", **changes)

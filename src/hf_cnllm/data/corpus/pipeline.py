@@ -32,6 +32,12 @@ WORK, LOCK_FILE, RUN_FILE, DOCUMENTS = "work", ".lock", "run.json", "documents"
 NO_LIMIT = 1 << 62
 MAY_DIFFER = {"executor", "executor_options", "workers"}  # between a run and the one that goes on with it
 
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("shard_bytes", "max_line_bytes", "decontamination_ngrams", "sequence_length"), (1, NO_LIMIT)),
+    **dict.fromkeys(("jaccard", "embedding_threshold", "language_threshold", "quality_threshold"), (0, 1)),
+    "weights": (0, 1000),
+}
+
 
 @dataclasses.dataclass
 class Settings:
@@ -149,12 +155,12 @@ class Publish(PipelineStep):
     """Moves the results to their places, and writes the picture and, last, the statistics.
 
     Args:
-        moves: folder -> its place. One that has moved already, and one that no document reached, is not there.
+        moves: (folder, its place). A folder that has moved already, and one that no document reached, is not there.
     """
 
     type, name = "📦 - PUBLISH", "results"
 
-    def __init__(self, moves: dict[Path, Path], logs: list[Path], stages: Sequence[str]) -> None:
+    def __init__(self, moves: list[tuple[str, str]], logs: list[str], stages: Sequence[str]) -> None:
         super().__init__()
         self.moves, self.logs, self.stages = moves, logs, stages
 
@@ -162,13 +168,14 @@ class Publish(PipelineStep):
         summary = statistics.summarize(statistics.count(self.logs), self.stages)
         if not summary["input"]["documents"]:
             raise ValueError(f"no record with a text in the input: {json.dumps(summary['input'])}")
-        for folder, place in self.moves.items():
-            if folder.exists():
-                folder.rename(place)
-            place.mkdir(exist_ok=True)
-        statistics.draw_funnel(summary, place.parent / statistics.FUNNEL_FILE)
+        for folder, place in self.moves:
+            if Path(folder).exists():
+                Path(folder).rename(place)
+            Path(place).mkdir(exist_ok=True)
+        output = Path(self.moves[0][1]).parent
+        statistics.draw_funnel(summary, output / statistics.FUNNEL_FILE)
         text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
-        write_whole(place.parent / statistics.STATISTICS_FILE, text)
+        write_whole(output / statistics.STATISTICS_FILE, text)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -196,17 +203,25 @@ def plan(settings: Settings) -> list[Pass]:
         raise ValueError(
             f"--executor {settings.executor} needs --executor-options {' '.join(f'{n}=…' for n in missing)}"
         )
+    for name, (least, most) in RANGES.items():
+        values = getattr(settings, name)
+        if not all(least <= value <= most for value in (values if isinstance(values, list | tuple) else [values])):
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {values}")
+    if inside := [place for place in settings.input if place.resolve() in settings.output.resolve().parents]:
+        raise ValueError(
+            f"--output {settings.output} is in --input {inside[0]}, and would be read as input: move it out"
+        )
     job = Job(settings, plan_shards(settings.input, settings.shard_bytes), settings.output / WORK)
     for name in settings.stages:
         job.add_stage(name)
     job.documents()
-    moves = {job.written: settings.output / DOCUMENTS}
+    moves = [(str(job.written), str(settings.output / DOCUMENTS))]
     if settings.tokenizer is not None:
         job.stage = TOKENS
         pack_tokens(job)
-        moves[job.work / TOKENS] = settings.output / TOKENS
+        moves.append((str(job.work / TOKENS), str(settings.output / TOKENS)))
     job.stage = "publish"
-    job.add_pass([Publish(moves, [job.work / LOGS / each.name for each in job.passes], settings.stages)], tasks=1)
+    job.add_pass([Publish(moves, [str(job.work / LOGS / each.name) for each in job.passes], settings.stages)], tasks=1)
     return job.passes
 
 

@@ -10,7 +10,7 @@ STATISTICS_FILE, FUNNEL_FILE = "statistics.json", "funnel.png"
 DETAILS = ("dropped_", "masked_", "removed_", "contaminated_", "strings", "alike", "unlike")  # labels that are told
 
 
-def count(logs: Iterable[Path]) -> dict[str, Counter[str]]:
+def count(logs: Iterable[str]) -> dict[str, Counter[str]]:
     """The counts of all tasks, added up: stage -> label -> total.
 
     Args:
@@ -18,7 +18,7 @@ def count(logs: Iterable[Path]) -> dict[str, Counter[str]]:
     """
     totals: dict[str, Counter[str]] = {}
     for folder in logs:
-        for path in sorted((folder / "stats").glob("*.json")):
+        for path in sorted(Path(folder, "stats").glob("*.json")):
             for step in json.loads(path.read_text(encoding="utf-8")):
                 labels = totals.setdefault(step["name"].partition("/")[0], Counter())
                 for label, value in step["stats"].items():
