@@ -64,7 +64,7 @@ def test_slurm_is_handed_passes_that_depend_on_each_other(whole, tmp_path, monke
     jobs = [line for line in (tmp_path / "log").read_text().splitlines() if "afterok" in line]
     assert len(jobs) >= 3, "every pass but the first waits for another"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert run(settings)["output"]["documents"] == 25, "there now"
+    assert run(settings)["output"]["documents"] == 30, "there now"
 
 
 @pytest.mark.slow

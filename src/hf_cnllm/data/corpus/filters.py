@@ -25,8 +25,13 @@ from .texts import ScriptTokenizer, language_by_script
 if TYPE_CHECKING:
     from .pipeline import Job
 
+LEAST_TO_REPEAT = 50  # words: in shorter texts, n-grams that occur once are a share that Gopher calls repetition
 # What Gopher's rules say about English, said about Chinese, where a word is a character here.
-CHINESE_RULES: dict[str, Any] = {"min_avg_word_length": 1, "stop_words": list("的了是在和有不我这一他也就人都与为")}
+CHINESE_RULES: dict[str, Any] = {
+    "min_avg_word_length": 1,
+    "max_non_alpha_words_ratio": 0.65,
+    "stop_words": list("的了是在和有不我这一他也就人都与为"),
+}
 
 
 class Heuristics(BaseFilter):
@@ -36,20 +41,17 @@ class Heuristics(BaseFilter):
 
     def __init__(self, min_words: int) -> None:
         super().__init__()
-        words = ScriptTokenizer()
-        self.repetition = GopherRepetitionFilter(language=words)
-        self.quality = {
-            "zh": GopherQualityFilter(min_doc_words=min_words, language=words, **CHINESE_RULES),
-            "en": GopherQualityFilter(min_doc_words=min_words, language=words),
-        }
+        self.words = ScriptTokenizer()
+        self.repetition = GopherRepetitionFilter(language=self.words)
+        rules = {"min_doc_words": min_words, "language": self.words}
+        self.quality = {"zh": GopherQualityFilter(**rules, **CHINESE_RULES), "en": GopherQualityFilter(**rules)}
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         rules = self.quality["zh" if language_by_script(doc.text)[0] in ("zh", "ja") else "en"]
-        for one in (rules, self.repetition):
-            passes, reason = get_filter_result(one.filter(doc))
-            if not passes:
-                return False, reason
-        return True
+        passes, reason = get_filter_result(rules.filter(doc))
+        if passes and len(self.words.word_tokenize(doc.text)) >= LEAST_TO_REPEAT:
+            passes, reason = get_filter_result(self.repetition.filter(doc))
+        return passes or (False, reason)
 
 
 class Language(BaseFilter):
