@@ -41,13 +41,13 @@ def find_files(place: Path) -> list[Path]:
     """
     if place.is_file():
         if not place.name.endswith(SUFFIXES):
-            raise ValueError(f"--input {place}: expected a file that ends in {', '.join(SUFFIXES)}")
+            raise ValueError(f"{place}: expected a file that ends in {', '.join(SUFFIXES)}")
         return [place]
     if not place.is_dir():
-        raise FileNotFoundError(f"--input {place}: there is no such file or folder")
+        raise FileNotFoundError(f"{place}: there is no such file or folder")
     files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.name.endswith(SUFFIXES)]
     if not files:
-        raise ValueError(f"--input {place}: no file in this folder ends in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{place}: no file in this folder ends in {', '.join(SUFFIXES)}")
     return files
 
 
@@ -65,7 +65,7 @@ def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[
         for path in find_files(place):
             resolved = path.resolve()
             if resolved in seen:
-                raise ValueError(f"--input {place}: {path} is named twice")
+                raise ValueError(f"{place}: {path} is named twice")
             seen.add(resolved)
             size = path.stat().st_size
             step = max(size, 1) if path.name.endswith(".gz") else shard_bytes

@@ -165,7 +165,7 @@ def standard_domains() -> dict[str, list[str]]:
 def compression(tokenizer: Any, texts: Iterable[str]) -> float:
     """Bytes of UTF-8 that a token stands for on average."""
     texts = list(texts)
-    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts)
     return sum(len(text.encode()) for text in texts) / max(tokens, 1)
 
 

