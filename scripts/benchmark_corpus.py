@@ -95,10 +95,10 @@ def datasketch_lsh(path: Path, folder: Path) -> set[str]:
 
 
 METHODS: dict[str, Callable[[Path, Path], set[str]]] = {
-    "hf_cnllm: 20 × 6, checked": ours,
-    "datatrove's example: 14 × 8, spaCy's words": datatrove_example,
+    "hf_cnllm: 24 × 5, checked": ours,
+    "datatrove's example: 14 × 8, spaCy's English words": datatrove_example,
     "datatrove: 14 × 8, our words": datatrove_our_words,
-    "datasketch: 128, threshold 0.8": datasketch_lsh,
+    "datasketch: 128 permutations, threshold 0.8": datasketch_lsh,
 }
 
 

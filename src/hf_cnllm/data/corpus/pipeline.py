@@ -51,7 +51,7 @@ class Settings:
     workers: int = 1
     shard_bytes: int = SHARD_BYTES
     max_line_bytes: int = MAX_LINE_BYTES
-    jaccard: float = 0.7
+    jaccard: float = 0.6
     min_paragraph_words: int = 5
     embedder: str | None = None
     embedding_threshold: float = 0.95
