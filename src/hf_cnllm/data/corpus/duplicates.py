@@ -185,8 +185,10 @@ class VerifyCandidates(PipelineStep):
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """The Jaccard similarity of two sorted sets."""
-    shared = len(np.intersect1d(first, second, assume_unique=True))
+    """The Jaccard similarity of two sorted sets, the first of which is not empty."""
+    at = np.searchsorted(first, second)
+    at[at == len(first)] = 0  # greater than all, so not equal to that one either
+    shared = np.count_nonzero(first[at] == second)
     return shared / (len(first) + len(second) - shared)
 
 
