@@ -11,6 +11,7 @@ nox -s release                 sdist and wheel: built, checked, and what is in t
 nox -s web                     the chat's page in a browser: Chromium from the PATH, or Playwright's own
 nox -s quantized               `hf-cnllm quantize` with bitsandbytes and torchao, the slow tests too
 nox -s gguf                    exports through llama.cpp: its converter, its tokenizer and its engine, which is compiled
+nox -s corpus                  the corpus pipeline on Ray, with fastText's models and on real text
 nox -s vllm                    the models for vLLM, in an environment of their own
 nox -s integrations            export and quantization with the packages of those extras, the slow tests too
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
@@ -130,6 +131,13 @@ def web(session: nox.Session) -> None:
 def quantized(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev]", "bitsandbytes", "torchao")
     session.run("pytest", "-m", "", "tests/cli/test_quantize.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def corpus(session: nox.Session) -> None:
+    """fastText's wheel is one for Python 3.10 to 3.12."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]", "fasttext-numpy2-wheel", "ray[default]", "snownlp")
+    session.run("pytest", "-m", "not sweep", "tests/data/corpus", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "licenses.md"
 TEXT = """# Licenses of dependencies
 
-Written by `python scripts/licenses.py` from the metadata of the installed packages: what `pip install "hf-cnllm[train]"` brings, on
+Written by `python scripts/licenses.py` from the metadata of the installed packages: what `pip install "hf-cnllm[train,data]"` brings, on
 Linux, less the CUDA libraries of torch's GPU build, which have a license of NVIDIA's. hf_cnllm is
 Apache-2.0 and contains none of them, nor any weights.
 
@@ -54,9 +54,9 @@ def license_of(found: Distribution) -> str:
 
 
 def table() -> dict[str, tuple[str, str]]:
-    """Package -> (license, `always` or `train`)."""
+    """Package -> (license, `always`, or the extra that needs it)."""
     rows: dict[str, tuple[str, str]] = {}
-    for extras, needed in ((frozenset(), "always"), (frozenset({"train"}), "train")):
+    for extras, needed in ((frozenset(), "always"), (frozenset({"train"}), "train"), (frozenset({"data"}), "data")):
         for found in required("hf-cnllm", extras, set()):
             name = canonicalize_name(found.metadata["Name"])
             if not name.startswith("hf-cnllm"):

@@ -16,7 +16,7 @@ NOT_RUN = {
     "measures for minutes": 1,
     "trains for minutes": 1,
     "needs vLLM": 1,
-    "of a model at hand": 4,
+    "of a model at hand": 5,
     "needs another engine": 2,
     "needs a package of an extra": 2,
     "needs a GPU, bf16 being TRL's default": 1,

@@ -5,51 +5,32 @@ algorithm and the normalizer of the original and with its layout of special piec
 Hub's.
 """
 
-import io
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import sentencepiece as spm
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
-from tokenizers.trainers import BpeTrainer
 
 from ..auto import LINES, family_of
 from ..data.conversations import load_instructions
-from ..models.qwen.tiktoken_bpe import build_backend, to_bytes, write_tiktoken
+from ..models.qwen.tiktoken_bpe import write_tiktoken
+from ..tokenization.training import BAICHUAN2_SYMBOLS, NOT_NORMALIZED, train_ranks, train_sentencepiece
 from .dataset import SIGN_OFFS
 
-# The first 237 user-defined symbols of Baichuan 2, in order: they put <reserved_106> (the user's turn) and
-# <reserved_107> (the assistant's) at ids 195 and 196.
-HTML_TAGS = ("img", "h2", "td", "strong", "table", "tr", "li", "b", "h3", "br", "h4", "h5", "p", "h1", "tbody")
-BAICHUAN2_SYMBOLS = [
-    *("<SEP>", "<CLS>", "\n", "\t"),
-    *(form.format(tag) for tag in HTML_TAGS for form in ("<{}>", "<{}/>", "</{}>")),
-    *"０１２３４５６７８９+-=，。！？、：￥.!?",
-    *("...", "。。。", "。。。。。。", *"《》【】『』", "```", "<!--", "-->", "---", "<!DOCTYPE>"),
-    *"；．＝＜＞－＋％‼㊣／｜",
-    *(f"<reserved_{n}>" for n in range(12, 151)),
-]
 CHATGLM_CONTROLS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 CHATGLM_BLANKS = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
 GLM_SPECIALS = [
     *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
     *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
 ]
-# The text as it is; SentencePiece's own default is NFKC without repeated blanks.
-NOT_NORMALIZED: dict[str, Any] = {
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-}
 
 
 def write_baichuan2(folder: Path, texts: Iterable[str]) -> None:
-    model = _train(
+    model = train_sentencepiece(
         texts,
         vocab_size=2400,
         character_coverage=0.9998,
@@ -62,14 +43,14 @@ def write_baichuan2(folder: Path, texts: Iterable[str]) -> None:
 
 
 def write_chatglm2(folder: Path, texts: Iterable[str]) -> None:
-    model = _train(texts, vocab_size=2200, **NOT_NORMALIZED)
+    model = train_sentencepiece(texts, vocab_size=2200, **NOT_NORMALIZED)
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
 def write_chatglm(folder: Path, texts: Iterable[str]) -> None:
     """Unigram, in ChatGLM-6B's order: control, `<n>`, text, ChatGLM's own controls, tab and runs of blanks, bytes."""
     lines = (text.replace("\n", "<n>") for text in texts)
-    model = _train(lines, vocab_size=2000, model_type="unigram", pad_id=3, user_defined_symbols=["<n>"])
+    model = train_sentencepiece(lines, vocab_size=2000, model_type="unigram", pad_id=3, user_defined_symbols=["<n>"])
     kind = sp_pb2.ModelProto.SentencePiece
     for names, piece_type in ((CHATGLM_CONTROLS, kind.CONTROL), (CHATGLM_BLANKS, kind.USER_DEFINED)):
         for name in names:
@@ -80,26 +61,16 @@ def write_chatglm(folder: Path, texts: Iterable[str]) -> None:
 
 def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
     lines = (text.replace("\n", "<n>") for text in texts)
-    model = _train(lines, vocab_size=2000, split_digits=False, byte_fallback=False, user_defined_symbols=["<n>"])
+    model = train_sentencepiece(
+        lines, vocab_size=2000, split_digits=False, byte_fallback=False, user_defined_symbols=["<n>"]
+    )
     (folder / "cog-pretrain.model").write_bytes(model.SerializeToString())
     added = {token: len(model.pieces) + offset for offset, token in enumerate(GLM_SPECIALS)}
     (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
 
 
 def write_qwen(folder: Path, texts: Iterable[str]) -> None:
-    backend = build_backend({bytes([byte]): byte for byte in range(256)}, special_tokens=[])
-    alphabet = list(backend.get_vocab())
-    backend.train_from_iterator(texts, BpeTrainer(vocab_size=2200, initial_alphabet=alphabet, show_progress=False))
-    write_tiktoken({to_bytes(name): rank for name, rank in backend.get_vocab().items()}, folder / "qwen.tiktoken")
-
-
-def _train(texts: Iterable[str], **options: Any) -> Any:
-    """A SentencePiece model in memory, as protobuf."""
-    buffer = io.BytesIO()
-    shared = {"model_type": "bpe", "character_coverage": 0.9999, "split_digits": True, "byte_fallback": True}
-    options = {"num_threads": 1, "minloglevel": 2, **shared, **options}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=buffer, **options)
-    return sp_pb2.ModelProto.FromString(buffer.getvalue())
+    write_tiktoken(train_ranks(texts, 2200), folder / "qwen.tiktoken")
 
 
 class Recipe(NamedTuple):

@@ -1,0 +1,159 @@
+"""Files of texts: what is a record, what is skipped and why, and how much input becomes shards.
+
+A shard is a list of pieces, a piece a file or a range of its bytes that whole lines begin in. The shards depend on the input
+alone, not on the number of workers, so that neither does the output.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+SHARD_BYTES = 64 << 20
+MAX_LINE_BYTES = 16 << 20
+
+
+class Piece(NamedTuple):
+    """The lines of a file that begin in `[start, end)`; all of it where `end` is None."""
+
+    path: str
+    name: str  # as it was given, for ids of records that have none
+    start: int = 0
+    end: int | None = None
+
+
+class Shard(NamedTuple):
+    """What one task reads."""
+
+    source: int  # which of the inputs that were named
+    pieces: tuple[Piece, ...]
+
+
+def find_files(place: Path) -> list[Path]:
+    """The files of records at a place.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: a file of another kind, or a folder without files of records.
+    """
+    if place.is_file():
+        if not place.name.endswith(SUFFIXES):
+            raise ValueError(f"{place}: expected a file that ends in {', '.join(SUFFIXES)}")
+        return [place]
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place}: there is no such file or folder")
+    files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.name.endswith(SUFFIXES)]
+    if not files:
+        raise ValueError(f"{place}: no file in this folder ends in {', '.join(SUFFIXES)}")
+    return files
+
+
+def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Cuts large files at every `shard_bytes` (gzip cannot be cut) and puts small ones together, by input.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_files`; or a file is named twice.
+    """
+    shards: list[Shard] = []
+    seen: set[Path] = set()
+    for source, place in enumerate(inputs):
+        pieces: list[Piece] = []
+        room = shard_bytes
+        for path in find_files(place):
+            resolved = path.resolve()
+            if resolved in seen:
+                raise ValueError(f"{place}: {path} is named twice")
+            seen.add(resolved)
+            size = path.stat().st_size
+            step = max(size, 1) if path.name.endswith(".gz") else shard_bytes
+            for start in range(0, max(size, 1), step):
+                end = min(start + step, size)
+                if pieces and end - start > room:
+                    shards.append(Shard(source, tuple(pieces)))
+                    pieces, room = [], shard_bytes
+                pieces.append(Piece(str(resolved), str(path), start, None if end == size else end))
+                room -= end - start
+        shards.append(Shard(source, tuple(pieces)))
+    return shards
+
+
+def read_lines(stream: Any, start: int, end: int | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) of the lines of a binary file that begin in `[start, end)`; None for one of more than `limit` bytes, which is passed over
+    a megabyte at a time, so that no line needs more memory than `limit`."""
+    position = start
+    if start > 0:  # the line that began before belongs to the piece before
+        stream.seek(start - 1)
+        position = start - 1
+        while (part := stream.readline(1 << 20)) and (end is None or position < end):
+            position += len(part)
+            if part.endswith(b"\n"):
+                break
+    while end is None or position < end:
+        line = stream.readline(limit + 1)
+        if not line:
+            return
+        offset, position = position, position + len(line)
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield offset, line
+            continue
+        while part := stream.readline(1 << 20):
+            position += len(part)
+            if part.endswith(b"\n"):
+                break
+        yield offset, None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def parse_record(line: bytes, name: str, offset: int) -> dict[str, Any] | str:
+    """The record of a line (`{"id", "text", …}`; of a text file's, its text), or why it is skipped. A record without an id is
+    named by file and offset."""
+    try:
+        text = line.decode("utf-8-sig" if offset == 0 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        return "undecodable"
+    record: Any = {"id": f"{name}:{offset}", "text": text}
+    if name.removesuffix(".gz").endswith(".jsonl"):
+        if not text.strip():
+            return "blank"
+        try:
+            record = json.loads(text, parse_constant=_refuse_constant)
+            if not isinstance(record, dict):
+                return "not_an_object"
+            if "\\u" in text:  # half a surrogate pair can be written as an escape, but not as UTF-8
+                json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return "undecodable"
+        except (ValueError, RecursionError):
+            return "not_json"
+        if record.get("id") is None:
+            record = {"id": f"{name}:{offset}", **{key: value for key, value in record.items() if key != "id"}}
+    if not isinstance(record.get("text"), str):
+        return "without_text"
+    return record if record["text"].strip() else "blank"
+
+
+def read_piece(piece: Piece, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[dict[str, Any] | str]:
+    """The records of a piece, or why there is none: `skipped_…`, or `cut_short:FILE`, `damaged:FILE` where gzip ends too soon
+    or is none; what comes before that is read."""
+    with (gzip.open if piece.path.endswith(".gz") else open)(piece.path, "rb") as stream:
+        try:
+            for offset, line in read_lines(stream, piece.start, piece.end, max_line_bytes):
+                found = "too_long" if line is None else parse_record(line, piece.name, offset)
+                yield f"skipped_{found}" if isinstance(found, str) else found
+        except EOFError:
+            yield f"cut_short:{piece.name}"
+        except (zlib.error, gzip.BadGzipFile):
+            yield f"damaged:{piece.name}"
+
+
+def read_texts(inputs: Sequence[Path]) -> Iterator[str]:
+    """The texts of all records."""
+    for shard in plan_shards(inputs):
+        for piece in shard.pieces:
+            yield from (record["text"] for record in read_piece(piece) if not isinstance(record, str))

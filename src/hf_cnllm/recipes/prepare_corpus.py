@@ -1,0 +1,97 @@
+"""Makes a corpus for pre-training of raw texts: duplicates, bad text and personal data go, and each stage is counted.
+
+python -m hf_cnllm.recipes.prepare_corpus --input crawl/ books.jsonl.gz --output corpus
+python -m hf_cnllm.recipes.prepare_corpus --input crawl/ --output corpus --workers 8 \\
+    --stages exact,language,heuristics,paragraph,minhash,pii --tokenizer Qwen/Qwen-7B
+
+`--input` are files and folders of .jsonl ({"id", "text", …}) and .txt (a document a line), also .gz. Documents that are left are in
+`documents/*.jsonl` of the output folder, counts in `statistics.json`, their picture in `funnel.png`, and with `--tokenizer` packed rows
+of token ids in `tokens/*.parquet`. A run that was interrupted goes on when the same command is given again. docs/data_pipelines.md
+"""
+
+import argparse
+import dataclasses
+import errno
+from pathlib import Path
+from typing import Any
+
+from hf_cnllm.training.recipe import run_recipe
+
+
+def parse_arguments() -> argparse.Namespace:
+    from hf_cnllm.data.corpus import STAGES, Settings
+    from hf_cnllm.data.corpus.executors import EXECUTORS
+
+    default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, text: str, **options: object) -> None:
+        known = default.get(name.replace("-", "_"))
+        shown = "" if known in (None, dataclasses.MISSING, ()) or "default" in options else f" (default: {known})"
+        options = {"type": type(known) if isinstance(known, int | float) else None, "default": known} | options
+        if options["default"] is dataclasses.MISSING:
+            options["default"] = []
+        parser.add_argument(f"--{name}", help=text + shown, **options)  # type: ignore[arg-type]
+
+    add("input", "files and folders", nargs="+", type=Path, required=True)
+    add("output", "folder for the result: new, or that of the run to go on with", type=Path, required=True)
+    stages = ",".join(default["stages"])
+    add("stages", f"any of {', '.join(STAGES)}, in this order or another (default: {stages})", default=stages)
+    add("executor", "who runs the tasks", choices=list(EXECUTORS))
+    add("executor-options", "of datatrove's executor; slurm needs time=… partition=…", nargs="+", metavar="NAME=VALUE")
+    add("workers", "tasks at a time; -1 for all")
+    add("shard-bytes", "larger files are cut into tasks of that size; gzip is not")
+    add("max-line-bytes", "longer lines are skipped")
+    add("jaccard", "minhash: similarity of 5-grams from which documents are duplicates")
+    add("min-paragraph-words", "paragraph: shorter ones may repeat")
+    add("embedder", "embedding: checkpoint whose hidden states are compared")
+    add("embedding-threshold", "embedding: cosine from which documents are duplicates")
+    add("languages", "language: those to keep", nargs="+", default=list(default["languages"]))
+    add("language-model", "language: fastText's file; without it the scripts decide (zh, en, ja, ko)")
+    add("language-threshold", "language: least probability, or share of letters")
+    add("min-words", "heuristics: fewer words (characters in Chinese) are too few")
+    add("quality-good", "quality: files and folders of good examples to train on", nargs="+", type=Path)
+    add("quality-bad", "quality: of bad ones", nargs="+", type=Path)
+    add("quality-model", "quality: folder of a classifier trained before (`SentenceClassifier.save`)")
+    add("quality-threshold", "quality: least probability of a sentence to be good")
+    add("decontaminate", "decontamination: files of benchmarks (.jsonl, .txt)", nargs="+", type=Path)
+    add("decontamination-ngrams", "decontamination: words in a row that must not be shared")
+    add(
+        "weights",
+        "mix: one for each --input; 0.5 takes half of its documents, 2 takes each twice",
+        nargs="+",
+        type=float,
+    )
+    add("tokenizer", "checkpoint whose tokenizer packs the result into rows of token ids")
+    add("sequence-length", "tokens in a row")
+    arguments = parser.parse_args()
+    arguments.stages = [name for name in arguments.stages.split(",") if name]
+    options = dict(option.partition("=")[::2] for option in arguments.executor_options)
+    arguments.executor_options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
+    return arguments
+
+
+def main() -> None:
+    try:
+        arguments = parse_arguments()
+        from hf_cnllm.data.corpus import Settings, run
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}: pip install "hf-cnllm[data]"') from error
+    settings = Settings(**vars(arguments))
+    try:
+        statistics = run(settings)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"the disk of {settings.output} is full; make room and give the same command again") from error
+    if statistics is None:
+        print(f"submitted; {settings.output}/statistics.json is written last")
+        return
+    print(f"{'stage':<16}{'documents':>12}{'bytes':>16}")
+    for row in ({"stage": "input", **statistics["input"]}, *statistics["stages"]):
+        print(f"{row['stage']:<16}{row['documents']:>12,}{row['bytes']:>16,}")
+    print(f"skipped: {statistics['input']['skipped'] or 'nothing'}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)
