@@ -86,6 +86,14 @@ def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
     (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
 
 
+def write_glm130b(folder: Path, texts: Iterable[str]) -> None:
+    """Unigram in icetk's order, which knows white space as one space alone."""
+    lines = (" ".join(text.split()) for text in texts)
+    symbols = {"pad_id": 3, "user_defined_symbols": ["<n>"]}
+    model = _train(lines, vocab_size=1700, model_type="unigram", byte_fallback=False, **symbols)
+    (folder / "ice_text.model").write_bytes(model.SerializeToString())
+
+
 def write_qwen(folder: Path, texts: Iterable[str]) -> None:
     backend = build_backend({bytes([byte]): byte for byte in range(256)}, special_tokens=[])
     alphabet = list(backend.get_vocab())
@@ -119,6 +127,7 @@ TINY_FAMILIES: dict[str, tuple[Callable[[Path, Iterable[str]], None], Recipe]] =
     "chatglm2": (write_chatglm2, Recipe()),
     "chatglm3": (write_chatglm2, Recipe()),
     "glm": (write_glm_chinese, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
+    "glm130b": (write_glm130b, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
 }
 OWN_RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning_rate=1e-4)  # for trained weights
 
