@@ -24,6 +24,7 @@ COMMANDS = {
     "info": ("hf_cnllm.cli.info", "show what a checkpoint is, the memory it takes and what it runs with"),
     "verify": ("hf_cnllm.cli.verify", "check the files of a checkpoint: damage, mixtures, shapes, NaN, checksums"),
     "quantize": ("hf_cnllm.cli.quantize", "save a checkpoint with weights of 8 or 4 bits"),
+    "convert": ("hf_cnllm.cli.convert", "make a checkpoint of what the authors released in another layout"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "run": (
         "hf_cnllm.cli.run",
