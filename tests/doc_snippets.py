@@ -37,6 +37,7 @@ TINY = {
     "THUDM/chatglm2-6b": "chatglm2",
     "THUDM/chatglm3-6b": "chatglm3",
     "THUDM/glm-": "glm",
+    "THUDM/GLM-130B": "glm130b",
 }
 NAME = re.compile(r"\b(?:baichuan-inc|Qwen|THUDM|zai-org)/[\w.-]+")
 

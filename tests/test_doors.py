@@ -13,7 +13,7 @@ import pytest
 from doors import DOORS, Place
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
 
-NO_CHAT = {"glm": "GLM has no form for chats"}
+NO_CHAT = {"glm glm130b": "GLM has no form for chats"}
 UNKNOWN = "Unrecognized configuration class"
 NO_CAUSAL = {"glm": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM"}
 NO_CONTEXT = {"glm": "to find context and blanks in `input_ids` the configuration needs `sop_token_id`"}
@@ -23,16 +23,18 @@ NEEDS_IDS = r"`inputs_embeds` do not tell where the context ends.*PEFT's prompt 
 REFUSED: dict[str, dict[str, str]] = {
     "AutoModelForCausalLM": NO_CAUSAL,
     "AutoModelForSeq2SeqLM": {"baichuan qwen": UNKNOWN},
-    "AutoModelForSequenceClassification": {"glm": UNKNOWN},
-    "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm": PREFIX_LM},
+    "AutoModelForSequenceClassification": {"glm glm130b": UNKNOWN},
+    "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm glm130b": PREFIX_LM},
     'pipeline("text-generation")': NO_CONTEXT,
     'pipeline("text-generation"), batched': NO_CONTEXT,
     "apply_chat_template": NO_CHAT,
-    "model.chat": {"glm": "'GLMForConditionalGeneration' object has no attribute 'chat'"},
+    "model.chat": {"glm glm130b": r"'GLM\w*ForConditionalGeneration' object has no attribute 'chat'"},
     "transformers serve (class lookup)": NO_CHAT,
-    "vLLM (model registry)": {"chatglm glm": "vLLM cannot serve this checkpoint: .* is a prefix language model"},
-    "PEFT, prompt tuning": {"chatglm glm": NEEDS_IDS},
-    "TRL, Reward": {"glm": UNKNOWN},
+    "vLLM (model registry)": {
+        "chatglm glm glm130b": "vLLM cannot serve this checkpoint: .* is a prefix language model"
+    },
+    "PEFT, prompt tuning": {"chatglm glm glm130b": NEEDS_IDS},
+    "TRL, Reward": {"glm glm130b": UNKNOWN},
     **{f"TRL, {trainer}": NO_CHAT for trainer in ("SFT", "DPO", "KTO", "GRPO", "RLOO")},
 }
 if not find_spec("bitsandbytes"):

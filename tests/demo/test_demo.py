@@ -142,7 +142,15 @@ def test_the_table_of_families_names_every_tiny_checkpoint():
     assert set(LINE_OF) == set(TINY_FAMILIES)
 
 
-TOKENS = {"baichuan": 2400, "qwen": 2408, "chatglm": 2088, "chatglm2": 2205, "chatglm3": 2209, "glm": 2010}
+TOKENS = {
+    "baichuan": 2400,
+    "qwen": 2408,
+    "chatglm": 2088,
+    "chatglm2": 2205,
+    "chatglm3": 2209,
+    "glm": 2010,
+    "glm130b": 1708,
+}
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))

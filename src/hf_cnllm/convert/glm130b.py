@@ -41,6 +41,10 @@ SPLIT = re.compile("|".join(f"(?P<_{index}>{pattern})" for index, pattern in enu
 PREFIX = "transformer."
 INV_FREQ = ".attention.rotary_emb.inv_freq"
 SCALE = ".weight_scale"
+MODULES = (
+    *("input_layernorm", "attention.query_key_value", "attention.dense"),
+    *("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+)
 ID_FIELDS = {
     **{"mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]", "smask_token_id": "[sMASK]", "bos_token_id": "<sop>"},
     **{"eos_token_id": "<eop>", "text_end_token_id": "</s>", "pad_token_id": "<pad>"},
@@ -119,10 +123,8 @@ def _form(tensor: torch.Tensor) -> str:
 
 def _names(layers: int) -> Iterator[str]:
     yield from ("word_embeddings.weight", "final_layernorm.weight", "final_layernorm.bias")
-    modules = ("input_layernorm", "attention.query_key_value", "attention.dense")
-    modules += ("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     for layer in range(layers):
-        for module in modules:
+        for module in MODULES:
             yield from (f"layers.{layer}.{module}.weight", f"layers.{layer}.{module}.bias")
 
 
