@@ -169,8 +169,8 @@ def find_positions(
     if not masks or start_id is None:
         raise ValueError(
             f"to find context and blanks in `input_ids` the configuration needs `{start_field}` and at least one of "
-            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: set them (the tokenizer knows the ids), or pass "
-            "2-row `position_ids`"
+            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: set them (the tokenizer knows the ids)"
+            + (", or pass 2-row `position_ids`" if config.block_position_encoding else "")
         )
     batch, length = input_ids.shape
     if attention_mask is None:
@@ -213,10 +213,9 @@ def find_positions(
             if (rows := (wrong & checked).any(dim=1)).any():
                 mask_names = ", ".join(f"{name}={mask_id}" for name, mask_id in masks.items())
                 message = message.format(start=f"{start_field}={start_id}", masks=mask_names)
-                raise ValueError(
-                    f"row {int(rows.nonzero()[0])} of `input_ids` {message} Or pass 2-row `position_ids`, which say where "
-                    "the context ends."
-                )
+                if config.block_position_encoding:
+                    message += " Or pass 2-row `position_ids`, which say where the context ends."
+                raise ValueError(f"row {int(rows.nonzero()[0])} of `input_ids` {message}")
 
     position = torch.where(index < start, index, blank)
     if not config.block_position_encoding:
