@@ -292,7 +292,7 @@ def convert(
     """
     check_new_folder(output)
     files = find_ranks(shards)
-    ranks = [Rank(file) for file in files]
+    ranks = [Rank(file, len(files)) for file in files]
     sizes = read_sizes(ranks)
     check_copies(ranks, sizes)
     if keeps_integers and not sizes.quantization_bit:

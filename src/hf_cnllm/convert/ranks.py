@@ -16,8 +16,9 @@ import torch
 
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 LATEST, SETTINGS = "latest", "model_config.json"
-# After so many bytes a file is opened anew: until it is closed, what was read of it counts as this process' memory.
-READ_AT_ONCE = 2**26
+# After so many bytes, of all ranks together, files are opened anew: until they are closed, what was read of them counts as
+# this process' memory.
+READ_AT_ONCE = 3 * 2**27
 
 
 def find_ranks(shards: Path) -> list[Path]:
@@ -71,23 +72,28 @@ def find_settings(file: Path, shards: Path) -> dict[str, Any]:
 class Rank:
     """One rank's file.
 
+    Args:
+        count: how many ranks there are.
+
     Attributes:
         tensors: name -> the tensor without its values, on the device "meta".
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, count: int):
+        self.path, self.budget = path, READ_AT_ONCE // count
         self.tensors = {name: tensor.to("meta") for name, tensor in self._open().items()}
         self._opened: dict[str, torch.Tensor] = {}
         self._read = 0
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it lies in the file; use it and let it go."""
-        if not self._opened or self._read > READ_AT_ONCE:
-            self._opened = {}  # first, so that both are not there at once
+        if not self._opened:
             self._opened, self._read = self._open(), 0
-        self._read += self._opened[name].nbytes
-        return self._opened[name]
+        tensor = self._opened[name]
+        self._read += tensor.nbytes
+        if self._read > self.budget:
+            self._opened = {}
+        return tensor
 
     def _open(self) -> dict[str, torch.Tensor]:
         if not zipfile.is_zipfile(self.path):
