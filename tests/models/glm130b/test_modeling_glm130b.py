@@ -239,6 +239,18 @@ def test_padded_batches_give_the_logits_of_their_rows(model, side):
         assert_close(logits[row][mask[row] == 1], model(torch.tensor([text])).logits[0])
 
 
+@torch.no_grad()
+def test_a_mask_and_positions_say_everything():
+    """Then neither ids of control tokens nor ids at all are needed."""
+    case, model = case_named("infill_mask"), load(**dict.fromkeys(TOKENS))
+    built = {"position_ids": case.inputs["built_position_ids"], "attention_mask": ~case.inputs["built_attention_mask"]}
+    embeds = model.get_input_embeddings()(case.inputs["input_ids"])
+    for inputs in ({"input_ids": case.inputs["input_ids"]}, {"inputs_embeds": embeds}):
+        assert_close(model(**inputs, **built).logits, case.outputs["logits"], atol=TOLERANCE)
+    with pytest.raises(ValueError, match="the configuration needs `bos_token_id` and at least one of"):
+        model(case.inputs["input_ids"])
+
+
 def test_dropout_is_the_configurations():
     model = load(hidden_dropout=0.5, attention_dropout=0.5)
     ids = torch.tensor([TEXTS[0]])

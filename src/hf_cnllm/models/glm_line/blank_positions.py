@@ -101,7 +101,7 @@ def positions_and_context(
         if is_text:
             context = (position_ids[:, 1] == 0).expand(batch, length)
             context = context if tokens is None else context & (tokens != 0)
-    elif is_text and length > 1:
+    elif is_text and length > 1 and not (attention_mask is not None and attention_mask.ndim == 4):
         if input_ids is None:
             raise ValueError(
                 "with one row of positions only `input_ids` tell where the context ends: pass them instead of `inputs_embeds`"
