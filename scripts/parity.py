@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "parity.md"
 MARKS = "<!-- table: python scripts/parity.py -->\n", "\n<!-- end of table -->"
-TEST = re.compile(r"\[((?:baichuan|qwen|chatglm|glm)\w*)-.+\]")
+TEST = re.compile(r"[\[-]((?:baichuan|qwen|chatglm|glm)\w*)-.+\]")
 FAMILIES = {
     "baichuan_": "Baichuan 1",
     "baichuan2": "Baichuan 2",
@@ -26,6 +26,7 @@ FAMILIES = {
     "chatglm_": "ChatGLM-6B",
     "chatglm2": "ChatGLM2",
     "chatglm3": "ChatGLM3",
+    "glm130b": "GLM-130B",
     "glm": "GLM",
 }
 

@@ -27,6 +27,9 @@ USAGE = {
     "blanks": """inputs = tokenizer("凯旋门位于意大利米兰市古城堡旁。1807年为纪念[MASK]而建。", return_tensors="pt")
 inputs = tokenizer.build_inputs_for_generation(inputs, max_gen_length=64).to(model.device)
 output = model.generate(**inputs, max_new_tokens=64, eos_token_id=tokenizer.eop_token_id)""",
+    "converted": """inputs = tokenizer.encode_blanks("凯旋门位于意大利米兰市古城堡旁。1807年为纪念[MASK]而建。", return_tensors="pt")
+inputs = tokenizer.build_inputs_for_generation(inputs).to(model.device)
+output = model.generate(**inputs, max_new_tokens=64)""",
     # The generation configuration of a base model ends at no ChatML token; that of a chat model may lack one.
     "qwen chat": CHAT
     + """
@@ -52,7 +55,7 @@ def cards() -> Iterator[tuple[str, ModelCard]]:
                     pipeline_tag="text-generation",
                     license="other",
                     license_name=license_name,
-                    license_link=f"https://huggingface.co/{repo_id}",
+                    license_link=row.get("home", "https://huggingface.co/") + repo_id,
                     base_model=repo_id,
                     tags=["hf_cnllm", line_name, *(["conversational"] if kind == "chat" else [])],
                 )
@@ -70,6 +73,7 @@ def cards() -> Iterator[tuple[str, ModelCard]]:
                         facts={key: _shown(value) for key, value in row["facts"].items()},
                         about=about,
                         license=license_text,
+                        home=row.get("home", "https://huggingface.co/"),
                     ),
                 )
 

@@ -36,7 +36,12 @@ TINY = {
     "THUDM/chatglm-6b": "chatglm",
     "THUDM/chatglm2-6b": "chatglm2",
     "THUDM/chatglm3-6b": "chatglm3",
-    "THUDM/glm-": "glm",
+    "THUDM/glm-large-chinese": "glm",
+    "THUDM/glm-10b-chinese": "glm",
+    "THUDM/glm-2b": "glm_gpt2",
+    "THUDM/glm-515m": "glm_bert",
+    "THUDM/glm-roberta-large": "glm_roberta",
+    "THUDM/GLM-130B": "glm130b",
 }
 NAME = re.compile(r"\b(?:baichuan-inc|Qwen|THUDM|zai-org)/[\w.-]+")
 

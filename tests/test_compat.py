@@ -39,6 +39,7 @@ MODELS = {
     "chatglm": (AutoModel, "chatglm_6b_3layer", {}),
     "chatglm2": (AutoModel, "chatglm2_6b", {}),
     "glm": (AutoModelForSeq2SeqLM, "glm", GLM_TOKENS),
+    "glm130b": (AutoModelForSeq2SeqLM, "glm130b", {"gmask_token_id": 8, "bos_token_id": 9}),
 }
 
 

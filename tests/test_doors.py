@@ -13,11 +13,9 @@ import pytest
 from doors import DOORS, Place
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
 
-NO_CHAT = {"glm": "GLM has no form for chats"}
+NO_CHAT = {"glm glm130b": "has no form for chats"}
 NO_SEQ2SEQ = r"has no model for AutoModelForSeq2SeqLM: it has AutoModel, AutoModelForCausalLM,"
-NO_CLASSIFIER = {
-    "glm": "GLM has no model for AutoModelForSequenceClassification: it has AutoModel, AutoModelForSeq2SeqLM"
-}
+NO_CLASSIFIER = {"glm glm130b": r"has no model for AutoModelForSequenceClassification: it has AutoModel, AutoModelForSeq2SeqLM"}
 NO_CAUSAL = {"glm": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM"}
 NO_CONTEXT = {"glm": "to find context and blanks in `input_ids` .*: let `hf_cnllm.infill`"}
 PREFIX_LM = "is causal and has no place for the prefix of a prefix language model: use `generate`"
@@ -27,14 +25,16 @@ REFUSED: dict[str, dict[str, str]] = {
     "AutoModelForCausalLM": NO_CAUSAL,
     "AutoModelForSeq2SeqLM": {"baichuan qwen": NO_SEQ2SEQ},
     "AutoModelForSequenceClassification": NO_CLASSIFIER,
-    "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm": PREFIX_LM},
+    "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm glm130b": PREFIX_LM},
     'pipeline("text-generation")': NO_CONTEXT,
     'pipeline("text-generation"), batched': NO_CONTEXT,
     "apply_chat_template": NO_CHAT,
     "model.chat": NO_CHAT,
     "transformers serve (class lookup)": NO_CHAT,
-    "vLLM (model registry)": {"chatglm glm": "vLLM cannot serve this checkpoint: .* is a prefix language model"},
-    "PEFT, prompt tuning": {"chatglm glm": NEEDS_IDS},
+    "vLLM (model registry)": {
+        "chatglm glm glm130b": "vLLM cannot serve this checkpoint: .* is a prefix language model"
+    },
+    "PEFT, prompt tuning": {"chatglm glm glm130b": NEEDS_IDS},
     "TRL, Reward": NO_CLASSIFIER,
     **{f"TRL, {trainer}": NO_CHAT for trainer in ("SFT", "DPO", "KTO", "GRPO", "RLOO")},
 }

@@ -15,6 +15,7 @@ MODELS = {
     "chatglm_6b_3layer": (AutoModel, {}, None),
     "chatglm2_6b": (AutoModel, {}, [8, 9]),
     "glm": (AutoModelForSeq2SeqLM, GLM_TOKENS, [8, 9]),
+    "glm130b": (AutoModelForSeq2SeqLM, {"gmask_token_id": 8, "bos_token_id": 9}, [8, 9]),
 }
 WAYS = {
     "greedy": {},

@@ -20,6 +20,7 @@ try:
     from .models.chatglm.quantization import ChatGLMQuantizationConfig
     from .models.chatglm.tool_calls import parse_tool_call
     from .models.glm import *  # noqa: F403
+    from .models.glm130b import *  # noqa: F403
     from .models.qwen import *  # noqa: F403
 except Exception as error:
     if unmet := unmet_requirements():  # half an upgrade is the usual reason
@@ -60,6 +61,7 @@ __all__ = [
     *models.baichuan.__all__,
     *models.chatglm.__all__,
     *models.glm.__all__,
+    *models.glm130b.__all__,
     *models.qwen.__all__,
     *_LATER,
 ]

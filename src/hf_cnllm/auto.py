@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ._compat import name_in_transformers
-from .models import baichuan, chatglm, glm, qwen
+from .models import baichuan, chatglm, glm, glm130b, qwen
 from .models.adapter_targets import add_peft_targets
 from .models.glm.configuration_glm import SavedGLMConfig
 
@@ -69,8 +69,8 @@ class Family(NamedTuple):
 
     @property
     def generates_with(self) -> str:
-        """The auto class that gives the model with its output head."""
-        return next(name for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") if name in self.models)
+        """The (first) auto class that gives the model with its output head."""
+        return next(name for name in self.models if name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"))
 
     def make_config(self, architecture: str, shape: Shape, **overrides: Any) -> PreTrainedConfig:
         """The configuration of a model of that architecture and shape, with ids of control tokens at the vocabulary's end
@@ -123,6 +123,15 @@ def _glm(shape: Shape) -> dict[str, Any]:
     return {"max_sequence_length": 2**15, "eos_token_id": None, **dict.fromkeys(dropouts, 0.0)}
 
 
+def _glm130b(shape: Shape) -> dict[str, Any]:
+    return {
+        "inner_hidden_size": shape.ffn_size,
+        "max_sequence_length": 2048,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
 def _qwen(shape: Shape) -> dict[str, Any]:
     return {
         "intermediate_size": 2 * shape.ffn_size,
@@ -154,8 +163,12 @@ def _learned_prefix(config: Any) -> str:
     return f"{config.pre_seq_len} positions, {how}" if config.pre_seq_len else "none"
 
 
-def _known_control_tokens(config: Any) -> str:
-    unknown = [name for name in GLM_CONTROL_TOKENS if getattr(config, name) is None]
+def _weight_bits(config: Any) -> str:
+    return f"{config.quantization_bit}-bit weights" if config.quantization_bit else "none"
+
+
+def _known_control_tokens(config: Any, names: tuple[str, ...] = GLM_CONTROL_TOKENS) -> str:
+    unknown = [name for name in names if getattr(config, name) is None]
     return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 
@@ -232,7 +245,7 @@ FAMILIES: tuple[Family, ...] = (
             "rope_ratio": _rope_ratio,
             "key/value heads": lambda c: f"{c.num_key_value_heads} of {c.num_attention_heads}",
             "P-tuning v2 prefix": _learned_prefix,
-            "quantization": lambda c: f"{c.quantization_bit}-bit weights" if c.quantization_bit else "none",
+            "quantization": _weight_bits,
         },
     ),
     # GLM-4 has the same `model_type`: the configuration hands it over.
@@ -265,6 +278,29 @@ FAMILIES: tuple[Family, ...] = (
         decisions={
             "positions": lambda c: "learned, with block positions" if c.block_position_encoding else "learned",
             "control tokens": _known_control_tokens,
+        },
+    ),
+    # AutoModel gives the generation model, as in ChatGLM-6B; no checkpoint has an `auto_map`.
+    Family(
+        config=glm130b.GLM130BConfig,
+        models={
+            "AutoModel": glm130b.GLM130BForConditionalGeneration,
+            "AutoModelForSeq2SeqLM": glm130b.GLM130BForConditionalGeneration,
+            "AutoModelForCausalLM": glm130b.GLM130BForConditionalGeneration,
+            "AutoModelForMultipleChoice": glm130b.GLM130BForMultipleChoice,
+        },
+        tokenizers=(glm130b.GLM130BTokenizer,),
+        lines={"glm130b": Line("GLM-130B", "GLM-130B License", "2210.02414", "glm-130b-license", "glm130b")},
+        line_of=lambda config: "glm130b",
+        architectures={
+            "glm130b": Architecture(_glm130b, CHATGLM_CONTROL_TOKENS, prompt_end=("gmask_token_id", "bos_token_id"))
+        },
+        architecture_of=lambda config: "glm130b",
+        trained_length=lambda config: config.max_position_embeddings,
+        decisions={
+            "positions": lambda c: "rotary, those of a blank where its mask token stands",
+            "control tokens": lambda c: _known_control_tokens(c, CHATGLM_CONTROL_TOKENS),
+            "quantization": _weight_bits,
         },
     ),
     Family(
@@ -358,7 +394,7 @@ def register() -> None:
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         add_peft_targets(model_type, family.config.adapter_targets)
-    for package in (baichuan, chatglm, glm, qwen):
+    for package in (baichuan, chatglm, glm, glm130b, qwen):
         for public in (getattr(package, name) for name in package.__all__):
             if issubclass(public, PreTrainedModel):
                 name_in_transformers(public)

@@ -356,5 +356,5 @@ def test_a_causal_model_is_told_that_it_fills_no_blanks(tokenizer):
     config = ChatGLMConfig(
         vocab_size=99, hidden_size=16, ffn_hidden_size=16, kv_channels=8, num_layers=1, num_attention_heads=2
     )
-    with pytest.raises(TypeError, match="fills no blanks: GLM and ChatGLM-6B do"):
+    with pytest.raises(TypeError, match="fills no blanks: GLM, GLM-130B and ChatGLM-6B do"):
         infill(ChatGLMForConditionalGeneration(config), tokenizer, "你好[MASK]")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_cnllm  # noqa: F401
+import hf_cnllm
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.data.formats import ConversationError
 from hf_cnllm.demo import pipeline, tasks
 from hf_cnllm.demo.dataset import signed_off, split_data, without_sign_off
 from hf_cnllm.demo.tasks import load_task
-from hf_cnllm.demo.tiny_checkpoints import LINE_OF, TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.demo.tiny_checkpoints import LINE_OF, TINY_FAMILIES, TINY_VARIANTS, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,15 @@ def test_the_table_of_families_names_every_tiny_checkpoint():
     assert set(LINE_OF) == set(TINY_FAMILIES)
 
 
-TOKENS = {"baichuan": 2400, "qwen": 2408, "chatglm": 2088, "chatglm2": 2205, "chatglm3": 2209, "glm": 2010}
+TOKENS = {
+    "baichuan": 2400,
+    "qwen": 2408,
+    "chatglm": 2088,
+    "chatglm2": 2205,
+    "chatglm3": 2209,
+    "glm": 2010,
+    "glm130b": 1708,
+}
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
@@ -156,6 +164,21 @@ def test_the_ids_in_the_json_files_are_those_of_the_vocabulary(family, tmp_path)
         written = json.loads(path.read_text()) if path.exists() else {}
         for token in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id"):
             assert written.get(token) in (None, getattr(tokenizer, token, None)), token
+
+
+@pytest.mark.parametrize("family", TINY_VARIANTS)
+def test_english_checkpoints_of_glm_fill_blanks_and_learn(family, tmp_path):
+    write_tiny_checkpoint(family, tmp_path / "checkpoint")
+    task = load_task(tmp_path / "checkpoint", max_length=64)
+    assert len(task.tokenizer) == {"glm_gpt2": 2008}.get(family, 2002)
+    text = hf_cnllm.infill(
+        task.model, task.tokenizer, f"The Arc {task.tokenizer.mask_token} stands in Milan.", max_new_tokens=2
+    )
+    assert text.lower().startswith("the arc") and text.lower().endswith("stands in milan.")
+    conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    loss = task.model(**task.collate([task.example(conversation)])).loss
+    loss.backward()
+    assert loss.isfinite() and task.model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("family", sorted(TINY_FAMILIES))

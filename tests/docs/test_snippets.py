@@ -21,6 +21,7 @@ NOT_RUN = {
     "needs a package of an extra": 2,
     "needs a GPU, bf16 being TRL's default": 1,
     "pushes to the Hub": 1,
+    "needs the files of a release": 1,
 }
 
 

@@ -161,6 +161,7 @@ def test_a_card_is_what_the_hub_takes(name):
 EXAMPLES = {
     "baichuan": "Baichuan2-7B-Chat", "qwen": "Qwen-7B-Chat", "chatglm": "chatglm-6b", "chatglm2": "chatglm2-6b",
     "chatglm3": "chatglm3-6b-base", "glm": "glm-large-chinese",
+    "glm130b": "GLM-130B",
 }  # fmt: skip
 
 

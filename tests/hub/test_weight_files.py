@@ -16,6 +16,7 @@ MODELS = {
     "chatglm2_6b": AutoModel,
     "chatglm3_6b_int8": AutoModel,
     "glm": AutoModelForSeq2SeqLM,
+    "glm130b": AutoModelForSeq2SeqLM,
     "qwen": AutoModelForCausalLM,
 }
 INDEX = "model.safetensors.index.json"

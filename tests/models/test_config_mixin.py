@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from goldens import GOLDENS
 from hf_cnllm import FAMILIES
 
-EXAMPLES = ("baichuan_7b", "baichuan2_13b", "chatglm_6b", "chatglm2_6b", "glm", "qwen")
+EXAMPLES = ("baichuan_7b", "baichuan2_13b", "chatglm_6b", "chatglm2_6b", "glm", "glm130b", "qwen")
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"))
 
 

@@ -22,6 +22,7 @@ MODELS: dict[str, Any] = {
     "chatglm2_6b": AutoModel,
     "chatglm3_6b_int4": AutoModel,
     "glm": AutoModelForSeq2SeqLM,
+    "glm130b": AutoModelForSeq2SeqLM,
     "qwen": AutoModelForCausalLM,
 }
 MODEL_FILES = ("config.json", "model.safetensors")

@@ -44,6 +44,7 @@ _GLM_TOKENS = {
     "sop_token_id": 153,
     "eop_token_id": 154,
 }
+_GLM130B_TOKENS = {"mask_token_id": 150, "gmask_token_id": 151, "smask_token_id": 152, "bos_token_id": 154}
 SUBJECTS = {
     subject.golden: subject
     for subject in (
@@ -53,6 +54,7 @@ SUBJECTS = {
         Subject("chatglm2_6b", AutoModel, range(5, 120)),
         Subject("chatglm3_6b_int4", AutoModel, range(5, 120)),
         Subject("glm", AutoModelForSeq2SeqLM, range(5, 145), (151, 153), tuple(_GLM_TOKENS.items())),
+        Subject("glm130b", AutoModelForSeq2SeqLM, range(5, 145), (151, 154), tuple(_GLM130B_TOKENS.items())),
         Subject("qwen", AutoModelForCausalLM, range(5, 140)),
     )
 }

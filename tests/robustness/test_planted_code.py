@@ -217,6 +217,7 @@ def test_classes_of_this_package(tally, tmp_path, mark):
         "chatglm2_6b": hf_cnllm.ChatGLMForConditionalGeneration,
         "chatglm_6b_3layer": hf_cnllm.ChatGLMForConditionalGeneration,
         "glm": hf_cnllm.GLMForConditionalGeneration,
+        "glm130b": hf_cnllm.GLM130BForConditionalGeneration,
         "qwen": hf_cnllm.QWenLMHeadModel,
     }
     for golden, model_class in classes.items():

@@ -15,6 +15,7 @@ REFUSED = {
     "chatglm_6b": "prefix language model",
     "chatglm_6b_150k": "prefix language model",
     "glm": "prefix language model",
+    "glm130b": "prefix language model",
     "chatglm2_6b_ptuning": "`pre_seq_len`",
     "chatglm3_6b_ptuning": "`pre_seq_len`",
     "chatglm2_6b_mha": "`multi_query_attention`",

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": ("hf_cnllm.cli.verify", "check the files of a checkpoint: damage, mixtures, shapes, NaN, checksums"),
     "quantize": ("hf_cnllm.cli.quantize", "save a checkpoint with weights of 8 or 4 bits"),
     "export": ("hf_cnllm.cli.export", "save a checkpoint as a Llama, Qwen2 or GLM that every engine serves, and back"),
+    "convert": ("hf_cnllm.cli.convert", "make a checkpoint of what the authors released in another layout"),
     "doctor": ("hf_cnllm.cli.doctor", "check that the installed libraries and this package work together"),
     "run": (
         "hf_cnllm.cli.run",

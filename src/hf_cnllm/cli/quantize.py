@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="default: chatglm, the format of the authors, for ChatGLM checkpoints, else bitsandbytes",
+        help="default: chatglm, the format of the authors, for ChatGLM and GLM-130B, else bitsandbytes",
     )
 
 
@@ -118,9 +118,9 @@ def _method(checkpoint: Checkpoint, asked: str | None) -> str:
         raise ValueError(f"{checkpoint.adapter} is an adapter: merge it into {checkpoint.name} and save that first")
     if getattr(checkpoint.config, "quantization_config", None) is not None:
         raise ValueError(f"{checkpoint.name} is quantized already")
-    is_chatglm = checkpoint.config.model_type == "chatglm"
-    method = asked or ("chatglm" if is_chatglm else "bitsandbytes")
-    if method == "chatglm" and not is_chatglm:
+    has_own = checkpoint.config.model_type in ("chatglm", "glm130b")
+    method = asked or ("chatglm" if has_own else "bitsandbytes")
+    if method == "chatglm" and not has_own:
         raise ValueError("the method chatglm is ChatGLM's own format: choose another")
     if method != "chatglm" and importlib.util.find_spec(method) is None:
         raise ImportError(f"{method} is missing, which quantizes this family: pip install {method}")

@@ -363,7 +363,8 @@ def infill(
     """Fills every blank of a text, from left to right; what fills one is seen when the next is filled.
 
     Args:
-        model: GLM or ChatGLM-6B.
+        model: GLM, GLM-130B or ChatGLM-6B. Models without block positions fill `[MASK]`, `[sMASK]` and `[gMASK]` in the
+            order in which they look for them.
         text: with `[MASK]`, `[sMASK]` or `[gMASK]` in it, as often as wanted; or several such texts.
         max_new_tokens: for each blank.
         generate_kwargs: for `generate`, e.g. `num_beams=4`; one answer for each blank.
@@ -377,16 +378,22 @@ def infill(
     """
     if not hasattr(model, "positions_of_prompt"):
         raise TypeError(
-            f"{type(model).__name__} fills no blanks: GLM and ChatGLM-6B do, ChatGLM2 and ChatGLM3 are causal"
+            f"{type(model).__name__} fills no blanks: GLM, GLM-130B and ChatGLM-6B do, ChatGLM2 and ChatGLM3 are causal"
         )
     if not isinstance(text, str):
         return [infill(model, tokenizer, single, max_new_tokens, **generate_kwargs) for single in text]
     control = ControlTokens.of(tokenizer)
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if hasattr(tokenizer, "encode_blanks"):  # in whose texts names of control tokens are text
+        tokens = tokenizer.encode_blanks(text)["input_ids"]
+    else:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     row = Example.of_context([*control.before, *tokens, *control.after])
     places = [place for place, token in enumerate(row.input_ids) if token in control.masks.values()]
     if not places:
         raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
+    if not model.config.block_position_encoding:
+        filled = fill_in_turn(model, row.input_ids, max_new_tokens=max_new_tokens, **generate_kwargs)
+        return str(tokenizer.decode(filled, skip_special_tokens=True))
     arguments = {"max_new_tokens": max_new_tokens, "eos_token_id": control.end, "pad_token_id": control.end}
     arguments |= generate_kwargs
     for place in places:
@@ -397,3 +404,24 @@ def infill(
     filled = restore_text(row.input_ids, row.positions, row.block_positions)
     filled = filled[len(control.before) : len(filled) - len(control.after)]
     return str(tokenizer.decode(filled, skip_special_tokens=True))
+
+
+def fill_in_turn(model: PreTrainedModel, context: Sequence[int], **generate_kwargs: Any) -> list[int]:
+    """A context whose blanks are filled, for models without block positions, whose text holds one blank at a time: what
+    fills one takes its place, and the next is filled in that text.
+
+    Args:
+        context: token ids with mask tokens among them, without a start token.
+    """
+    config, filled = model.config, [*context]
+    ends = [config.eos_token_id, getattr(config, "text_end_token_id", None)]
+    ends = [end for end in ends if end is not None]
+    arguments = {"eos_token_id": ends, "pad_token_id": ends[0]} | generate_kwargs
+    mask_ids = [getattr(config, kind) for kind in config.kinds_of_blanks]
+    for mask_id in mask_ids:
+        while mask_id in filled:
+            place = filled.index(mask_id)
+            span = generated_tokens(model, [*filled, config.sop_token_id], ends, **arguments)
+            # What is written is text: another blank or start in it would be one in the next prompt.
+            filled[place : place + 1] = [token for token in span if token not in (*mask_ids, config.sop_token_id)]
+    return filled

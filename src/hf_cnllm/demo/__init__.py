@@ -8,13 +8,18 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from .tiny_checkpoints import OWN_RECIPE, TINY_FAMILIES
+from .tiny_checkpoints import OWN_RECIPE, TINY_FAMILIES, TINY_VARIANTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("--family", choices=sorted(TINY_FAMILIES), default="baichuan", help="which tiny checkpoint to write")
+    add(
+        "--family",
+        choices=sorted(TINY_FAMILIES | TINY_VARIANTS),
+        default="baichuan",
+        help="which tiny checkpoint to write",
+    )
     add("--model", metavar="PATH", type=Path, help="your own checkpoint, instead of a tiny one")
     add("--data", metavar="FILE.jsonl", type=Path, help="your own conversations, one JSON object a line")
     add("--output", metavar="DIR", type=Path, help="folder to write (default: outputs/demo-FAMILY)")
@@ -37,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.model is None) != (args.data is None):
         missing = "--data FILE.jsonl" if args.data is None else "--model PATH"
         raise ValueError(f"your own checkpoint and your own data go together: {missing} is missing")
-    recipe = TINY_FAMILIES[args.family][1] if args.model is None else OWN_RECIPE
+    recipe = (TINY_FAMILIES | TINY_VARIANTS)[args.family][1] if args.model is None else OWN_RECIPE
     for name, default in recipe._asdict().items():
         if getattr(args, name, None) is None:
             setattr(args, name, default)

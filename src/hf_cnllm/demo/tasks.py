@@ -95,7 +95,11 @@ class InfillingTask(ChatTask):
     def _inputs(self, examples: list[dict[str, Any]], max_gen_length: int, **targets: list[str]) -> BatchEncoding:
         texts = [example["text"] for example in examples]
         # Cut on the left, so that the blank stays.
-        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.half_length, return_tensors="pt")
+        options = {"padding": True, "max_length": self.half_length, "return_tensors": "pt"}
+        if hasattr(self.tokenizer, "encode_blanks"):  # GLM-130B, whose tokenizer reads no blanks otherwise
+            inputs = self.tokenizer.encode_blanks(texts, **options)
+        else:
+            inputs = self.tokenizer(texts, truncation=True, **options)
         return self.tokenizer.build_inputs_for_generation(inputs, max_gen_length, **targets)
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
 from ..auto import LINES, family_of
 from ..data.conversations import load_instructions
@@ -27,6 +29,8 @@ GLM_SPECIALS = [
     *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
     *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
 ]
+PIECE_TOKENS = ["<|startofpiece|>", "<|endofpiece|>"]
+ENGLISH_SIZE = 2000  # of the vocabularies of GPT-2, BERT and RoBERTa
 
 
 def write_baichuan2(folder: Path, texts: Iterable[str]) -> None:
@@ -69,6 +73,53 @@ def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
     (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
 
 
+def write_glm_gpt2(folder: Path, texts: Iterable[str]) -> None:
+    _train_byte_bpe(texts, ["<|endoftext|>"]).model.save(str(folder))
+    _add_tokens(folder, [*PIECE_TOKENS, "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]"])
+
+
+def write_glm_roberta(folder: Path, texts: Iterable[str]) -> None:
+    _train_byte_bpe(texts, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]).model.save(str(folder))
+    _add_tokens(folder, PIECE_TOKENS)
+
+
+def write_glm_bert(folder: Path, texts: Iterable[str]) -> None:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trainer = WordPieceTrainer(vocab_size=ENGLISH_SIZE, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    vocab = backend.get_vocab()
+    (folder / "vocab.txt").write_text(
+        "".join(f"{token}\n" for token in sorted(vocab, key=vocab.get)), encoding="utf-8"
+    )
+    _add_tokens(folder, PIECE_TOKENS)
+
+
+def _train_byte_bpe(texts: Iterable[str], specials: list[str]) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        BpeTrainer(vocab_size=ENGLISH_SIZE, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
+    )
+    return backend
+
+
+def _add_tokens(folder: Path, tokens: list[str]) -> None:
+    added = {token: ENGLISH_SIZE + offset for offset, token in enumerate(tokens)}
+    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
+
+
+def write_glm130b(folder: Path, texts: Iterable[str]) -> None:
+    """Unigram in icetk's order, which knows white space as one space alone."""
+    lines = (" ".join(text.split()) for text in texts)
+    symbols = {"pad_id": 3, "user_defined_symbols": ["<n>"]}
+    model = train_sentencepiece(lines, vocab_size=1700, model_type="unigram", byte_fallback=False, **symbols)
+    (folder / "ice_text.model").write_bytes(model.SerializeToString())
+
+
 def write_qwen(folder: Path, texts: Iterable[str]) -> None:
     write_tiktoken(train_ranks(texts, 2200), folder / "qwen.tiktoken")
 
@@ -90,6 +141,13 @@ TINY_FAMILIES: dict[str, tuple[Callable[[Path, Iterable[str]], None], Recipe]] =
     "chatglm2": (write_chatglm2, Recipe()),
     "chatglm3": (write_chatglm2, Recipe()),
     "glm": (write_glm_chinese, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
+    "glm130b": (write_glm130b, Recipe(epochs=36, batch_size=8, learning_rate=1e-3)),
+}
+# More checkpoints of families that are listed above: GLM's English ones.
+TINY_VARIANTS: dict[str, tuple[Callable[[Path, Iterable[str]], None], Recipe]] = {
+    "glm_gpt2": (write_glm_gpt2, TINY_FAMILIES["glm"][1]),
+    "glm_bert": (write_glm_bert, TINY_FAMILIES["glm"][1]),
+    "glm_roberta": (write_glm_roberta, TINY_FAMILIES["glm"][1]),
 }
 OWN_RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning_rate=1e-4)  # for trained weights
 
@@ -101,13 +159,13 @@ def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
     """Writes a checkpoint of random weights into `folder`, in the family's layout on the Hub.
 
     Args:
-        family: a key of `TINY_FAMILIES`.
+        family: a key of `TINY_FAMILIES` or `TINY_VARIANTS`.
         folder: created; must not exist.
         seed: of the random weights.
     """
     shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder)
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
-    write_vocabulary, _ = TINY_FAMILIES[family]
+    write_vocabulary, _ = (TINY_FAMILIES | TINY_VARIANTS)[family]
     write_vocabulary(folder, texts + [sign_off.strip() for sign_off in SIGN_OFFS.values()])
     transformers.set_seed(seed)
     config = transformers.AutoConfig.from_pretrained(folder)

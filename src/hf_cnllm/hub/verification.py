@@ -275,9 +275,8 @@ def check_tokenizer(folder: Path, config: PreTrainedConfig) -> Finding:
     problems = []
     vocabulary = folder / getattr(tokenizer, "vocab_files_names", {}).get("vocab_file", "")
     if (folder / "tokenizer.json").is_file() and vocabulary.is_file():
-        settings = {
-            name: value for name in ("generation", "num_image_tokens") if (value := getattr(tokenizer, name, None))
-        }
+        names = ("generation", "num_image_tokens")
+        settings = {name: value for name in names if (value := getattr(tokenizer, name, None)) is not None}
         original = type(tokenizer)(vocab_file=str(vocabulary), **settings)
         vocabularies = (t.backend_tokenizer.get_vocab(with_added_tokens=False) for t in (original, tokenizer))
         if next(vocabularies) != next(vocabularies):

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-MODEL_TYPES = ("baichuan", "chatglm", "glm", "qwen")
+MODEL_TYPES = ("baichuan", "chatglm", "glm", "glm130b", "qwen")
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 DOWNLOAD_AGAIN = "Download the files of one checkpoint again, or save the tokenizer again"
 

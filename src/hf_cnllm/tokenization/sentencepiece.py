@@ -276,10 +276,10 @@ def _unigram(model: SentencePieceModel) -> tuple[models.Unigram, list[str]]:
     # unigram_model.cc: a user-defined symbol scores above anything that could be put in its place.
     scores = model.normal | {symbol: len(symbol.encode()) * best - 0.1 for symbol in model.symbols}
     # Control, byte and unknown pieces must not match text: no way to split it scores as low as they do. Only a character
-    # that no piece has costs more, but it is a boundary anyway: cut there.
+    # that is no piece costs more, but it is a boundary anyway: cut there.
     never = [text for text in model.texts if text not in scores]
     lowest = (worst - 10) * max(map(len, never))
-    known = set().union(*scores)
+    known = {text for text in scores if len(text) == 1}
     cuts = [
         f"(?<={re.escape(text[:at])}){re.escape(text[at])}(?={re.escape(text[at + 1 :])})"
         for text in never

@@ -13,6 +13,7 @@ MODELS = {
     # Refused in a sentence, see `served.py`, where vLLM would say something obscure.
     "GLMModel": "unsupported:UnsupportedModel",
     "GLMForConditionalGeneration": "unsupported:UnsupportedModel",
+    "GLM130BForConditionalGeneration": "unsupported:UnsupportedModel",
 }
 """Architecture, as config.json names it -> module and class here."""
 

@@ -83,7 +83,10 @@ HOOKS: dict[str, type[_compat.VerifyAndUpdateConfig]] = {
     "ChatGLMModel": Hook,
     "ChatGLMForConditionalGeneration": Hook,
 }
-CONVERTORS = {"baichuan": OwnConvertor, "qwen": OwnConvertor, "chatglm": OwnConvertor, "glm": Convertor}
+CONVERTORS = {
+    **{"baichuan": OwnConvertor, "qwen": OwnConvertor, "chatglm": OwnConvertor},
+    **{"glm": Convertor, "glm130b": Convertor},
+}
 
 
 def _token_ids_mixin() -> type:

@@ -9,6 +9,7 @@ from ..models.baichuan import BaichuanConfig
 from ..models.chatglm import ChatGLMConfig, ChatGLMTokenizer
 from ..models.chatglm.chat import DEFAULTS as CHATGLM_CHATS
 from ..models.glm import GLMConfig
+from ..models.glm130b import GLM130BConfig
 from ..models.qwen import QWenConfig, QWenTokenizer
 from ..models.qwen.chat import get_stop_words_ids
 
@@ -31,6 +32,7 @@ REFUSALS: dict[type[PreTrainedConfig], tuple[tuple[Callable[[Any], Any], str], .
         TIED,
     ),
     GLMConfig: ((lambda c: True, f"GLM {PREFIX_LM}"),),
+    GLM130BConfig: ((lambda c: True, f"GLM-130B {PREFIX_LM}"),),
 }
 
 

@@ -191,6 +191,7 @@ class ChatGLM1Config(ChatGLMConfig):
         "sop_token_id": "bos_token_id",
     }
     has_kinds_of_blanks: ClassVar[bool] = True
+    kinds_of_blanks: ClassVar[tuple[str, ...]] = ("gmask_token_id", "mask_token_id", "smask_token_id")
 
     vocab_size: int = LATE_VOCAB_SIZE
     tie_word_embeddings: bool = True

@@ -56,9 +56,13 @@ class RotaryEmbedding(nn.Module):
         `hidden_states`."""
         channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
         inv_freq = (1.0 / ROPE_BASE ** (channels / self.dim)).half().float()
-        angles = position_ids.transpose(1, 2)[:, None, :, :, None].float() * inv_freq
+        angles = self.angles(position_ids.transpose(1, 2)[:, None, :, :, None], inv_freq, hidden_states.dtype)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+    def angles(self, position_ids: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Those of a model in `dtype`, fp32."""
+        return position_ids.float() * inv_freq
 
 
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -75,6 +79,7 @@ class SelfAttention(nn.Module):
     """
 
     num_key_value_groups = 1
+    attention_dropout = 0.0
 
     def __init__(self, config: ChatGLM1Config, layer_idx: int):
         super().__init__()
@@ -112,7 +117,14 @@ class SelfAttention(nn.Module):
         if isinstance(attention_mask, PrefixLMLayout):
             attention_interface = prefix_lm_attention(backend, attention_interface)
         attn_output, attn_weights = attention_interface(
-            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.dense(attn_output), attn_weights
@@ -132,12 +144,16 @@ class GLU(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
+    attention_class: type[nn.Module] = SelfAttention
+    mlp_class: type[nn.Module] = GLU
+    residual_scale = RESIDUAL_SCALE
+
     def __init__(self, config: ChatGLM1Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.attention = SelfAttention(config, layer_idx)
+        self.attention = self.attention_class(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.mlp = GLU(config)
+        self.mlp = self.mlp_class(config)
 
     def forward(
         self,
@@ -152,10 +168,10 @@ class GLMBlock(GradientCheckpointingLayer):
         attn_output, _ = self.attention(
             normed, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache, **kwargs
         )
-        hidden_states = normed * RESIDUAL_SCALE + attn_output
+        hidden_states = normed * self.residual_scale + attn_output
 
         normed = self.post_attention_layernorm(hidden_states)
-        return normed * RESIDUAL_SCALE + self.mlp(normed)
+        return normed * self.residual_scale + self.mlp(normed)
 
 
 class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
@@ -180,6 +196,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     hidden_size_per_attention_head = FromConfig("head_dim")
     params_dtype = property(lambda model: model.dtype)
 
+    layer_class: type[nn.Module] = GLMBlock
+    rotary_class: type[nn.Module] = RotaryEmbedding
+    embedding_dropout = 0.0
     _input_embed_layer = "word_embeddings"
     # A head's q | k | v are neighbors, so shards of the projection are whole heads.
     _tp_plan = {
@@ -203,9 +222,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     def __init__(self, config: ChatGLM1Config, empty_init: bool | None = None, device=None):
         super().__init__(config, empty_init, device)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.layers = nn.ModuleList([self.layer_class(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.rotary_emb = self.rotary_class(config)
         self.prefix_encoder = None
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config, projection_size=config.hidden_size)
@@ -272,7 +291,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-        hidden_states = inputs_embeds
+        hidden_states = nn.functional.dropout(inputs_embeds, self.embedding_dropout, self.training)
         for layer_idx, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,

@@ -21,6 +21,8 @@ from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows
 QUANT_METHOD = "chatglm"
 # What the originals quantize in each layer; embeddings, norms, biases and heads stay floats.
 LAYER_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+# Of them those whose columns GLM-130B's processes share, with a scale each.
+COLUMNS_SHARED = ("dense", "dense_4h_to_h")
 
 
 @registers_quantization(QUANT_METHOD)
@@ -30,14 +32,16 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     Args:
         bits: 8 or 4.
         quantize_embeddings: as ChatGLM-6B's `quantization_embeddings`: the word embeddings too.
+        groups: as GLM-130B's `quantization_groups`, of a checkpoint that has them.
     """
 
-    def __init__(self, bits: int = 8, quantize_embeddings: bool = False, **kwargs):
+    def __init__(self, bits: int = 8, quantize_embeddings: bool = False, groups: int = 1, **kwargs):
         if bits not in (4, 8):
             raise ValueError(f"ChatGLM weights are quantized to 4 or 8 bits, not {bits}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers declares its own methods only
         self.bits = bits
         self.quantize_embeddings = quantize_embeddings
+        self.groups = groups
 
 
 @registers_quantization(QUANT_METHOD)
@@ -116,11 +120,17 @@ class ChatGLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         config = self.quantization_config
         if not self.pre_quantized:
+            if config.groups != 1:
+                raise ValueError(
+                    "`groups` is of checkpoints that were quantised in parts: leave it out to quantise here"
+                )
             self.check_weights(model)
             self._replace(model, with_weights=True)
             self.pre_quantized = True
             model.tie_weights(recompute_mapping=False)
         model.config.quantization_bit = config.bits
+        if hasattr(model.config, "quantization_groups"):
+            model.config.quantization_groups = config.groups
         if config.quantize_embeddings:
             model.config.quantization_embeddings = True
         for module in model.modules():
@@ -155,8 +165,11 @@ class ChatGLMQuantizer(HfQuantizer):
         """Puts a quantized module, empty or with the same weights, in the place of each that the method quantizes."""
         bits, (names, embedding, head) = self.quantization_config.bits, self._find_modules(model)
         for module, name in names.items():
-            quantized_class = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedEmbedding
-            quantized: QuantizedRows = quantized_class.like(module, bits)  # type: ignore[arg-type]
+            if isinstance(module, nn.Linear):
+                groups = self.quantization_config.groups if name.rpartition(".")[2] in COLUMNS_SHARED else 1
+                quantized: QuantizedRows = QuantizedLinear.like(module, bits, groups)
+            else:
+                quantized = QuantizedEmbedding.like(module, bits)
             if with_weights and module is not head:
                 quantized.quantize_from(module)
             model.set_submodule(name, quantized)
@@ -181,6 +194,8 @@ class ChatGLMQuantizer(HfQuantizer):
         }
         model.tie_weights(recompute_mapping=False)
         model.config.quantization_bit = 0
+        if hasattr(model.config, "quantization_groups"):
+            model.config.quantization_groups = 1
         if self.quantization_config.quantize_embeddings:
             model.config.quantization_embeddings = False
             model.config.tie_word_embeddings = model.get_output_embeddings() is not None

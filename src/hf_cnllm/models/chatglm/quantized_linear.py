@@ -9,6 +9,9 @@ range. Half precision ends, though, at 6e-8 and 65,504, and has few bits below 6
 is -128 in a byte, or the scale 0 or infinite. A scale that half precision holds only roughly is kept as it is, or rounded up
 where the layer itself is in half precision.
 
+GLM-130B was quantized after its columns were split among processes: its rows have a scale for each of some equal groups of
+columns, (rows, groups).
+
 INT4 packs two neighboring inputs into a byte, the even one in the high nibble, both in two's complement. The layers
 dequantize on the fly, in the dtype of their input, and once more in the backward pass instead of keeping the result.
 """
@@ -52,8 +55,10 @@ def refuse_unfit_weights(weights: dict[str, Tensor]) -> None:
 
 
 def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Integers (..., columns * bits / 8) and scales (...,) -> (..., columns) in `dtype`, rounded once."""
+    """Integers (..., columns * bits / 8) and scales (...,) or (..., groups) -> (..., columns) in `dtype`, rounded once."""
     integers = unpack_int4(weight) if bits == 4 else weight
+    if scale.ndim == weight.ndim:
+        return dequantize_rows(integers.unflatten(-1, (scale.shape[-1], -1)), scale, 8, dtype).flatten(-2)
     if dtype in (torch.float16, torch.bfloat16) and scale.dtype != dtype:
         return (integers * scale.float()[..., None]).to(dtype)
     return integers * scale.to(dtype)[..., None]
@@ -100,17 +105,19 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 class QuantizedRows(nn.Module):
-    """What the layers share: `weight` (rows, columns * bits / 8) int8 and `weight_scale` (rows,), both frozen."""
+    """What the layers share: `weight` (rows, columns * bits / 8) int8 and `weight_scale` (rows,) or (rows, groups), both
+    frozen."""
 
     bits: int
     weight: nn.Parameter
     weight_scale: nn.Parameter
 
-    def _make_rows(self, rows: int, columns: int, bits: int, device, dtype):
+    def _make_rows(self, rows: int, columns: int, bits: int, device, dtype, groups: int = 1):
         self.bits = bits
         size = (rows, packed_size(columns, bits))
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.int8, device=device), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False)
+        scales = (rows,) if groups == 1 else (rows, groups)
+        self.weight_scale = nn.Parameter(torch.empty(scales, dtype=dtype, device=device), requires_grad=False)
 
     @torch.no_grad()
     def quantize_from(self, module: nn.Linear | nn.Embedding) -> "QuantizedRows":
@@ -132,17 +139,19 @@ class QuantizedLinear(QuantizedRows, nn.Linear):
     It is an `nn.Linear`, so that PEFT puts LoRA on it; merging an adapter needs `model.dequantize()` first.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, device=None, dtype=None):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, bits: int, device=None, dtype=None, groups: int = 1
+    ):
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
-        self._make_rows(out_features, in_features, bits, device, dtype)
+        self._make_rows(out_features, in_features, bits, device, dtype, groups)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
 
     @classmethod
-    def like(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
+    def like(cls, linear: nn.Linear, bits: int, groups: int = 1) -> "QuantizedLinear":
         """An empty layer of the same shape, on the device and in the dtype of `linear`."""
-        weight = linear.weight
-        return cls(linear.in_features, linear.out_features, linear.bias is not None, bits, weight.device, weight.dtype)
+        form = (linear.in_features, linear.out_features, linear.bias is not None)
+        return cls(*form, bits, linear.weight.device, linear.weight.dtype, groups)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

@@ -188,7 +188,7 @@ def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
 
 def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tokenizer:
     """No merge leads to the control tokens, so no text becomes one."""
-    model = _with_pieces(model, version.control, PieceType.CONTROL)
+    model = with_pieces(model, version.control, PieceType.CONTROL)
     backend = build_tokenizer(model)
     silent = {*model.of_type(PieceType.CONTROL), model.unknown}
     if version.shows_control:
@@ -197,7 +197,7 @@ def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tok
     return backend
 
 
-def _with_pieces(
+def with_pieces(
     model: SentencePieceModel, pieces: Sequence[str], kind: PieceType, at: int | None = None
 ) -> SentencePieceModel:
     """The model with more pieces: behind the others, or from id `at` on."""
@@ -219,13 +219,13 @@ def build_ice_backend(
 ) -> Tokenizer:
     """Unigram over text whose white space is written as symbols, as SentencePiece would drop it otherwise."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
-        model = _with_pieces(model, VERSIONS["chatglm_early"].control, PieceType.CONTROL)
+        model = with_pieces(model, VERSIONS["chatglm_early"].control, PieceType.CONTROL)
         blanks = [f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)]
-        model = _with_pieces(model, ["<|tab|>", *blanks], PieceType.USER_DEFINED)
-        model = _with_pieces(model, [f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
+        model = with_pieces(model, ["<|tab|>", *blanks], PieceType.USER_DEFINED)
+        model = with_pieces(model, [f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
     images = [f"<image_{i}>" for i in range(num_image_tokens)]
-    backend = build_tokenizer(_with_pieces(model, images, PieceType.CONTROL, at=0))
+    backend = build_tokenizer(with_pieces(model, images, PieceType.CONTROL, at=0))
     squeezed = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()] if remove_space else []
     lowered = [normalizers.Lowercase()] if do_lower_case else []
     marks = [normalizers.Replace(space, f"{_OPEN}{name[1:-1]}{_CLOSE}") for space, name in WHITE_SPACE.items()]

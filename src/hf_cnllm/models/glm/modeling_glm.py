@@ -365,19 +365,12 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
     stream_chat = chat
 
 
-class GLMForMultipleChoice(GLMPreTrainedModel):
-    """Scores each choice by the log-probability of its tokens in the blank."""
+class MultipleChoiceScoring:
+    """The forward pass of a model with a `base_model` and an `lm_head` that scores each choice by the log-probability of its
+    tokens in the blank."""
 
-    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: GLMConfig):
-        super().__init__(config)
-        self.glm = GLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_model: nn.Module
+    lm_head: nn.Module
 
     @can_return_tuple
     def forward(
@@ -406,7 +399,7 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
             raise ValueError(
                 "pass `choice_ids` and `choice_indices`, e.g. from the tokenizer's build_inputs_for_multiple_choice"
             )
-        outputs: BaseModelOutputWithPast = self.glm(
+        outputs: BaseModelOutputWithPast = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -437,6 +430,21 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+class GLMForMultipleChoice(MultipleChoiceScoring, GLMPreTrainedModel):
+    """Scores each choice by the log-probability of its tokens in the blank."""
+
+    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GLMConfig):
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
 
 __all__ = ["GLMForConditionalGeneration", "GLMForMultipleChoice", "GLMModel", "GLMPreTrainedModel"]

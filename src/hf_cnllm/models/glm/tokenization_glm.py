@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from tokenizers.models import BPE
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
@@ -30,6 +30,7 @@ from ...tokenization.base import (
     load_sp_model,
     surround_texts,
     taking_spaces,
+    with_changes,
 )
 from ...tokenization.folder import (
     DOWNLOAD_AGAIN,
@@ -406,6 +407,15 @@ class EnglishVocabularyMixin(AnyIdMixin):
             )
         check_named_tokens(Folder(source), vocab.get, kwargs, added)
 
+    def _encode_plus(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:
+        if text_pair != "" or not isinstance(text, str):
+            return super()._encode_plus(text, text_pair, **kwargs)  # type: ignore[misc]
+        # An empty second text is one; only in a batch it is not taken for none.
+        batch = super()._encode_plus([text], [""], **kwargs)  # type: ignore[misc]
+        if kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
+            return batch
+        return BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
+
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the original vocabulary files into the folder `save_directory`."""
         return tuple(self._tokenizer.model.save(str(save_directory), filename_prefix))
@@ -422,6 +432,10 @@ class EnglishVocabularyMixin(AnyIdMixin):
         )
 
 
+# Unicode's 66 noncharacters.
+NO_CHARACTER = (
+    "[\ufdd0-\ufdef" + "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)) + "]"
+)
 # Tokens that no merge makes: special ones, and what RoBERTa's vocabulary was filled up with.
 NO_MERGE = re.compile(r"<.+>|\[.+\]|madeupword\d{4}")
 
@@ -490,8 +504,9 @@ class GLMGPT2Tokenizer(SurroundedTextMixin, EnglishVocabularyMixin, GLMTokenizer
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         gpt2 = {str(token) for token in (self.bos_token, self.eos_token, self.unk_token, self.pad_token)}
-        ours = set(self.all_special_tokens) - gpt2
-        new_tokens = [taking_spaces(str(token)) if str(token) in ours else token for token in new_tokens]
+        ours = {*self.all_special_tokens, "[UNK]"} - gpt2  # which no configuration names
+        changes = {"lstrip": True, "rstrip": True, "normalized": False}
+        new_tokens = [with_changes(token, **changes) if str(token) in ours else token for token in new_tokens]
         return super()._add_tokens(new_tokens, special_tokens)
 
 
@@ -513,6 +528,12 @@ class GLMBertTokenizer(_OneKindOfBlank, EnglishVocabularyMixin, GLMTokenizerMixi
     """BERT's vocabulary (glm-large, glm-515m): `[CLS]` text `[SEP]`."""
 
     OWN_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # The original drops what is no character, which the backend keeps.
+        drop = normalizers.Replace(Regex(NO_CHARACTER), "")
+        self._tokenizer.normalizer = normalizers.Sequence([drop, self._tokenizer.normalizer])
 
 
 class GLMRobertaTokenizer(_OneKindOfBlank, EnglishVocabularyMixin, GLMTokenizerMixin, RobertaTokenizer):

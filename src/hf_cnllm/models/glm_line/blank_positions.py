@@ -10,8 +10,9 @@ A text is a context with a blank (a mask token) in it, a start token, and what g
 Everything here is worked out for whole batches from the token ids, the padding and the packing, without a loop over rows.
 What the models differ in, their configurations say: `block_position_encoding` (whether there is a row of block positions),
 `sop_token_id` (the start token, in ChatGLM-6B another name of `bos_token_id`), and `has_kinds_of_blanks`: in GLM the first
-mask token of any kind is the blank; ChatGLM-6B prefers [gMASK] to [MASK], and that to [sMASK], and without block positions
-the answer to [gMASK], which stands for all that follows, goes on counting.
+mask token of any kind is the blank; the others look for them kind by kind, ChatGLM-6B for [gMASK], [MASK] and [sMASK],
+GLM-130B for [MASK], [sMASK] and [gMASK] (`kinds_of_blanks`), and without block positions the answer to [gMASK], which stands
+for all that follows, goes on counting.
 """
 
 from typing import Any
@@ -100,7 +101,7 @@ def positions_and_context(
         if is_text:
             context = (position_ids[:, 1] == 0).expand(batch, length)
             context = context if tokens is None else context & (tokens != 0)
-    elif is_text and length > 1:
+    elif is_text and length > 1 and not (attention_mask is not None and attention_mask.ndim == 4):
         if input_ids is None:
             raise ValueError(
                 "with one row of positions only `input_ids` tell where the context ends: pass them instead of `inputs_embeds`"
@@ -162,13 +163,15 @@ def find_positions(
     Raises:
         ValueError: see `check`; or the configuration does not know the start token or any mask token.
     """
-    masks = {name: getattr(config, name) for name in MASK_FIELDS if getattr(config, name) is not None}
+    fields = config.kinds_of_blanks if config.has_kinds_of_blanks else MASK_FIELDS
+    masks = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
     start_field, start_id = config.attribute_map.get("sop_token_id", "sop_token_id"), config.sop_token_id
     if not masks or start_id is None:
         raise ValueError(
             f"to find context and blanks in `input_ids` the configuration needs `{start_field}` and at least one of "
             f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: let `hf_cnllm.infill` or the tokenizer's "
-            "`build_inputs_for_generation` make the inputs, whose 2-row `position_ids` say it, or set the ids"
+            "`build_inputs_for_generation` make the inputs, or set the ids"
+            + (", or pass 2-row `position_ids`" if config.block_position_encoding else "")
         )
     batch, length = input_ids.shape
     if attention_mask is None:
@@ -197,10 +200,11 @@ def find_positions(
     is_mask = torch.stack([input_ids == mask_id for mask_id in masks.values()]).any(dim=0)
     blank, is_gmask = first(is_mask & (index < start), index), torch.zeros_like(token)
     if config.has_kinds_of_blanks:
-        for name in reversed(masks):  # [gMASK] has the last word
+        for name in reversed(masks):  # the first kind has the last word
             found = first((input_ids == masks[name]) & (index < start), index)
-            blank = torch.where(found != missing, found, blank)
-            is_gmask = (found != missing) & (name == "gmask_token_id")
+            is_found = found != missing
+            blank = torch.where(is_found, found, blank)
+            is_gmask = torch.where(is_found, name == "gmask_token_id", is_gmask)
     started = start != missing
 
     if check:
@@ -210,10 +214,9 @@ def find_positions(
             if (rows := (wrong & checked).any(dim=1)).any():
                 mask_names = ", ".join(f"{name}={mask_id}" for name, mask_id in masks.items())
                 message = message.format(start=f"{start_field}={start_id}", masks=mask_names)
-                raise ValueError(
-                    f"row {int(rows.nonzero()[0])} of `input_ids` {message} Or pass 2-row `position_ids`, which say where "
-                    "the context ends."
-                )
+                if config.block_position_encoding:
+                    message += " Or pass 2-row `position_ids`, which say where the context ends."
+                raise ValueError(f"row {int(rows.nonzero()[0])} of `input_ids` {message}")
 
     position = torch.where(index < start, index, blank)
     if not config.block_position_encoding:

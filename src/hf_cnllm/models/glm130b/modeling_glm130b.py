@@ -1,0 +1,194 @@
+"""GLM-130B (arXiv 2210.02414): GLM's prefix language model with rotary positions, DeepNorm and a gated MLP.
+
+ChatGLM-6B descends from it, and its layers stand in `modeling_chatglm.py`. Here are the differences: 1-D rotary positions
+over whole heads, a residual scale that knows the number of layers, GeGLU, dropout, and a head that is the embedding. The
+configuration has all that those layers read, which no type says.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, GenerationMixin
+
+from ..._compat import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    TransformersKwargs,
+    Unpack,
+    can_return_tuple,
+    slice_logits_to_keep,
+    takes_cache,
+)
+from ...loss.head import loss_and_logits
+from ..chatglm import modeling_chatglm as chatglm
+from ..glm.modeling_glm import MultipleChoiceScoring
+from ..glm_line.generation import PrefixLMGenerationMixin
+from ..old_names import FromConfig
+from .configuration_glm130b import GLM130BConfig
+
+
+class RotaryEmbedding(chatglm.RotaryEmbedding):
+    """ChatGLM-6B's over the whole head, but for half precision: there the original's angles are half precision too. Its
+    weights were trained with them; at position 2,000 some are half a radian off."""
+
+    def angles(self, position_ids: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        angles = super().angles(position_ids, inv_freq, dtype)
+        return angles.half().float() if dtype == torch.float16 else angles
+
+
+class SelfAttention(chatglm.SelfAttention):
+    def __init__(self, config: GLM130BConfig, layer_idx: int):
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]
+        self.attention_dropout = config.attention_dropout
+        self.output_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, *args, **kwargs):
+        attn_output, attn_weights = super().forward(*args, **kwargs)
+        return self.output_dropout(attn_output), attn_weights
+
+
+class GEGLU(nn.Module):
+    """The MLP: dense_h_to_4h gives [a | b], of which a · gelu(b) goes on."""
+
+    def __init__(self, config: GLM130BConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up, gate = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        return self.dropout(self.dense_4h_to_h(up * F.gelu(gate)))
+
+
+class GLMBlock(chatglm.GLMBlock):
+    attention_class = SelfAttention
+    mlp_class = GEGLU
+
+    def __init__(self, config: GLM130BConfig, layer_idx: int):
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]
+        self.residual_scale = (2 * config.num_layers) ** 0.5  # DeepNorm's α
+
+
+class GLM130BPreTrainedModel(chatglm.ChatGLMPreTrainedModel):
+    config: GLM130BConfig  # type: ignore[assignment]
+    config_class = GLM130BConfig  # type: ignore[assignment]
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+
+
+class GLM130BModel(GLM130BPreTrainedModel, chatglm.ChatGLMModel):
+    """The backbone: see [`ChatGLMModel`] of ChatGLM-6B, with one row of `position_ids`, (batch, length)."""
+
+    layer_class = GLMBlock
+    rotary_class = RotaryEmbedding
+    # The halves of dense_h_to_4h belong together: its shards are gathered.
+    _tp_plan = chatglm.ChatGLMModel._tp_plan | {
+        "layers.*.mlp.dense_h_to_4h": "colwise_gather_output",
+        "layers.*.mlp.dense_4h_to_h": "rowwise_split_input",
+    }
+
+    def __init__(self, config: GLM130BConfig, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)  # type: ignore[arg-type]
+        self.embedding_dropout = config.hidden_dropout
+
+
+class GLM130BForConditionalGeneration(PrefixLMGenerationMixin, GLM130BPreTrainedModel, GenerationMixin):
+    max_sequence_length = FromConfig("max_sequence_length")
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GLM130BConfig, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)  # type: ignore[arg-type]
+        self.transformer = GLM130BModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"  # not shifted: `sop` predicts the blank's first token
+        self.post_init()
+        if isinstance(config.eos_token_id, int) and config.text_end_token_id is not None:
+            self.generation_config.eos_token_id = [config.eos_token_id, config.text_end_token_id]
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """As in transformers. Rows that are padded on the right, as the original pads them, are computed padded on the
+        left; what is returned has the tokens behind the pads."""
+        input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        turn = None if input_ids is None else turn_to_the_left(input_ids, mask)
+        if turn is None or kwargs.get("position_ids") is not None or kwargs.get("inputs_embeds") is not None:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        kwargs |= {"input_ids": input_ids.gather(1, turn), "attention_mask": mask.gather(1, turn)}
+        output = super().generate(None, *args, **kwargs)  # type: ignore[misc]
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        rows = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences[:, : rows.shape[1]] = rows
+        return output
+
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids, attention_mask, position_ids: see [`GLM130BModel`].
+            labels: (batch, length), the token that each position is to predict, -100 for none. They are not shifted: at
+                `sop` stands the first token of the blank, at its last token `eop`.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def turn_to_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Where each token of a batch [batch, length] comes from when all padding at the end goes to the front; None if there is
+    none, or nothing tells."""
+    if attention_mask is None or attention_mask.shape != input_ids.shape or bool((attention_mask[:, -1] != 0).all()):
+        return None
+    length = input_ids.shape[1]
+    index = torch.arange(length, device=input_ids.device)
+    end = ((attention_mask != 0) * (index + 1)).amax(dim=1, keepdim=True)  # of the tokens
+    return (index + end) % length
+
+
+class GLM130BForMultipleChoice(MultipleChoiceScoring, GLM130BPreTrainedModel):
+    """Scores each choice by the log-probability of its tokens in the blank."""
+
+    _tied_weights_keys = GLM130BForConditionalGeneration._tied_weights_keys
+    _tp_plan = GLM130BForConditionalGeneration._tp_plan
+    _pp_plan = GLM130BForConditionalGeneration._pp_plan
+    _fsdp_plan = GLM130BForConditionalGeneration._fsdp_plan
+
+    def __init__(self, config: GLM130BConfig, empty_init: bool | None = None, device=None):
+        super().__init__(config, empty_init, device)  # type: ignore[arg-type]
+        self.transformer = GLM130BModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = ["GLM130BForConditionalGeneration", "GLM130BForMultipleChoice", "GLM130BModel", "GLM130BPreTrainedModel"]

@@ -1,0 +1,276 @@
+"""GLM-130B against the original's numbers, and what is special to it: kinds of blanks, positions, half precision."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultipleChoice, AutoModelForSeq2SeqLM
+
+import hf_cnllm
+from goldens import BACKENDS, GOLDENS, assert_close, cases_of, golden_cases, has_backward
+from hf_cnllm.data.blank_infilling import fill_in_turn
+from hf_cnllm.models.glm130b import GLM130BConfig, GLM130BForConditionalGeneration, GLM130BForMultipleChoice
+
+GOLDEN, TOLERANCE = "glm130b", 1e-4
+MASK, GMASK, SMASK, SOP, EOP, EOS = 150, 151, 152, 154, 155, 22
+TOKENS = {"mask_token_id": MASK, "gmask_token_id": GMASK, "smask_token_id": SMASK, "bos_token_id": SOP}
+TOKENS |= {"eos_token_id": EOP, "text_end_token_id": EOS, "pad_token_id": 0}
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+NO_END = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+TEXTS = ([10, 11, MASK, 12, 13, SOP, 20, 21], [30, 31, GMASK, SOP, 22], [40, SMASK, 41, 42, GMASK, 43, SOP, 23, 24])
+
+
+def load(backend: str = "sdpa", auto_class=AutoModelForSeq2SeqLM, **overrides):
+    config = GLM130BConfig.from_pretrained(GOLDENS / GOLDEN, **TOKENS | NO_DROPOUT | overrides)
+    return auto_class.from_pretrained(GOLDENS / GOLDEN, config=config, attn_implementation=backend).eval()
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def model(request):
+    return load(request.param)
+
+
+def batch(texts, side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, texts))
+    pad = [[0] * (width - len(text)) for text in texts]
+    rows = [p + t if side == "left" else t + p for p, t in zip(pad, map(list, texts), strict=True)]
+    ids = torch.tensor(rows)
+    return ids, (ids != 0).long()
+
+
+def case_named(name: str):
+    return cases_of(GOLDEN)[name]
+
+
+FORWARD = [
+    param
+    for param in golden_cases(GOLDEN)
+    if "logits" in param.values[0].outputs
+    and "fp16" not in param.values[0].name
+    and "prefill" not in param.values[0].raw
+]
+
+
+@pytest.mark.parametrize("case", FORWARD)
+@torch.no_grad()
+def test_golden(model, case):
+    """With the original's positions and mask, and with nothing but the ids."""
+    inputs, outputs = case.inputs, case.outputs
+    ids, real = inputs["input_ids"], inputs.get("real")
+    if case.name == "multiple_choice":
+        real = (~inputs["built_attention_mask"]).any(dim=-1)[:, 0]  # its padding sees nothing
+    built = {"position_ids": inputs["built_position_ids"], "attention_mask": ~inputs["built_attention_mask"]}
+    ways = [built] if case.name in ("big_positions", "multiple_choice") else [built, {"attention_mask": real}]
+    for given in ways:
+        result = model(ids, **given, labels=inputs.get("labels"), output_hidden_states=True)
+        assert_close(result.logits, outputs["logits"], real, TOLERANCE)
+        for index, hidden in enumerate(result.hidden_states):
+            if f"hidden_{index}" in outputs:
+                assert_close(hidden, outputs[f"hidden_{index}"], atol=TOLERANCE)
+        if "loss" in outputs:
+            assert_close(result.loss.reshape(1), outputs["loss"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", [param for param in golden_cases(GOLDEN) if param.values[0].grad_norms])
+def test_golden_gradients(model, case):
+    if not has_backward(model):
+        pytest.skip("torch has no backward pass of flex attention on a CPU")
+    model.zero_grad()
+    result = model.train()(case.inputs["input_ids"], labels=case.inputs["labels"])
+    result.loss.backward()
+    model.eval()
+    assert_close(result.logits, case.outputs["train_logits"], atol=TOLERANCE)
+    assert_close(result.loss.reshape(1), case.outputs["train_loss"], atol=TOLERANCE)
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert norms == pytest.approx(case.grad_norms, rel=1e-4, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["decode_infill_mask", "decode_gen_gmask"])
+@torch.no_grad()
+def test_golden_decode(model, name):
+    case = case_named(name)
+    ids, positions, prefill = (
+        case.inputs["input_ids"],
+        case.inputs["built_position_ids"],
+        case.raw["inputs"]["prefill"],
+    )
+    for stops in (range(prefill + 1, ids.shape[1] + 1), [ids.shape[1]]):
+        result = model(ids[:, :prefill], use_cache=True)
+        logits, start = [result.logits], prefill
+        for stop in stops:
+            step = {"position_ids": positions[:, start:stop], "cache": result.cache, "use_cache": True}
+            result = model(ids[:, start:stop], **step)
+            logits.append(result.logits)
+            start = stop
+        assert_close(torch.cat(logits, dim=1), case.outputs["logits"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["greedy_mask", "greedy_smask", "greedy_gmask"])
+@pytest.mark.parametrize(
+    "variant", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]
+)
+def test_golden_greedy(model, name, variant):
+    case = case_named(name)
+    sequences = model.generate(
+        case.inputs["input_ids"], max_new_tokens=case.raw["max_new_tokens"], **NO_END, **variant
+    )
+    assert sequences.tolist() == case.outputs["sequences"].tolist()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["padded_batch_mask", "padded_batch_gmask"])
+def test_golden_padded_generation(model, name, side):
+    """The original pads on the right and writes behind the pads."""
+    case = case_named(name)
+    ids, real = case.inputs["input_ids"], case.inputs["real"]
+    if side == "left":
+        ids, real = batch([row[kept != 0].tolist() for row, kept in zip(ids, real, strict=True)])
+    options = {"max_new_tokens": case.raw["max_new_tokens"], **NO_END}
+    sequences = model.generate(ids, attention_mask=real, **options)
+    assert torch.equal(sequences[:, : ids.shape[1]], ids)
+    assert sequences[:, ids.shape[1] :].tolist() == case.outputs["answers"].tolist()
+
+
+def test_golden_fill_blanks():
+    """Texts there are ids with blanks between; an answer is cut where the original's `out_seq_length` ends it."""
+    case, model = case_named("fill_blanks"), load()
+    names = {"[MASK]": MASK, "[sMASK]": SMASK, "[gMASK]": GMASK}
+    for fill in case.outputs["fills"]:
+        context = [names.get(word) or int(word) for word in fill["text"].split()]
+        if not set(names) & set(fill["text"].split()):
+            context.append(GMASK)
+        if not fill["text"].endswith("MASK]") and context[-1] != GMASK:
+            context.append(EOS)
+        room = case.inputs["out_seq_length"] - len(context) - 1
+        filled = fill_in_turn(model, context, do_sample=False, max_new_tokens=room)
+        assert " ".join(map(str, filled if filled[-1] != EOS else filled[:-1])) == fill["answers"][0]
+
+
+@pytest.mark.parametrize("name", ["multiple_choice", "multiple_choice_single"])
+@torch.no_grad()
+def test_golden_multiple_choice(name):
+    case, model = case_named(name), load(auto_class=AutoModelForMultipleChoice)
+    assert type(model) is GLM130BForMultipleChoice
+    choices = case.raw["inputs"]["choices"]
+    places = case.raw["inputs"].get("choice_target_ids") or [[10]] * len(choices)
+    built = {"position_ids": case.inputs["built_position_ids"], "attention_mask": ~case.inputs["built_attention_mask"]}
+    result = model(case.inputs["input_ids"], **built, choice_ids=[choices], choice_indices=[places])
+    assert_close(result.logits[0], case.outputs["log_probs"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gen_gmask_fp16", "big_positions_fp16"])
+@torch.no_grad()
+def test_golden_half_precision(model, name):
+    """As far from the original's as rounding takes it; at large positions it is ten times as far from its own fp32."""
+    case = case_named(name)
+    half = GLM130BForConditionalGeneration(model.config).half().eval()
+    half.load_state_dict(model.state_dict())
+    built = {"position_ids": case.inputs["built_position_ids"], "attention_mask": ~case.inputs["built_attention_mask"]}
+    result = half(case.inputs["input_ids"], **built)
+    assert result.logits.dtype == torch.float16
+    assert_close(result.logits, case.outputs["logits"], atol=0.07)
+
+
+def test_golden_rotary_table():
+    case, rotary = case_named("rope_table"), load().transformer.rotary_emb
+    rows = torch.tensor(case.raw["inputs"]["rows"])[None, None]
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
+        for table, values in zip(("cos", "sin"), rotary(torch.zeros(1, dtype=dtype), rows), strict=True):
+            assert torch.equal(values[0, 0, :, 0], case.outputs[f"{table}_{name}"])
+
+
+# ---- the doors ----
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
+def test_every_door_gives_the_generation_model(auto_class, tmp_path):
+    model = auto_class.from_config(load().config)
+    assert type(model) is hf_cnllm.GLM130BForConditionalGeneration and model.can_generate()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "glm130b"
+    again = auto_class.from_pretrained(tmp_path)
+    assert type(again) is type(model) and again.lm_head.weight is again.transformer.word_embeddings.weight
+    assert again.generation_config.eos_token_id == [EOP, EOS]
+
+
+def test_configuration_of_the_release():
+    config = GLM130BConfig()
+    sizes = (config.num_layers, config.hidden_size, config.num_attention_heads, config.inner_hidden_size)
+    assert sizes == (70, 12288, 96, 32768) and config.head_dim == 128
+    assert (config.mask_token_id, config.gmask_token_id, config.smask_token_id) == (150000, 150001, 150002)
+    assert (config.bos_token_id, config.eos_token_id, config.text_end_token_id) == (150004, 150005, 20002)
+    keys = json.loads((GOLDENS / GOLDEN / "config.json").read_text())
+    small = GLM130BConfig.from_pretrained(GOLDENS / GOLDEN)
+    assert {key: getattr(small, key) for key in keys} == keys
+    assert type(small) is type(AutoConfig.from_pretrained(GOLDENS / GOLDEN))
+    with pytest.raises(
+        StrictDataclassClassValidationError, match=r"`hidden_size` .* is not a multiple of `num_attention_heads`"
+    ):
+        GLM130BConfig(hidden_size=100)
+
+
+# ---- contexts, blanks and positions ----
+
+
+@pytest.mark.parametrize(
+    ("text", "positions"),
+    [
+        ([10, 11, GMASK, SOP, 20, 21], [0, 1, 2, 3, 4, 5]),
+        ([10, MASK, 11, 12, SOP, 20], [0, 1, 2, 3, 1, 1]),
+        ([10, 11, SMASK, SOP, 20], [0, 1, 2, 2, 2]),
+        ([GMASK, 10, MASK, 11, SOP, 20], [0, 1, 2, 3, 2, 2]),  # [MASK] comes before [gMASK]
+        ([GMASK, SMASK, 10, SOP, 20], [0, 1, 2, 1, 1]),
+        ([SMASK, 10, MASK, SOP], [0, 1, 2, 2]),
+        ([10, MASK, 11, MASK, SOP], [0, 1, 2, 3, 1]),  # the first of its kind
+    ],
+)
+def test_positions(text, positions):
+    assert load().positions_of_prompt(torch.tensor([text]), None, check=True)[0].tolist() == [positions]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_batches_give_the_logits_of_their_rows(model, side):
+    ids, mask = batch(TEXTS, side)
+    logits = model(ids, attention_mask=mask).logits
+    for row, text in enumerate(TEXTS):
+        assert_close(logits[row][mask[row] == 1], model(torch.tensor([text])).logits[0])
+
+
+@torch.no_grad()
+def test_a_mask_and_positions_say_everything():
+    """Then neither ids of control tokens nor ids at all are needed."""
+    case, model = case_named("infill_mask"), load(**dict.fromkeys(TOKENS))
+    built = {"position_ids": case.inputs["built_position_ids"], "attention_mask": ~case.inputs["built_attention_mask"]}
+    embeds = model.get_input_embeddings()(case.inputs["input_ids"])
+    for inputs in ({"input_ids": case.inputs["input_ids"]}, {"inputs_embeds": embeds}):
+        assert_close(model(**inputs, **built).logits, case.outputs["logits"], atol=TOLERANCE)
+    with pytest.raises(ValueError, match="the configuration needs `bos_token_id` and at least one of"):
+        model(case.inputs["input_ids"])
+
+
+def test_dropout_is_the_configurations():
+    model = load(hidden_dropout=0.5, attention_dropout=0.5)
+    ids = torch.tensor([TEXTS[0]])
+    with torch.no_grad():
+        kept = model(ids).logits
+        assert not torch.equal(model.train()(ids).logits, kept)
+        assert torch.equal(model.eval()(ids).logits, kept)
+
+
+def test_infill_fills_kind_by_kind():
+    """[MASK]s first, then [sMASK], then [gMASK], each in the text as it is then."""
+    model, seen = load(), []
+
+    def generate(input_ids, **kwargs):
+        seen.append(input_ids[0].tolist())
+        return torch.cat([input_ids, torch.tensor([[70 + len(seen), EOP]])], dim=1)
+
+    model.generate = generate
+    text = [GMASK, 10, MASK, 11, SMASK, 12, MASK, EOS]
+    assert fill_in_turn(model, text) == [74, 10, 71, 11, 73, 12, 72, EOS]
+    assert seen[1] == [GMASK, 10, 71, 11, SMASK, 12, MASK, EOS, SOP] and len(seen) == 4
+    model.generate = lambda input_ids, **kwargs: SimpleNamespace(sequences=input_ids)
+    assert fill_in_turn(model, [10, MASK]) == [10]
