@@ -15,7 +15,9 @@ from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
 
 NO_CHAT = {"glm glm130b": "has no form for chats"}
 NO_SEQ2SEQ = r"has no model for AutoModelForSeq2SeqLM: it has AutoModel, AutoModelForCausalLM,"
-NO_CLASSIFIER = {"glm glm130b": r"has no model for AutoModelForSequenceClassification: it has AutoModel, AutoModelForSeq2SeqLM"}
+NO_CLASSIFIER = {
+    "glm glm130b": r"has no model for AutoModelForSequenceClassification: it has AutoModel, AutoModelForSeq2SeqLM"
+}
 NO_CAUSAL = {"glm": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM"}
 NO_CONTEXT = {"glm": "to find context and blanks in `input_ids` .*: let `hf_cnllm.infill`"}
 PREFIX_LM = "is causal and has no place for the prefix of a prefix language model: use `generate`"

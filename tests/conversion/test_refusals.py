@@ -28,7 +28,7 @@ def refused(capsys, folder, output, target):
         ("qwen", "llama", ("becomes --to qwen2",)),
         ("qwen_bias", "qwen2", ("`no_bias`", "vLLM with this package")),
         ("chatglm_6b", "glm", ("prefix language model", "transformers serve")),
-        ("chatglm2_6b_int4", "glm", ("quantised",)),
+        ("chatglm2_6b_int4", "glm", ("quantized",)),
         ("chatglm2_6b_ptuning", "glm", ("`pre_seq_len`", "hf-cnllm chat")),
         ("glm", "glm", ("prefix language model", "transformers serve")),
         ("qwen", "original", ("no original/config.json",)),

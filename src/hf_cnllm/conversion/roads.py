@@ -71,7 +71,7 @@ class Road(NamedTuple):
             ValueError: saying what it is, and what serves it instead.
         """
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("the checkpoint is quantised: export the one with floating point weights")
+            raise ValueError("the checkpoint is quantized: export the one with floating point weights")
         for applies, reason in self.refusals:
             if applies(config):
                 raise ValueError(reason)

@@ -8,7 +8,7 @@
 | norms                                     | copies                                                        |
 | rotary_emb.inv_freq                       | copies, which tell the size of a head and are not kept        |
 
-INT8 and INT4 weights were quantised after the split: one that is split by columns has a scale for each row and rank.
+INT8 and INT4 weights were quantized after the split: one that is split by columns has a scale for each row and rank.
 """
 
 import json
@@ -185,7 +185,7 @@ def plan(ranks: list[Rank], sizes: Sizes, keeps_integers: bool) -> dict[str, Pla
         name, bits = PREFIX + name, 0
         tensor = first[name]
         shape, dtype = list(tensor.shape), tensor.dtype
-        if is_quantised := dtype == torch.int8:
+        if is_quantized := dtype == torch.int8:
             bits = sizes.quantization_bit
             if keeps_integers:
                 scale = name.removesuffix(".weight") + SCALE
@@ -195,7 +195,7 @@ def plan(ranks: list[Rank], sizes: Sizes, keeps_integers: bool) -> dict[str, Pla
         split = split_of(name)
         if split != COPIES:
             shape[1 if split == COLUMNS else 0] *= count
-        undo = bits if is_quantised and not keeps_integers else 0
+        undo = bits if is_quantized and not keeps_integers else 0
         planned[name] = Planned(tuple(shape), dtype, _merger(ranks, name, split, tuple(shape), dtype, undo))
     return planned
 

@@ -122,7 +122,7 @@ class ChatGLMQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if config.groups != 1:
                 raise ValueError(
-                    "`groups` is of checkpoints that were quantised in parts: leave it out to quantise here"
+                    "`groups` is of checkpoints that were quantized in parts: leave it out to quantize here"
                 )
             self.check_weights(model)
             self._replace(model, with_weights=True)

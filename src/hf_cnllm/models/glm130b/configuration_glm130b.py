@@ -46,7 +46,7 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
         quantization_bit (`int`): (ours)
             8 or 4: the linear weights of the layers are stored as integers. 0: they are not.
         quantization_groups (`int`): (ours)
-            Model-parallel ranks that quantised the weights: those that were split by columns have a scale for each.
+            Model-parallel ranks that quantized the weights: those that were split by columns have a scale for each.
         loss_chunk_size (`int`, *optional*): (ours)
             Tokens per chunk of the training loss, which then never holds all logits; None computes them.
         model_class, tokenizer_type, model_parallel_size: Kept; they change nothing here.
