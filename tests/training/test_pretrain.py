@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import deque
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,16 @@ from trl import ModelConfig
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.recipes import pretrain, pretrain_glm
 from hf_cnllm.training.pretrain import PretrainTrainer
-from hf_cnllm.training.pretrain_data import CollatePacked, Documents, Stream, find_sources, pack, pieces
+from hf_cnllm.training.pretrain_data import (
+    CollatePacked,
+    Documents,
+    Place,
+    Stream,
+    StreamState,
+    find_sources,
+    pack,
+    pieces,
+)
 from hf_cnllm.training.recipe import parse_arguments, run_recipe
 from sft_models import ROWS, loaded, write_checkpoint
 
@@ -112,6 +122,25 @@ def test_a_stream_goes_on_for_ever_and_is_the_same_again(checkpoint, texts):
     assert tokens[: len(both)] == both[: len(tokens)] and len(tokens) > sum(map(len, first))
 
 
+@pytest.mark.parametrize("make_rows", [pack, pieces])
+def test_a_stream_goes_on_from_anywhere_without_reading_what_was_before(make_rows, checkpoint, tmp_path):
+    """In the middle of a document, of a row of several documents, and in a later epoch."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen"))
+    ids = [*tokenizer("你好")["input_ids"], tokenizer.eos_token_id]
+    lines = [{"text": text} for text in TEXTS[:12]] + [{"input_ids": ids * 9}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    documents = Documents([str(tmp_path / "data.jsonl")], tokenizer, shuffle_buffer=4)
+    stream = Stream(documents, lambda found: make_rows(found, 16), rows_per_step=3)
+    stream.states = deque()  # of any length
+    rows = list(islice(stream, 150))
+    assert stream.states[-1].place.epoch >= 1 and any(state.place.part for state in stream.states)
+    for state in stream.states:
+        state = StreamState(*json.loads(json.dumps(state)))
+        state = state._replace(place=Place(*state.place))
+        resumed = Stream(documents, lambda found: make_rows(found, 16), rows_per_step=3, start=state)
+        assert list(islice(resumed, state.rows, 150)) == rows[state.rows :]
+
+
 def test_files_folders_and_token_ids_are_the_same_documents(checkpoint, texts, tmp_path):
     from datasets import Dataset
 
@@ -124,9 +153,12 @@ def test_files_folders_and_token_ids_are_the_same_documents(checkpoint, texts, t
     Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows]).to_parquet(tmp_path / "a/3.parquet")
     found = list(Documents(find_sources([str(tmp_path / "a")]), tokenizer).epoch(0))
     assert found[:40] == expected[:40]
-    assert list(pack(found[40:], 64)) == rows  # cut behind the end tokens
     Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
-    assert list(pack(Documents([str(tmp_path / "b.parquet")], tokenizer).epoch(0), 64)) == rows
+    for packed in (found[40:], Documents([str(tmp_path / "b.parquet")], tokenizer).epoch(0)):
+        again = list(pack(packed, 64))  # cut behind the end tokens, or where the row says so
+        assert [(one["input_ids"], one["seq_lengths"]) for one in again] == [
+            (one["input_ids"], one["seq_lengths"]) for one in rows
+        ]
     alone = list(Documents([str(tmp_path / "a/1.jsonl")], tokenizer, is_ended=False).epoch(0))
     assert [[*ids, tokenizer.eos_token_id] for ids in alone] == expected[:20]
 
@@ -185,6 +217,9 @@ def test_every_family_trains_resumes_and_loads_again(row, checkpoint, texts, tmp
     assert kind.from_pretrained(output).config.use_cache and len(AutoTokenizer.from_pretrained(output))
     (output / "summary.json").unlink()
     (output / "checkpoint-4/complete").unlink()  # as if it was killed while it wrote this one
+    assert json.loads((output / "checkpoint-2/stream.json").read_text())[0] == 8
+    if row == "llama":
+        (output / "checkpoint-2/stream.json").unlink()  # the stream is read again
     summary, again = run(monkeypatch, folder, texts, output, *options, "--resume", name=recipe)
     assert summary["resumed_from"] == "checkpoint-2"
     assert again == losses[2:]
@@ -273,6 +308,7 @@ BAD_INPUT = {
     "no object": ("[7]", [], "line 1: expected an object"),
     "ids": ('{"input_ids": [1, 99999999]}', [], "line 1: field 'input_ids' must be a list of ids"),
     "lengths": ('{"input_ids": [1, 2], "seq_lengths": [1]}', [], "adds up to 1, but there are 2 ids"),
+    "no lengths": ('{"input_ids": [1, 2], "seq_lengths": [2, 0]}', [], "must be a list of whole numbers above 0"),
     "no end": (GOOD, ["--max_steps", -1], "--max_steps is missing"),
     "GLM": (GOOD, ["--model", "glm"], "glm fills blanks, which recipes.pretrain_glm trains it on"),
     "ChatGLM": (GOOD, ["--model", "chatglm"], "chatglm fills blanks"),

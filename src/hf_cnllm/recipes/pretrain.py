@@ -50,6 +50,7 @@ def main() -> None:
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         is_flat = has_positions and "flash" in (model.config._attn_implementation or "")
         trainer = make_trainer(
+            run,
             with_adapter(model, training, options),
             training,
             documents,

@@ -91,7 +91,7 @@ def main() -> None:
         make_rows = partial(pieces, length=collator.longest_text, least=1)
         sample = [{**row, "seed": place} for place, row in enumerate(islice(make_rows(documents[0].epoch(0)), SAMPLE))]
         model = with_adapter(model, training, options)
-        trainer = make_trainer(model, training, documents, make_rows, collator)
+        trainer = make_trainer(run, model, training, documents, make_rows, collator)
         before = losses_by_objective(model, collator, sample)
         run.train(trainer)
         after = losses_by_objective(model, collator, sample)

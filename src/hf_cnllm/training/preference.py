@@ -96,9 +96,8 @@ class EndedAnswers:
     end_ids: Sequence[int]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self.collate([
-            {name: self._ended(value) if name in ANSWER_IDS else value for name, value in row.items()} for row in rows
-        ])  # fmt: skip
+        ended = [{name: self._ended(row[name]) for name in ANSWER_IDS if name in row} for row in rows]
+        return self.collate([{**row, **answers} for row, answers in zip(rows, ended, strict=True)])
 
     def _ended(self, ids: Sequence[int]) -> list[int]:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
@@ -137,22 +136,22 @@ def train_on_answers(
     """
     arguments, training, options = parse_arguments(description, PreferenceArguments, config, ModelConfig)
     with open_run(arguments, training, options) as run:
-        rows = _read(arguments, read)
+        rows, eval_rows = _read(arguments, read)
         policy = Policy.load(arguments, training, options)
         trainer = trainer_class(
             policy.model,
             args=training,
             data_collator=EndedAnswers(collator(training, policy.tokenizer.pad_token_id), policy.end_ids),
-            train_dataset=as_dataset(policy, rows[0]),
-            eval_dataset=as_dataset(policy, rows[1]) if rows[1] else None,
+            train_dataset=as_dataset(policy, rows),
+            eval_dataset=as_dataset(policy, eval_rows) if eval_rows else None,
             processing_class=policy.tokenizer,
             peft_config=get_peft_config(options),
         )
         kept = len(trainer.train_dataset)
         if not kept:
-            raise ValueError(f"all of the {len(rows[0])} questions are longer than --max_length {training.max_length}")
-        if kept < len(rows[0]):
-            print(f"{len(rows[0]) - kept} of {len(rows[0])} questions are longer than --max_length and left out")
+            raise ValueError(f"all of the {len(rows)} questions are longer than --max_length {training.max_length}")
+        if kept < len(rows):
+            print(f"{len(rows) - kept} of {len(rows)} questions are longer than --max_length and left out")
         run.train(trainer)
         run.finish(trainer, policy.tokenizer, curves=("loss", "eval_loss", *curves))
 
@@ -161,7 +160,7 @@ def train_on_rewards(description: str, trainer_class: Any, config: type) -> None
     """A recipe whose data are questions, and whose answers are sampled and rewarded: GRPO, RLOO."""
     arguments, training, options = parse_arguments(description, RewardArguments, config, ModelConfig)
     with open_run(arguments, training, options) as run:
-        rows = _read(arguments, read_question)
+        rows, eval_rows = _read(arguments, read_question)
         policy = Policy.load(arguments, training, options)
         rewards, tokenizers = load_rewards(arguments.reward)
         if (suppressed := tokens_out_of_place(policy.model, policy.end_ids)) is not None:
@@ -170,8 +169,8 @@ def train_on_rewards(description: str, trainer_class: Any, config: type) -> None
             policy.model,
             rewards,
             args=training,
-            train_dataset=_short_enough(policy, rows[0], arguments.max_prompt_length),
-            eval_dataset=_short_enough(policy, rows[1], arguments.max_prompt_length) if rows[1] else None,
+            train_dataset=_short_enough(policy, rows, arguments.max_prompt_length),
+            eval_dataset=_short_enough(policy, eval_rows, arguments.max_prompt_length) if eval_rows else None,
             processing_class=policy.tokenizer,
             reward_processing_classes=tokenizers,
             peft_config=get_peft_config(options),

@@ -1,17 +1,19 @@
 """What the recipes for pre-training share: their arguments, the model from a configuration or a checkpoint, and the stream."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from .max_z import CountPositions
-from .pretrain_data import Documents, Stream, find_sources
-from .recipe import RecipeArguments, StopAtNonFiniteLoss
+from .pretrain_data import Documents, Place, Stream, StreamState, find_sources
+from .recipe import RecipeArguments, Run, StopAtNonFiniteLoss
 
+STREAM_FILE = "stream.json"  # in a checkpoint
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -92,7 +94,28 @@ def read_documents(
     return of_training, of_evaluation
 
 
+class _SaveStream(TrainerCallback):
+    """Writes into a checkpoint how far the stream has come; without it a resumed run reads it again from the beginning."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        rows = state.global_step * self.stream.rows_per_step
+        found = next((one for one in self.stream.states if one.rows == rows), None)  # none where a worker reads it
+        if found is not None and args.process_index == 0:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", STREAM_FILE).write_text(json.dumps(found))
+
+
+def _start_of(checkpoint: Path | None) -> StreamState:
+    if checkpoint is None or not (checkpoint / STREAM_FILE).exists():
+        return StreamState()
+    rows, place, used = json.loads((checkpoint / STREAM_FILE).read_text())
+    return StreamState(rows, Place(*place), used)
+
+
 def make_trainer(
+    run: Run,
     model: Any,
     training: TrainingArguments,
     documents: tuple[Documents, Documents | None],
@@ -102,10 +125,13 @@ def make_trainer(
     of_training, of_evaluation = documents
     rows = None if of_evaluation is None else list(make_rows(of_evaluation.epoch(0)))
     model.config.use_cache = False  # with a cache, transformers' own models do not look for packed rows
+    rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    stream = Stream(of_training, make_rows, rows_per_step, _start_of(run.checkpoint))
     return PretrainTrainer(
         model,
         training,
         data_collator=collate,
-        train_dataset=Stream(of_training, make_rows),
+        train_dataset=stream,
         eval_dataset=rows,  # type: ignore[arg-type]
+        callbacks=[_SaveStream(stream)],
     )

@@ -9,11 +9,12 @@
 """
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -22,6 +23,7 @@ from ..data.conversations import IGNORE_INDEX, read_json_rows
 from ..data.formats import ConversationError
 
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
+Row = dict[str, Any]  # of training
 TEXT_FIELDS = ("text", "content")
 
 
@@ -76,6 +78,14 @@ def find_sources(names: Iterable[str]) -> list[str]:
     return sources
 
 
+class Place(NamedTuple):
+    """Of a document: the epoch, the row of the data in it, and the part of the row."""
+
+    epoch: int = 0
+    row: int = 0
+    part: int = 0
+
+
 @dataclass
 class Documents:
     """The documents of files and data sets, as token ids.
@@ -104,30 +114,33 @@ class Documents:
 
     def epoch(self, number: int) -> Iterator[list[int]]:
         """All documents once."""
-        rng, sources = random.Random(f"{self.seed}-{number}"), list(self.sources)
-        if self.shuffle_buffer:
-            rng.shuffle(sources)
-        documents = (document for source in sources for document in self._read(source))
-        return _shuffled(documents, self.shuffle_buffer, rng) if self.shuffle_buffer else documents
+        return (document for _, document in self._epoch(number, 0))
 
-    def forever(self) -> Iterator[list[int]]:
-        """Epoch after epoch.
+    def forever(self, start: Place = Place()) -> Iterator[tuple[Place, list[int]]]:  # noqa: B008  a constant
+        """Epoch after epoch, from a place on; what is before it is passed over, and not tokenized.
 
         Raises:
             ConversationError: there is no document.
         """
-        for number in count():
-            is_empty = True
-            for document in self.epoch(number):
+        for number in count(start.epoch):
+            is_empty = start == Place() or number > start.epoch
+            for place, document in self._epoch(number, start.row if number == start.epoch else 0):
                 is_empty &= len(document) <= self.is_ended  # one token predicts nothing
-                yield document
+                if place >= start:
+                    yield place, document
             if is_empty:
                 raise ConversationError(f"{', '.join(self.sources)}: there is no text")
 
-    def _read(self, source: str) -> Iterator[list[int]]:
-        for place, row in self._rows(source):
+    def _epoch(self, number: int, first: int) -> Iterator[tuple[Place, list[int]]]:
+        rng, sources = random.Random(f"{self.seed}-{number}"), list(self.sources)
+        if self.shuffle_buffer:
+            rng.shuffle(sources)
+        rows: Iterable[Any] = ((source, *row) for source in sources for row in self._rows(source))
+        rows = _shuffled(rows, self.shuffle_buffer, rng) if self.shuffle_buffer else rows
+        for row_number, (source, place, row) in enumerate(islice(rows, first, None), first):
             try:
-                yield from self._documents(row)
+                for part, document in enumerate(self._documents(row)):
+                    yield Place(number, row_number, part), document
             except ConversationError as error:
                 raise ConversationError(f"{source}, {place}: {error}") from None
 
@@ -159,9 +172,11 @@ class Documents:
             raise ConversationError(f"field 'input_ids' must be a list of ids of the tokenizer, below {size}")
         ends = [place for place, token in enumerate(ids, start=1) if token == self._end_id]
         if (lengths := row.get("seq_lengths")) is not None:
+            if not isinstance(lengths, list) or not all(isinstance(one, int) and one > 0 for one in lengths):
+                raise ConversationError("field 'seq_lengths' must be a list of whole numbers above 0")
             if sum(lengths) != len(ids):
                 raise ConversationError(f"field 'seq_lengths' adds up to {sum(lengths)}, but there are {len(ids)} ids")
-            ends = [sum(lengths[:place]) for place in range(1, len(lengths) + 1)]
+            ends = list(accumulate(lengths))
         start = 0
         for end in dict.fromkeys([*ends, len(ids)]):
             document, start = ids[start:end], end
@@ -189,44 +204,77 @@ def _shuffled(items: Iterable[Any], size: int, rng: random.Random) -> Iterator[A
     yield from buffer
 
 
-def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, list[int]]]:
-    """Rows of `length` tokens, filled with one document after the other: `input_ids`, and `seq_lengths` of what each document has
-    in the row. A document that is cut goes on in the next row, without what was before. The last row may be shorter."""
-    row: dict[str, list[int]] = {"input_ids": [], "seq_lengths": []}
+def pack(documents: Iterable[list[int]], length: int) -> Iterator[Row]:
+    """Rows of `length` tokens, filled with one document after the other: `input_ids`, `seq_lengths` of what each document has in
+    the row, and how many tokens of the last are left. They go on in the next row, without what was before. The last row may be
+    shorter."""
+    row: Row = {"input_ids": [], "seq_lengths": [], "left": 0}
     for document in documents:
-        rest = document
-        while rest:
-            room = length - len(row["input_ids"])
-            part, rest = rest[:room], rest[room:]
+        used = 0
+        while used < len(document):
+            part = document[used : used + length - len(row["input_ids"])]
+            used += len(part)
             row["input_ids"] += part
             row["seq_lengths"].append(len(part))
             if len(row["input_ids"]) == length:
-                yield row
-                row = {"input_ids": [], "seq_lengths": []}
+                yield {**row, "left": len(document) - used}
+                row = {"input_ids": [], "seq_lengths": [], "left": 0}
     if row["input_ids"]:
         yield row
 
 
-def pieces(documents: Iterable[list[int]], length: int, least: int = 2) -> Iterator[dict[str, list[int]]]:
+def pieces(documents: Iterable[list[int]], length: int, least: int = 2) -> Iterator[Row]:
     """Rows of `least` to `length` tokens, each of one document: for models that cannot tell packed documents apart."""
     for document in documents:
         for start in range(0, len(document), length):
             part = document[start : start + length]
             if len(part) >= least:
-                yield {"input_ids": part, "seq_lengths": [len(part)]}
+                yield {"input_ids": part, "seq_lengths": [len(part)], "left": len(document) - start - len(part)}
+
+
+class StreamState(NamedTuple):
+    """How far a stream has come: rows that were made, the document of the last one, and how much of it is in rows."""
+
+    rows: int = 0
+    place: Place = Place()
+    used: int = 0
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
-    """The rows that `make_rows` makes of documents that never end, each with a `seed` of its own."""
+    """The rows that `make_rows` makes of documents that never end, each with a `seed` of its own.
 
-    def __init__(self, documents: Documents, make_rows: Callable[[Iterable[list[int]]], Iterator[dict[str, Any]]]):
-        self.documents, self.make_rows = documents, make_rows
+    Args:
+        rows_per_step: of all processes; `states` has how far it was after each of the last steps.
+        start: where to go on. Rows before it, which a Trainer that resumes passes over, are not made anew.
+    """
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __init__(
+        self,
+        documents: Documents,
+        make_rows: Callable[[Iterable[list[int]]], Iterator[Row]],
+        rows_per_step: int = 1,
+        start: StreamState = StreamState(),  # noqa: B008  a constant
+    ):
+        self.documents, self.make_rows, self.rows_per_step, self.start = documents, make_rows, rows_per_step, start
+        self.states: deque[StreamState] = deque(maxlen=8)  # batches are read ahead
+
+    def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError("the stream is read by one process: set dataloader_num_workers to 0 or 1")
-        for number, row in enumerate(self.make_rows(self.documents.forever())):
+        for _ in range(self.start.rows):
+            yield {"input_ids": [0, 0], "seq_lengths": [2]}
+        current, length = self.start.place, 0
+
+        def documents() -> Iterator[list[int]]:
+            nonlocal current, length
+            for place, document in self.documents.forever(self.start.place):
+                current, length = place, len(document)
+                yield document[self.start.used if place == self.start.place else 0 :]
+
+        for number, row in enumerate(self.make_rows(documents()), start=self.start.rows):
+            if (number + 1) % self.rows_per_step == 0:
+                self.states.append(StreamState(number + 1, current, length - row["left"]))
             yield {**row, "seed": f"{self.documents.seed}-{number}"}
 
 
