@@ -119,3 +119,8 @@ def test_a_loss_that_is_no_number_stops_the_training_with_its_batch(value, tmp_p
         train(tmp_path, values=[1.0] * 15 + [value])
     (saved,) = (tmp_path / "out").glob("non-finite-loss-*.pt")
     assert not torch.load(saved, weights_only=True)["x"].isfinite().all()
+
+
+def test_a_yaml_file_may_give_one_file_as_a_text():
+    arguments = RecipeArguments(model="m", data="one.jsonl", output="o")
+    assert arguments.data == ["one.jsonl"] and RecipeArguments("m", ["a", "b"], "o").data == ["a", "b"]

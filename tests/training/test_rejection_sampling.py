@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_cnllm import reply_end_ids
 from hf_cnllm.recipes import ppo, rejection_sampling
-from hf_cnllm.training.rejection import best_answers, reward_of, sample_to_file
+from hf_cnllm.training.rejection import best_answers, read_samples, reward_of, sample_to_file
 from hf_cnllm.training.reward import REWARDS
 from hf_cnllm.training.sampling import encode_queries
 from sft_models import ROWS, write_checkpoint
@@ -39,13 +39,17 @@ def sample(query, responses, rewards):
     }
 
 
-def test_the_best_answers_by_hand():
+def test_the_best_answers_by_hand(tmp_path):
     first = [sample("a", ["x", "y"], [1.0, 3.0]), sample("b", ["", " "], [9.0, 8.0])]
     second = [sample("a", ["z", "w"], [2.5, -1.0]), sample("c", ["u", "v", ""], [0.0, 0.0, 5.0])]
     chosen = {row["messages"][0]["content"]: row["messages"][1] for row in best_answers(first + second)}
     assert chosen == {query: {"role": "assistant", "content": text} for query, text in {"a": "y", "c": "u"}.items()}
     chosen = [row["messages"][1]["content"] for row in best_answers(first + second, control_tokens=["y", "v"])]
     assert chosen == ["z", "u"]
+    (tmp_path / "odd.jsonl").write_text(
+        json.dumps(sample("a", ["x\u2028y"], [0.0]), ensure_ascii=False), encoding="utf-8"
+    )
+    assert read_samples([tmp_path / "odd.jsonl"])[0]["responses"] == ["x\u2028y"]
     assert reward_of(first) == {"reward": 5.25, "best_reward": 6.0}
 
 
@@ -76,6 +80,10 @@ def test_nothing_is_sampled_twice(checkpoint, tmp_path):
         (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
         asked.clear()
         assert write(tmp_path / "cut.jsonl") == whole and len(asked) == sampled, cut
+    rows.reverse()
+    with pytest.raises(ValueError, match="holds answers to other queries than --data has now"):
+        write(tmp_path / "cut.jsonl")
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
 
 
 def test_a_reward_that_is_no_number(checkpoint, tmp_path):

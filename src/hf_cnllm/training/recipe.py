@@ -56,6 +56,11 @@ class RecipeArguments:
     output: str = field(metadata={"help": "folder for the result: new, or empty"})
     resume: bool = field(default=False, metadata={"help": "go on from the last complete checkpoint in --output"})
 
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):  # a YAML file may give one text for a list of one
+            if str(one.type).startswith("list[str]") and isinstance(value := getattr(self, one.name), str):
+                setattr(self, one.name, [value])
+
 
 def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[Any, ...]:
     """Reads `--config FILE.yaml` and flags, which override it, into one object a class. A file that is not there is looked for

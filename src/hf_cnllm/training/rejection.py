@@ -44,9 +44,10 @@ def sample_to_file(
 
     Raises:
         FloatingPointError: a reward is NaN or infinite; what was written before stays.
+        ValueError: the file holds answers to other queries.
     """
     starts = range(0, len(rows), batch_size)
-    done = _whole_batches(path, batch_size, len(rows))
+    done = _whole_batches(path, batch_size, rows)
     model.eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
@@ -74,20 +75,23 @@ def sample_to_file(
             os.fsync(file.fileno())
 
 
-def _whole_batches(path: Path, batch_size: int, total: int) -> int:
+def _whole_batches(path: Path, batch_size: int, rows: Sequence[Mapping[str, Any]]) -> int:
     """How many batches the file holds; the rest of a batch, which a killed process left, is cut off."""
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    kept = total if len(lines) == total else len(lines) // batch_size * batch_size
+    kept = len(rows) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
+    written = [json.loads(line)["messages"] for line in lines[:kept]]
+    if written != [row["messages"] for row in rows[:kept]]:
+        raise ValueError(f"{path} holds answers to other queries than --data has now: choose a new folder")
     os.truncate(path, sum(map(len, lines[:kept])))
     return -(-kept // batch_size)
 
 
 def read_samples(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for path in paths for line in path.read_bytes().splitlines()]  # not at U+2028
 
 
 def best_answers(samples: Iterable[Mapping[str, Any]], control_tokens: Iterable[str] = ()) -> list[dict[str, Any]]:
