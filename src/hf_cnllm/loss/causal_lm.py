@@ -6,12 +6,12 @@ For the logits ``z`` of one position, its target ``y`` and the largest logit ``m
 
 The second term is the *max-z loss* of the Baichuan 2 report (arXiv 2309.10305, section 2.6), which holds the logits
 down: it stabilizes training and makes sampling less sensitive to the repetition penalty. It counts every shifted
-position, also those whose label is ignored.
+position, also those whose label is ignored, padding too. A part of a batch (`num_items_in_batch`) knows neither the
+positions nor the padding of the other parts: there it counts the positions whose labels count.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     z_loss_weight: float = 0.0,
     label_smoothing: float = 0.0,
-    num_positions_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> Tensor:
     """Cross entropy plus max-z, in the calling convention of transformers' `ForCausalLMLoss`.
@@ -48,11 +47,8 @@ def causal_lm_loss(
         labels: (batch, length) token ids, `ignore_index` where nothing is to be learned; shifted here.
         vocab_size: the size of the last dimension of `logits`.
         num_items_in_batch: number of counted labels in the whole accumulated batch. Cross entropy is then summed and
-            divided by it, so that the sum over the micro-batches is that of the one big batch.
-        num_positions_in_batch: number of shifted positions in the whole accumulated batch, by which the sum of m^2 is then
-            divided (`training.max_z` counts them). Without it this micro-batch's mean of m^2 is weighted by its share of the
-            counted labels, which is the one big batch's term only where they make up the same fraction of the positions in
-            each micro-batch.
+            divided by it, and so is m^2, summed over the counted positions: the losses of micro-batches and processes
+            add up to that of the one big batch, however it is cut and padded.
         shift_labels: (batch, length) labels that are already aligned with `logits`; replaces `labels`, and every
             position then counts as a shifted position.
         z_loss_weight: weight of the max-z term; 0 leaves plain cross entropy.
@@ -81,10 +77,12 @@ def causal_lm_loss(
         logits.reshape(-1, vocab_size), targets.reshape(-1), ignore_index=ignore_index, reduction="sum"
     )
     if z_loss_weight:
-        largest = logits.max(dim=-1).values
-        largest = largest[..., :-1] if shift_labels is None else largest
-        of_all = _Counts.of(counted, positions, num_items_in_batch, num_positions_in_batch)
-        loss = loss + largest.square().sum() * of_all.learned / of_all.positions * z_loss_weight
+        squares = logits.max(dim=-1).values.square()
+        if num_items_in_batch is None:
+            squares = squares[..., :-1] if shift_labels is None else squares
+            loss = loss + squares.sum() * counted * (z_loss_weight / max(positions, 1))
+        else:
+            loss = loss + z_loss_weight * squares.where(targets != ignore_index, 0).sum()
     return _average(loss, counted, num_items_in_batch)
 
 
@@ -114,7 +112,6 @@ def chunked_causal_lm_loss(
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    num_positions_in_batch: Tensor | int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     **kwargs,
 ) -> Tensor:
@@ -122,14 +119,13 @@ def chunked_causal_lm_loss(
 
     Forward walks over the tokens once, and takes the gradients with respect to the hidden states, the weight and the
     bias on the way (the idea of Liger-Kernel's fused linear cross entropy, arXiv 2410.10989), each only if it is asked
-    for. With max-z off, tokens whose label is ignored cost nothing. Under autocast the matmuls run in its dtype;
+    for. Tokens whose label is ignored cost nothing, unless max-z counts them. Under autocast the matmuls run in its dtype;
     the weight's gradient is summed in fp32. A compiled graph gets the naive form: the compiler fuses on its own terms.
 
     Args:
         hidden_states: (batch, length, hidden_size).
         weight: (vocab_size, hidden_size), the head's stored weight, of the dtype of `hidden_states`.
-        labels: as for `causal_lm_loss`, like `num_items_in_batch`, `num_positions_in_batch`, `shift_labels`, `ignore_index`,
-            `z_loss_weight`.
+        labels: as for `causal_lm_loss`, like `num_items_in_batch`, `shift_labels`, `ignore_index`, `z_loss_weight`.
         normalize: the head is a NormHead: `weight` is the raw weight, and its rows are scaled to length 1.
         bias: (vocab_size,), not scaled.
         chunk_size: tokens per chunk.
@@ -149,7 +145,6 @@ def chunked_causal_lm_loss(
             bias=bias,
             z_loss_weight=z_loss_weight,
             num_items_in_batch=num_items_in_batch,
-            num_positions_in_batch=num_positions_in_batch,
             shift_labels=shift_labels,
             ignore_index=ignore_index,
         )
@@ -171,12 +166,12 @@ def chunked_causal_lm_loss(
 
     targets = targets.reshape(-1).to(hidden_states.device)
     counted = (targets != ignore_index).sum()
-    of_all = _Counts.of(counted, targets.numel(), num_items_in_batch, num_positions_in_batch)
     chunks = _Chunks(
         size=chunk_size,
         dtype=torch.get_autocast_dtype(device) if autocast else hidden_states.dtype,
         normalize=normalize,
-        max_z=z_loss_weight * of_all.learned.item() / of_all.positions.item() if z_loss_weight else 0.0,
+        max_z=z_loss_weight,
+        max_z_of_all=num_items_in_batch is None,
         ignore_index=ignore_index,
         needed=tuple(
             torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_states, weight, bias)
@@ -192,19 +187,6 @@ def _refuse_label_smoothing(label_smoothing: float) -> None:
             f"label_smoothing={label_smoothing} is not part of this loss; leave it at 0, or use "
             "TrainingArguments(label_smoothing_factor=...), which computes it from the logits"
         )
-
-
-class _Counts(NamedTuple):
-    """By whose ratio the sum of m^2 is weighted, to become a mean when it is divided by the number of learned labels."""
-
-    learned: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(cls, learned: Tensor, positions: int, *of_all: Tensor | int | None) -> "_Counts":
-        """The counts of the whole accumulated batch, if they are known, else those given."""
-        counts = (learned, max(positions, 1)) if any(count is None for count in of_all) else of_all
-        return cls(*(torch.as_tensor(count, device=learned.device) for count in counts))
 
 
 def _average(loss_sum: Tensor, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -251,19 +233,21 @@ class _ChunkedLoss(torch.autograd.Function):
 class _Chunks:
     """How the loss is cut up and computed. Sums over tokens i, with logits z_iv = h_i . u_v + b_v, u_v = w_v r_v::
 
-        L = sum_i [counted] (logsumexp_v z_iv - z_iy)  +  c sum_i max_v z_iv^2      c = max_z
+        L = sum_i [counted] (logsumexp_v z_iv - z_iy)  +  c sum_i max_v z_iv^2
         g_iv = dL/dz_iv = [counted] (softmax(z_i)_v - [v = y_i])  +  2 c max_v z_iv [v = argmax z_i]
         dL/dh_i = sum_v g_iv u_v,    dL/du_v = sum_i g_iv h_i,    dL/db_v = sum_i g_iv
         dL/dw_v = r_v dL/du_v - r_v^3 (w_v . dL/du_v) w_v         r_v = 1 / |w_v| for a NormHead, else u = w
 
-    Nothing is divided by the number of tokens here, so that half precision does not lose small gradients before the
+    The second sum is over all tokens, with c = max_z * counted / tokens, or over the counted ones, with c = max_z.
+    Nothing is divided by the number of tokens otherwise, so that half precision does not lose small gradients before the
     incoming gradient (a loss scale, perhaps) reaches them.
     """
 
     size: int
     dtype: torch.dtype  # of the matmuls
     normalize: bool
-    max_z: float  # weight of the squares' sum
+    max_z: float
+    max_z_of_all: bool
     ignore_index: int
     needed: tuple[bool, ...]  # of hidden states, weight and bias: whose gradients
 
@@ -284,8 +268,8 @@ class _Chunks:
 
         is_counted = targets != self.ignore_index
         counted = is_counted.nonzero().squeeze(1)
-        max_z = self.max_z
-        ignored = (~is_counted).nonzero().squeeze(1) if max_z else counted[:0]
+        max_z = self.max_z * (len(counted) / max(len(targets), 1) if self.max_z_of_all else 1)
+        ignored = (~is_counted).nonzero().squeeze(1) if max_z and self.max_z_of_all else counted[:0]
 
         work = _Workspace(min(self.size, max(len(counted), len(ignored))), matrix, exact)
         loss = torch.zeros((), dtype=exact, device=weight.device)

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
-from hf_cnllm.training.max_z import CountPositions
 from hf_cnllm.training.recipe import RecipeArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import (
     encode_rows,
@@ -61,7 +60,7 @@ class SFTArguments(RecipeArguments):
     z_loss_weight: float | None = field(default=None, metadata={"help": "weight of the max-z loss (Baichuan)"})
 
 
-class SFTTrainer(StopAtNonFiniteLoss, CountPositions, Trainer):
+class SFTTrainer(StopAtNonFiniteLoss, Trainer):
     """Not TRL's, which computes cross entropy from the head's weights by itself: the max-z loss, and GLM's labels, which are
     not shifted, are the model's own business."""
 

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import ModelConfig, get_quantization_config
 
-from .max_z import CountPositions
 from .pretrain_data import Documents, Place, Stream, StreamState, find_sources
 from .recipe import RecipeArguments, Run, StopAtNonFiniteLoss
 
@@ -37,7 +36,7 @@ class PretrainArguments(RecipeArguments):
     max_length: int = field(default=2048, metadata={"help": "tokens of a row"})
 
 
-class PretrainTrainer(StopAtNonFiniteLoss, CountPositions, Trainer):
+class PretrainTrainer(StopAtNonFiniteLoss, Trainer):
     """transformers' own: the max-z loss, and GLM's labels, which are not shifted, are the model's business."""
 
 
