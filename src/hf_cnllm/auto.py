@@ -59,9 +59,7 @@ class Family(NamedTuple):
     architecture_of: Callable[[Any], str]  # the name of a configuration's architecture
     trained_length: Callable[[Any], int]  # tokens of prompt and answer that the model was trained on
     decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
-    refusals: dict[
-        str, str
-    ] = {}  # name of an auto class of `TRIED` that it lacks -> what to use instead, if not `models`
+    refusals: dict[str, str] = {}  # name of an auto class that it lacks -> what to use, if not one of `models`
     variants: tuple[
         type[PreTrainedConfig], ...
     ] = ()  # classes of single architectures; the models' `for_config` tells whose

@@ -113,7 +113,9 @@ class Wheel:
         (installed / "libraries.pth").write_text("\n".join(libraries))
         extras = {"trl": "train", "openai": "serve", "lm_eval": "eval"}  # those that this environment has
         wanted = ",".join(extra for module, extra in extras.items() if importlib.util.find_spec(module))
-        self.run(*pip, "--python", self.python, "install", "--no-index", f"{wheel}[{wanted}]")
+        install = [*pip, "--python", self.python, "install", "--no-index"]
+        self.run(*install, "--no-deps", "--ignore-installed", wheel)  # also where the libraries are beside the package
+        self.run(*install, f"{wheel}[{wanted}]")
 
     def run(self, *command, **options) -> None:
         subprocess.run([str(word) for word in command], cwd=self.folder, env=self.environment, check=True, **options)
