@@ -16,6 +16,7 @@ NOT_RUN = {
     "measures for minutes": 1,
     "trains for minutes": 1,
     "needs vLLM": 1,
+    "needs several GPUs": 1,
     "of a model at hand": 3,
     "needs a package of an extra": 2,
     "needs a GPU, bf16 being TRL's default": 1,
