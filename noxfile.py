@@ -13,7 +13,8 @@ nox -s quantized               `hf-cnllm quantize` with bitsandbytes and torchao
 nox -s gguf                    exports through llama.cpp: its converter, its tokenizer and its engine, which is compiled
 nox -s corpus                  the corpus pipeline on Ray, with fastText's models and on real text
 nox -s vllm                    the models for vLLM, in an environment of their own
-nox -s integrations            export and quantization with the packages of those extras, the slow tests too
+nox -s integrations            export and quantization with the packages of those extras, quantized training, the slow tests too
+nox -s deepspeed               every family on two processes with ZeRO-2 and ZeRO-3, on the CPU
 python scripts/version_table.py   runs `minors` and prints what passed, release by release
 """
 
@@ -168,4 +169,13 @@ def gguf(session: nox.Session) -> None:
 @nox.session
 def integrations(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]")
-    session.run("pytest", "-m", "not sweep", "tests/integrations", "tests/conversion", *session.posargs, env=OFFLINE)
+    tests = ("tests/integrations", "tests/conversion", "tests/training/test_quantized_training.py")
+    session.run("pytest", "-m", "not sweep", *tests, *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    session.install("-c", "constraints.txt", "-e", ".[dev]", "deepspeed", "ninja")
+    session.run(
+        "pytest", "-m", "slow", "-k", "zero", "tests/training/test_processes.py", *session.posargs, env=OFFLINE
+    )

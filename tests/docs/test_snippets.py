@@ -18,6 +18,7 @@ NOT_RUN = {
     "needs vLLM": 1,
     "of a model at hand": 5,
     "needs another engine": 2,
+    "needs several GPUs": 1,
     "needs a package of an extra": 2,
     "needs a GPU, bf16 being TRL's default": 1,
     "pushes to the Hub": 1,

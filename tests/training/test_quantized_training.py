@@ -2,11 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
+from transformers.quantizers import AutoHfQuantizer
+from trl import ModelConfig
 
 from hf_cnllm import cli
 from hf_cnllm.recipes import sft
@@ -109,3 +112,11 @@ def test_what_cannot_be_trained_is_one_line(options, said, checkpoint, data, tmp
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: error: ")]
     assert stopped.value.code == 2 and said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_give_no_gradient_are_refused():
+    """By construction: torchao's 4 bits want a GPU."""
+    torchao = pytest.importorskip("torchao.quantization")
+    quantizer = AutoHfQuantizer.from_config(transformers.TorchAoConfig(torchao.Int4WeightOnlyConfig()))
+    with pytest.raises(ValueError, match=r"nothing can be trained through these quantized weights \(torchao\)"):
+        sft.with_adapter(SimpleNamespace(hf_quantizer=quantizer), None, ModelConfig(use_peft=True))

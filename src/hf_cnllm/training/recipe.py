@@ -38,6 +38,7 @@ from .processes import gather_whole_model
 
 SUMMARY_FILE, CURVES_FILE, RUN_FILE, LOCK_FILE = "summary.json", "curves.png", "run.json", ".lock"
 COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of it
+FINAL_FOLDER = ".final"  # until what is saved last moves into the output folder
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Arguments that do not change the sequence of losses, so a resumed run may have others.
@@ -126,6 +127,18 @@ class _MarkComplete(TrainerCallback):
             (folder / COMPLETE_FILE).touch()
 
 
+class _HasEndedError(Exception):
+    pass
+
+
+class _EndWhereItEnded(TrainerCallback):
+    """Ends a training that was killed after its last step, which Trainer would follow with one more."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step and not args.load_best_model_at_end:  # by now all is loaded
+            raise _HasEndedError
+
+
 def _checkpoints(output: Path) -> list[Path]:
     steps = {int(found[1]): path for path in output.iterdir() if (found := CHECKPOINT.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps)]
@@ -136,10 +149,10 @@ def complete_checkpoints(output: Path) -> list[Path]:
     return [path for path in _checkpoints(output) if (path / COMPLETE_FILE).exists()]
 
 
-def _remove_half_written_checkpoints(output: Path) -> None:
-    for path in _checkpoints(output):
-        if not (path / COMPLETE_FILE).exists():
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_half_written(output: Path) -> None:
+    incomplete = [path for path in _checkpoints(output) if not (path / COMPLETE_FILE).exists()]
+    for path in (*incomplete, *output.glob(f".{FINAL_FOLDER}-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def last_complete_checkpoint(output: Path) -> Path | None:
@@ -158,7 +171,12 @@ class Run:
     def train(self, trainer: Any) -> None:
         """Trains, from the last complete checkpoint on if the run is resumed."""
         trainer.add_callback(_MarkComplete())
-        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        if self.checkpoint is None:
+            trainer.train()
+            return
+        trainer.add_callback(_EndWhereItEnded())
+        with contextlib.suppress(_HasEndedError):
+            trainer.train(resume_from_checkpoint=str(self.checkpoint))
 
     def finish(self, trainer: Any, tokenizer: Any = None, curves: Sequence[str] = ("loss",), **metrics: Any) -> None:
         """Saves the model, the tokenizer, the picture of the curves and, last, the summary.
@@ -181,7 +199,7 @@ class Run:
     def saving(self) -> Iterator[Path]:
         """A folder, the same to all processes, whose contents move into the output folder once they are on the disk: what
         makes it load comes last."""
-        final = self.output / ".final"
+        final = self.output / FINAL_FOLDER
         with staged_folder(final, check=lambda _: None) as folder:
             yield folder
         if is_first_process():
@@ -260,7 +278,7 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             ) from error
         finally:
             if training.process_index == 0:
-                _remove_half_written_checkpoints(output)
+                _remove_half_written(output)
 
 
 def _what_is_left(output: Path) -> str:
