@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import transformers  # noqa: E402
 from noxfile import REPORTS  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification  # noqa: E402
 
 from hf_cnllm.data.conversations import load_instructions  # noqa: E402
 from hf_cnllm.training.recipe import run_recipe  # noqa: E402
@@ -57,14 +57,61 @@ def texts() -> list[dict[str, Any]]:
     return [{"text": message["content"]} for chat in chats() for message in chat]
 
 
+def pairs() -> list[dict[str, Any]]:
+    """The answer of each conversation, preferred to that of another."""
+    asked = chats()
+    return [
+        {"prompt": chat[0]["content"], "chosen": chat[1]["content"], "rejected": other[1]["content"]}
+        for chat, other in zip(asked, asked[1:] + asked[:1], strict=True)
+    ]
+
+
+def judgments() -> list[dict[str, Any]]:
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs()
+        for side in ("chosen", "rejected")
+    ]
+
+
+def log_of(output: Path, name: str) -> list[float]:
+    """A curve of the trainer's log, from its last checkpoint's state."""
+    states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    return [entry[name] for entry in json.loads(states[-1].read_text())["log_history"] if name in entry]
+
+
+def metric_of(output: Path, name: str) -> list[float]:
+    values: list[float] = json.loads((output / "summary.json").read_text())["metrics"][name]
+    return values
+
+
+def cut_at_checkpoint(whole: Path, cut: Path, step: int) -> None:
+    """As if killed behind the checkpoint of that step."""
+    cut.mkdir()
+    shutil.copytree(whole / f"checkpoint-{step}", cut / f"checkpoint-{step}")
+    shutil.copy(whole / "run.json", cut)
+
+
+def cut_in_last_round(whole: Path, cut: Path, step: int) -> None:
+    """As if killed in the training of the second round, behind the checkpoint of that step."""
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "last-samples")
+    for path in (cut / "summary.json", cut / "round-2" / "model" / "summary.json"):
+        path.unlink()
+    for checkpoint in (cut / "round-2" / "model").glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{step}":
+            shutil.rmtree(checkpoint)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a cell runs.
 
     Args:
         rows: the lines of `--data`.
-        curve: what falls or rises in the trainer's log.
+        curve: what falls or rises, in what `read` reads of the output folder.
         auto: what loads the result.
+        cut: makes the folder of a run that was killed half-way.
     """
 
     rows: Rows
@@ -72,16 +119,34 @@ class Recipe:
     curve: str = "loss"
     steps: int = 8
     auto: Any = AutoModelForCausalLM
+    read: Callable[[Path, str], list[float]] = log_of
+    cut: Callable[[Path, Path, int], None] = cut_at_checkpoint
 
 
+SAMPLED = "--reward chinese --num_generations 4 --max_completion_length 8 --learning_rate 1e-3 --gradient_checkpointing false"
+ANSWERS = "--max_length 128 --learning_rate 1e-4 --gradient_checkpointing false"
+TEXTS = "--max_length 64 --learning_rate 3e-3 --per_device_train_batch_size 4 --shuffle_buffer 0"
 RECIPES = {
+    "pretrain": Recipe(texts, TEXTS),
+    "pretrain_glm": Recipe(texts, TEXTS),
     "sft": Recipe(conversations, "--learning_rate 3e-3 --max_length 128"),
+    "reward": Recipe(
+        pairs, "--learning_rate 1e-3 --held_out 0.25 --max_length 128 --gradient_checkpointing false",
+        auto=AutoModelForSequenceClassification,
+    ),
+    "rejection_sampling": Recipe(
+        prompts, "--reward chinese --rounds 2 --samples_per_query 4 --max_new_tokens 8 --learning_rate 3e-3",
+        curve="rewards", read=metric_of, cut=cut_in_last_round,
+    ),
     "ppo": Recipe(
-        prompts,
-        "--reward chinese --critic_warmup_steps 1 --queries_per_device 2 --per_device_train_batch_size 4 "
+        prompts, "--reward chinese --critic_warmup_steps 1 --queries_per_device 2 --per_device_train_batch_size 4 "
         "--max_new_tokens 8 --learning_rate 1e-3",
         curve="reward",
     ),
+    "dpo": Recipe(pairs, ANSWERS),
+    "kto": Recipe(judgments, ANSWERS),
+    "grpo": Recipe(prompts, SAMPLED, curve="reward"),
+    "rloo": Recipe(prompts, SAMPLED, curve="reward"),
 }  # fmt: skip
 
 
@@ -118,13 +183,6 @@ def in_a_process_of_its_own(module: str, words: Sequence[Any], log: Path) -> int
     return int(process.exitcode or 0)
 
 
-def curve_of(output: Path, name: str) -> list[tuple[int, float]]:
-    """The trainer's log, from its last checkpoint's state."""
-    states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    entries = json.loads(states[-1].read_text())["log_history"]
-    return [(entry["step"], entry[name]) for entry in entries if name in entry]
-
-
 def try_cell(recipe_name: str, row: str, scratch: Path) -> tuple[bool, str]:
     """Whether all is well, and the text of the cell."""
     recipe = RECIPES[recipe_name]
@@ -141,19 +199,17 @@ def try_cell(recipe_name: str, row: str, scratch: Path) -> tuple[bool, str]:
             print("\n".join(lines[-30:]))
         sentence = lines[-1].split("error: ", 1)[-1].replace(str(model), "MODEL")
         return code == 2, f"refused: {sentence}" if code == 2 else "FAILED"
-    whole = curve_of(output, recipe.curve)
+    whole = recipe.read(output, recipe.curve)
     second = scratch / f"{recipe_name}-{row}-resumed"
-    second.mkdir()
-    shutil.copytree(output / f"checkpoint-{half}", second / f"checkpoint-{half}")
-    shutil.copy(output / "run.json", second)
+    recipe.cut(output, second, half)
     code = in_a_process_of_its_own(recipe_name, [*words, "--output", second, "--resume"], log)
-    resumed = not code and curve_of(second, recipe.curve) == whole
+    resumed = not code and recipe.read(second, recipe.curve) == whole
     auto = AutoModelForSeq2SeqLM if ROWS[row][0] == "glm" else recipe.auto
-    reloaded = type(auto.from_pretrained(output)).__name__
+    auto.from_pretrained(output)
+    shutil.rmtree(output), shutil.rmtree(second)
     if not resumed:
         print(log.read_text()[-3000:])
-    good = resumed and bool(reloaded)
-    return good, f"{whole[0][1]:.3g} → {whole[-1][1]:.3g}" + ("" if resumed else ", NOT RESUMED")
+    return resumed, f"{whole[0]:.3g} → {whole[-1]:.3g}" + ("" if resumed else ", NOT RESUMED")
 
 
 def page(outcomes: dict[str, dict[str, str]]) -> str:
@@ -179,6 +235,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.is_file() else {}
+    OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         for recipe in options.recipes:
@@ -187,8 +244,7 @@ def main() -> int:
                 failed += not good
                 outcomes.setdefault(recipe, {})[row] = text
                 print(f"{recipe:20}{row:20}{text}", flush=True)
-    OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
-    OUTCOMES.write_text(json.dumps(outcomes, indent=1, ensure_ascii=False))
+                OUTCOMES.write_text(json.dumps(outcomes, indent=1, ensure_ascii=False))
     before, _, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
     text = before + BEGIN + "\n\n" + page(outcomes) + "\n\n" + END + rest.partition(END)[2]
     options.page.write_text(text, encoding="utf-8")
