@@ -277,6 +277,13 @@ def reporting_callbacks(report_to: Any) -> list:
     return get_reporting_integration_callbacks(report_to)
 
 
+def tensor_parallel_config(size: int) -> Any:
+    """The `distributed_config` of `from_pretrained` that cuts weights among so many processes as they are read."""
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(tp_size=size)
+
+
 # --- quantization -----------------------------------------------------------------------------------------------------
 
 

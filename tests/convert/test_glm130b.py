@@ -22,7 +22,7 @@ from tokenizer_goldens import FIXTURES
 SHARDS = FIXTURES.parent / "shards" / "glm130b"
 TOKENS = {"mask_token_id": 150, "gmask_token_id": 151, "smask_token_id": 152, "bos_token_id": 154}
 REFERENCES = {"mp1": "merged", "mp2": "merged", "mp4": "merged"} | {
-    f"mp{count}_int{bits}": f"dequantized_int{bits}_mp{count}" for count in (1, 2) for bits in (8, 4)
+    f"mp{count}_int{bits}": f"dequantised_int{bits}_mp{count}" for count in (1, 2) for bits in (8, 4)
 }
 QUANTISED = [name for name in REFERENCES if "int" in name]
 
@@ -74,7 +74,7 @@ def test_quantized_ranks_give_the_original_logits(name, keeps_integers, tmp_path
     convert(SHARDS / name, tmp_path / "out", keeps_integers=keeps_integers)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **TOKENS).eval()
     assert model.quantized == keeps_integers
-    expected = load_file(SHARDS / "expected_quantized.safetensors")
+    expected = load_file(SHARDS / "expected_quantised.safetensors")
     count, bits = name[2], name[-1]
     for case in ("gen_gmask", "infill_mask"):
         logits = model(cases_of("glm130b")[case].inputs["input_ids"]).logits

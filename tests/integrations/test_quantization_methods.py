@@ -13,7 +13,7 @@ from quantization_table import METHODS, is_installed
 
 SHAPE = Shape(hidden_size=128, layers=1, heads=4, ffn_size=128, vocab_size=96)
 ARCHITECTURES = [name for family in FAMILIES for name in family.architectures]
-WITH_CHATGLM_LAYERS = ("chatglm", "chatglm2", "glm")
+WITH_CHATGLM_LAYERS = ("chatglm", "chatglm2", "glm", "glm130b")
 # 8 bits keep more than 4; random weights of one layer.
 LARGEST_ERROR = {"8": 0.05, "4": 0.3}
 CASES = [

@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+
+from .._compat import tensor_parallel_config
 
 
 def tensor_parallel_options(training: TrainingArguments) -> dict[str, Any]:
@@ -17,14 +18,12 @@ def tensor_parallel_options(training: TrainingArguments) -> dict[str, Any]:
     size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # where accelerate's ParallelismConfig reads it
     if size == 1:
         return {}
-    if training.save_strategy != SaveStrategy.NO:
+    if training.save_strategy != "no":
         raise ValueError(
             "transformers does not save the optimizer of a model under tensor parallelism, so there is nothing to resume "
             "from: add --save_strategy no"
         )
-    from transformers.distributed import DistributedConfig
-
-    return {"distributed_config": DistributedConfig(tp_size=size)}
+    return {"distributed_config": tensor_parallel_config(size)}
 
 
 def gather_whole_model(trainer: Any) -> None:
