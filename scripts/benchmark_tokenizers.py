@@ -130,7 +130,7 @@ def main() -> None:
             slope(runs["ours"], "".join(texts), arguments.longest, arguments.rounds) if arguments.longest else math.nan
         )
         print(
-            f"| {name} | {own_class.__name__ and speed['library']:,.0f} | {speed['ours']:,.0f} | "
+            f"| {name} | {speed['library']:,.0f} | {speed['ours']:,.0f} | "
             f"{speed['ours'] / speed['library']:.2f} | {tokens / first / 1_000:,.0f} | {speed['offsets']:,.0f} | "
             f"{own_class.__name__} {speed['own']:,.0f} | {speed['ours'] / speed['own']:.2f} | {growth:.2f} |",
             flush=True,
