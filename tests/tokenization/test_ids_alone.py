@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from hf_cnllm._compat import LateEncodings
 from hf_cnllm.models.baichuan.tokenization_baichuan import BaichuanTokenizer
 from hf_cnllm.models.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from hf_cnllm.models.glm.tokenization_glm import GLMChineseTokenizer
 from hf_cnllm.models.qwen.tokenization_qwen import QWenTokenizer
-from hf_cnllm.tokenization.ids_alone import LateEncodings
 from hf_cnllm.tokenization.plain_form import ORDINARY
 from tokenizer_goldens import TokenizerGolden
 

@@ -5,7 +5,7 @@ the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `c
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding
 
+from .._compat import LateEncodings
 from .plain_form import PlainForm
 from .regex import any_of
 
@@ -22,26 +23,6 @@ NEED_ENCODINGS = (
     *("is_split_into_words", "stride", "sanitize_control_tokens"),
 )
 PROBE = "Ａ  b ①\té，c "
-
-
-class LateEncodings(BatchEncoding):
-    """A batch of a fast tokenizer whose encodings are worked out when they are first asked for."""
-
-    is_fast = True
-
-    def __init__(self, data: dict[str, Any], encode: Callable[[], list[Encoding]], tensor_type: Any = None):
-        self._encode = encode
-        super().__init__(data, None, tensor_type, n_sequences=1)
-
-    @property
-    def _encodings(self) -> list[Encoding] | None:
-        if self._found is None:
-            self._found = self._encode()
-        return self._found
-
-    @_encodings.setter
-    def _encodings(self, encodings: list[Encoding] | None) -> None:
-        self._found = encodings
 
 
 class IdsAloneMixin:
