@@ -21,7 +21,9 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
+from tokenizers import Encoding
 from torch import Tensor
+from transformers import BatchEncoding
 
 from ._stack import installed_version
 
@@ -520,3 +522,24 @@ else:  # until 5.20: the last positions and a list of positions only
 
 # The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
 SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)
+
+
+class LateEncodings(BatchEncoding):
+    """A batch of a fast tokenizer whose encodings are worked out when they are first asked for: all that `BatchEncoding` knows
+    of them is in its attribute `_encodings`."""
+
+    is_fast = True
+
+    def __init__(self, data: dict[str, Any], encode: Callable[[], list[Encoding]], tensor_type: Any = None):
+        self._encode = encode
+        super().__init__(data, None, tensor_type, n_sequences=1)
+
+    @property
+    def _encodings(self) -> list[Encoding] | None:
+        if self._found is None:
+            self._found = self._encode()
+        return self._found
+
+    @_encodings.setter
+    def _encodings(self, encodings: list[Encoding] | None) -> None:
+        self._found = encodings

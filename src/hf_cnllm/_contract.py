@@ -16,6 +16,8 @@ from types import CodeType
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -254,6 +256,13 @@ def _raise_asked(config: PreTrainedConfig) -> None:
     raise _Asked
 
 
+def _batches_ask_for_their_encodings() -> Iterator[str]:
+    encoding = Tokenizer(WordLevel({"a": 0}, unk_token="a")).encode("a")
+    batch = _compat.LateEncodings({}, lambda: [encoding])
+    if batch.tokens() != ["a"] or batch.encodings != [encoding]:
+        yield "BatchEncoding no longer keeps its encodings in _encodings"
+
+
 # --- layers, masks, attention, outputs --------------------------------------------------------------------------------
 
 
@@ -316,6 +325,7 @@ PROMISES: tuple[Callable[[], Iterator[str]], ...] = (
     _signatures,
     _generation,
     _auto_tokenizer_asks_the_configuration,
+    _batches_ask_for_their_encodings,
     _checkpointed_layers_drop_the_cache,
     _masks,
     _attention_functions,

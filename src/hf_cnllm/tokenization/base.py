@@ -20,6 +20,7 @@ from .folder import (
     check_settings,
     list_added_tokens,
 )
+from .ids_alone import IdsAloneMixin
 
 
 class AnyIdMixin:
@@ -39,7 +40,7 @@ class AnyIdMixin:
         return super()._decode(token_ids, *args, **kwargs)  # type: ignore[misc]
 
 
-class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, TokenizersBackend):
+class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAloneMixin, TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and

@@ -15,7 +15,13 @@ def any_of(texts: Iterable[str]) -> str:
         node[""] = {}
 
     def pattern(node: dict) -> str:
-        branches = [re.escape(char) + pattern(child) for char, child in sorted(node.items()) if char]
+        ends = [char for char, child in sorted(node.items()) if char and child.keys() == {""}]
+        branches = [
+            re.escape(char) + pattern(child) for char, child in sorted(node.items()) if char and child.keys() != {""}
+        ]
+        if ends:  # one set costs one step, where as many branches cost one each
+            escaped = "".join(map(re.escape, ends))
+            branches.append(escaped if len(ends) == 1 else f"[{escaped}]")
         if not branches:
             return ""
         joined = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"

@@ -14,6 +14,9 @@ How each part of SentencePiece (https://github.com/google/sentencepiece) is expr
 | Unigram: a symbol always wins                    | its score is `length * best - 0.1`, as in the original     |
 | control and byte pieces never match text         | BPE: no merges lead there; Unigram: scores too low to win  |
 | byte fallback                                    | the models' own `byte_fallback`                            |
+
+Texts are cut beforehand where no piece can stand, so that no queue of merges and no lattice is as long as a whole text:
+`_cut_between_words` says why no id depends on it.
 """
 
 import math
@@ -133,6 +136,18 @@ class SentencePieceModel:
         """The user-defined symbols."""
         return list(self.of_type(PieceType.USER_DEFINED))
 
+    @cached_property
+    def joined(self) -> list[str]:
+        """The longer pieces that the model itself makes of characters. BPE does not make symbols, they leave beforehand."""
+        texts = self.normal if self.model_type is ModelType.BPE else self.texts
+        return [text for text in texts if len(text) > 1]
+
+    @cached_property
+    def lone_characters(self) -> set[str]:
+        """Characters with a piece of their own, or byte pieces, and no place in one of `joined`."""
+        known = {"\n", *self.texts} if self.byte_fallback else {*self.texts}
+        return {text for text in known if len(text) == 1}.difference(*self.joined)
+
     @property
     def is_byte_bpe(self) -> bool:
         return self.model_type is ModelType.BPE and self.byte_fallback
@@ -147,10 +162,10 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
     engine, cuts = _bpe(model) if model.model_type is ModelType.BPE else _unigram(model)
     tokenizer = Tokenizer(engine)
     tokenizer.normalizer = build_normalizer(model)
-    if cuts:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cuts]
-        )
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
+    steps[1:1] = _cut_between_words(model)
+    if steps:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = build_decoder(model)
     return tokenizer
 
@@ -219,6 +234,31 @@ def decode_bytes(data: bytes) -> str:
     return re.sub("[\udc80-\udcff]", "\ufffd", data.decode(errors="surrogateescape"))
 
 
+# ---- cutting text beforehand ----
+
+
+def _cut_between_words(model: SentencePieceModel) -> list[pre_tokenizers.PreTokenizer]:
+    """Cuts text where no piece can stand: in front of a run of `▁`, if no piece reaches into one from before it, and in front
+    of line breaks, if they are part of no longer piece.
+
+    No id depends on what is beyond such a cut. BPE: a merge across it would make a piece that reaches across, so the merges
+    on the two sides are those of each side alone, in the same order. Unigram: no edge of the lattice crosses it, so the best
+    path is the best one of each side. Unknown characters are one token with unknown neighbors, if there are no byte pieces,
+    but the characters to cut at are known.
+
+    Unigram is slow enough for its cache of words to pay. Merging is not: it is cut some thousand characters apart, for the
+    queue of merges not to grow with the text.
+    """
+    has_words = SPACE in model.normal and not any(SPACE in text.lstrip(SPACE) for text in model.joined)
+    if model.model_type is ModelType.UNIGRAM:
+        return [pre_tokenizers.Split(Regex(f"{SPACE}+"), "merged_with_next")] if has_words else []
+    places = [rf"(?<!{SPACE}){SPACE}"] if has_words else []
+    places += [r"\n"] if "\n" in model.lone_characters else []
+    # Ten dots a step: Oniguruma counts steps, which takes longer than to match them.
+    pattern = rf"\G(?m:(?:..........){{100}}.*?)(?={'|'.join(places)})"
+    return [pre_tokenizers.Split(Regex(pattern), "isolated")] if places else []
+
+
 # ---- BPE ----
 
 
@@ -235,10 +275,12 @@ def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
     bpe = models.BPE(
         vocab=model.ids, merges=merges, unk_token=model.unknown, byte_fallback=model.byte_fallback, fuse_unk=True
     )
-    if not model.symbols:
+    # Merging leaves symbols alone that are no part of another piece.
+    symbols = [symbol for symbol in model.symbols if symbol not in model.lone_characters]
+    if not symbols:
         return bpe, []
-    cuts = [any_of(model.symbols)]
-    guarded = _never_from_text(model, bpe)
+    places, guarded = _never_from_text(model, bpe, symbols)
+    cuts = ["|".join([any_of(symbols), *places])]
     if guarded:
         halves = "|".join(f"{re.escape(left)}(?={re.escape(right)}\\z)" for left, right in guarded)
         cuts.append(rf"\A(?:{halves})")
@@ -246,25 +288,38 @@ def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
     return bpe, cuts
 
 
-def _never_from_text(model: SentencePieceModel, bpe: models.BPE) -> list[tuple[str, str]]:
+def _never_from_text(
+    model: SentencePieceModel, bpe: models.BPE, symbols: list[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Pieces that merging never produces although they are in the vocabulary: control, byte and unknown pieces, and
-    normal ones whose parts the merges spend otherwise. Each comes cut in two at a boundary of its real segmentation,
-    so that `ignore_merges`, which takes a whole pre-token from the vocabulary, does not see it."""
-    symbol = re.compile(any_of(model.symbols))
+    normal ones whose parts the merges spend otherwise. They are cut in two at a boundary of their real segmentation,
+    so that `ignore_merges`, which takes a whole pre-token from the vocabulary, does not see them.
+
+    Returns patterns of (empty) places to cut wherever they are, and the pieces, cut in two, to look for in whole pre-tokens.
+    The former cost nothing; they are for boundaries that no merge crosses, and where no symbol begins.
+    """
+    symbol = re.compile(any_of(symbols))
+    begins = {symbol[0] for symbol in symbols}
+    joined = {text[at : at + 2] for text in model.joined for at in range(len(text) - 1)}
     texts = [text for text in model.texts if len(text) > 1 and not symbol.search(text)]
-    pairs = []
+    places: dict[str, list[str]] = {}
+    guarded = []
     for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
         starts = sorted({start for start, _ in encoding.offsets} - {0})
         # Neither half may be looked up as a whole either, unless it is one token anyway.
         good = [
-            (text[:cut], text[cut:])
+            cut
             for cut in starts
             if (cut == starts[0] or text[:cut] not in model.ids) and (cut == starts[-1] or text[cut:] not in model.ids)
         ]
         if starts and not good:
             raise ValueError(f"the SentencePiece model's piece {text!r} cannot be kept out of texts.")
-        pairs += good[:1]
-    return pairs
+        apart = [cut for cut in good if text[cut - 1 : cut + 1] not in joined and begins.isdisjoint(text[1:])]
+        if apart:
+            places.setdefault(text[: apart[0]], []).append(text[apart[0] :])
+        elif good:
+            guarded.append((text[: good[0]], text[good[0] :]))
+    return [rf"{re.escape(left)}\K(?={any_of(rights)})" for left, rights in places.items()], guarded
 
 
 # ---- Unigram ----

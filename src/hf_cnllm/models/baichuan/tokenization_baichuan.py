@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from ...tokenization.base import known, load_sp_model, with_changes
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
+from ...tokenization.plain_form import PlainForm
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 from ...tokenization.templates import read_template
 from .chat import TURN_TOKEN_IDS
@@ -77,7 +78,9 @@ class BaichuanTokenizer(ChatTokenizer):
             self.chat_template = header + read_template("baichuan")
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
-        return build_tokenizer(SentencePieceModel.from_file(vocab_file))
+        model = SentencePieceModel.from_file(vocab_file)
+        self.plain_form = PlainForm.of(model)
+        return build_tokenizer(model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, form = (

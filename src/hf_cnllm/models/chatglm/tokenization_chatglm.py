@@ -17,6 +17,7 @@ from ..._compat import is_for_pipeline
 from ...tokenization.base import as_list, id_of, known, load_sp_model, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
+from ...tokenization.plain_form import PlainForm
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ...tokenization.templates import read_template
@@ -30,6 +31,8 @@ from .vocabulary_chatglm import (
     ROLES,
     TOKENIZER_MODEL,
     VERSIONS,
+    WHITE_SPACE,
+    WHITE_SPACE_PATTERN,
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
@@ -168,7 +171,10 @@ class ChatGLMTokenizer(ChatTokenizer):
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = self.__dict__.pop("_sentencepiece")
         if self._version.vocab_file == TOKENIZER_MODEL:
+            self.plain_form = PlainForm.of(model)
             return build_bpe_backend(model, self._version)
+        if not (self.do_lower_case or self.remove_space):
+            self.plain_form = PlainForm.of(model, WHITE_SPACE_PATTERN, WHITE_SPACE)
         backend = build_ice_backend(model, self.num_image_tokens, self.do_lower_case, self.remove_space)
         named = [str(token) for token in self._named.values() if token is not None]
         backend.add_special_tokens([taking_spaces(token) for token in named if backend.token_to_id(token) is not None])
@@ -329,7 +335,8 @@ class ChatGLMTokenizer(ChatTokenizer):
                 batch = BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
             return batch
         batch = super()._encode_texts(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
-        if self.generation != "chatglm_early" or not add_special_tokens:
+        has_blank = "[MASK]" in repr((text, text_pair))
+        if self.generation != "chatglm_early" or not add_special_tokens or not has_blank:
             return batch
         contents = [
             [index for index, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added]
@@ -359,15 +366,23 @@ class ChatGLMTokenizer(ChatTokenizer):
             with self._early_ending(ids) as added:
                 room = None if max_length is None else max_length - 2 + added
                 pair = None if other is None else [other]
-                encodings += super()._encode_texts([one], pair, max_length=room, **options).encodings
+                # Offsets, so that the backend does it, which has the ending.
+                batch = super()._encode_texts([one], pair, max_length=room, return_offsets_mapping=True, **options)
+                encodings += batch.encodings
         self.pad_encodings(encodings, padding_strategy, max_length, **padding)
         return self.batch_of(encodings, is_batched, return_tensors, **kwargs)
 
     def _convert_encoding(self, encoding: Encoding, *args: Any, **kwargs: Any):
         data, encodings = super()._convert_encoding(encoding, *args, **kwargs)
-        if "position_ids" in self.model_input_names:
-            data["position_ids"] = [self._positions(row.ids, row.attention_mask) for row in encodings]
+        for row in encodings:
+            for name, column in self._columns_of(row.ids, row.attention_mask).items():
+                data[name].append(column)
         return data, encodings
+
+    def _columns_of(self, ids: list[int], attention_mask: list[int]) -> dict[str, list]:
+        return (
+            {"position_ids": self._positions(ids, attention_mask)} if "position_ids" in self.model_input_names else {}
+        )
 
     def _pad(self, encoded_inputs, *args: Any, padding_side: str | None = None, **kwargs: Any) -> dict:
         ids = encoded_inputs["input_ids"]

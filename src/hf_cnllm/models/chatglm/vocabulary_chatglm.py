@@ -31,6 +31,7 @@ MAX_BLANK_LENGTH = 80
 
 # What ChatGLM-6B writes for white space, in the order in which text is searched for it: longer runs of spaces first.
 WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
+WHITE_SPACE_PATTERN = re.compile(rf"[\n\t]| {{2,{MAX_BLANK_LENGTH}}}")  # what Python's `re` finds first, too
 
 
 class ChatGLMVersion(NamedTuple):

@@ -1,0 +1,156 @@
+"""`tokenizer(texts)` for those who want ids: nearly all of them.
+
+The backend spends half of its time on where in the text each token stands and what its name is. Here it finds ids alone, and
+the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `char_to_token()`, `encodings`, …).
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import BatchEncoding
+
+from .._compat import LateEncodings
+from .plain_form import PlainForm
+from .regex import any_of
+
+# What only the encodings know, or what must be decided before there are ids.
+NEED_ENCODINGS = (
+    *("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask"),
+    *("is_split_into_words", "stride", "sanitize_control_tokens"),
+)
+PROBE = "Ａ  b ①\té，c "
+
+
+class IdsAloneMixin:
+    """Put in front of a fast tokenizer, which it is equal to but for time."""
+
+    _tokenizer: Tokenizer
+
+    @cached_property
+    def plain_form(self) -> PlainForm | None:
+        """Normalizes ordinary texts as the backend does; set by who builds that from a vocabulary file."""
+        return None
+
+    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of the texts, with nothing put around them."""
+        backend = self._tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        forms: list[str | None] = [None] * len(texts)
+        if (
+            self.plain_form
+            and backend.normalizer
+            and backend.normalizer.normalize_str(PROBE) == self.plain_form(PROBE)
+        ):
+            added = [token.content for token in backend.get_added_tokens_decoder().values()]
+            has_added = re.compile(any_of(added) or "(?!)").search
+            forms = [None if has_added(text) else self.plain_form(text) for text in texts]
+        plain = Tokenizer(backend.model)
+        if backend.pre_tokenizer is not None:
+            plain.pre_tokenizer = backend.pre_tokenizer
+        others = [text for text, form in zip(texts, forms, strict=True) if form is None]
+        found = {
+            False: iter(
+                plain.encode_batch_fast([form for form in forms if form is not None], add_special_tokens=False)
+            ),
+            True: iter(backend.encode_batch_fast(others, add_special_tokens=False)),
+        }
+        return [next(found[form is None]).ids for form in forms]
+
+    def _columns_of(self, ids: list[int], attention_mask: list[int]) -> dict[str, list]:
+        """More columns of a row, for subclasses."""
+        return {}
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        tokenizer: Any = super()
+        is_batched = isinstance(text, (list, tuple))
+        texts = text if is_batched else [text]
+        post_processor = self._tokenizer.post_processor
+        if (
+            args
+            or text_pair is not None
+            or not texts
+            or not all(isinstance(one, str) for one in texts)
+            or any(kwargs.get(name) for name in NEED_ENCODINGS)
+            or kwargs.get("truncation_strategy") == "only_second"
+            or not (post_processor is None or isinstance(post_processor, TemplateProcessing))
+        ):
+            return tokenizer._encode_plus(text, text_pair, *args, **kwargs)
+        data = self._rows(texts, **kwargs)
+        rows = data["input_ids"]
+
+        def encode() -> list[Encoding]:
+            encodings = tokenizer._encode_plus(list(texts), None, **kwargs | {"return_tensors": None}).encodings
+            if [encoding.ids for encoding in encodings] != rows:
+                raise RuntimeError("the tokenizer has changed since it encoded this batch: encode the texts again.")
+            return encodings
+
+        return_tensors = kwargs.get("return_tensors")
+        if not is_batched and return_tensors is None:
+            data = {name: column[0] if isinstance(column[0], list) else column for name, column in data.items()}
+        return LateEncodings(data, encode, return_tensors)
+
+    def _rows(
+        self: Any,
+        texts: Sequence[str],
+        add_special_tokens: bool = True,
+        padding_strategy: Any = "do_not_pad",
+        truncation_strategy: Any = "do_not_truncate",
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_length: bool = False,
+        verbose: bool = True,
+        split_special_tokens: bool | None = None,
+        **others: Any,
+    ) -> dict[str, list]:
+        """The columns of the batch, as from the backend's encodings."""
+        self._tokenizer.encode_special_tokens = (
+            self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        )
+        rows = self._ids_of(texts)
+        around = (
+            self.build_inputs_with_special_tokens([None]) if add_special_tokens and self._adds_tokens() else [None]
+        )
+        if truncation_strategy != "do_not_truncate":
+            room = max(max_length - len(around) + 1, 0)
+            is_left = self.truncation_side == "left"
+            rows = [ids[max(len(ids) - room, 0) :] if is_left else ids[:room] for ids in rows]
+        if len(around) > 1:
+            at = around.index(None)
+            rows = [around[:at] + ids + around[at + 1 :] for ids in rows]
+        length = 0
+        if padding_strategy != "do_not_pad":
+            length = max_length if padding_strategy == "max_length" else max(map(len, rows))
+            length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        is_left = (padding_side or self.padding_side) == "left"
+
+        def padded(row: list, fill: Any) -> list:
+            filler = [fill] * (length - len(row))
+            return filler + row if is_left else row + filler
+
+        names, pad_token_id = self.model_input_names, self.pad_token_id
+        masks = [padded([1] * len(ids), 0) for ids in rows]
+        types = [padded([0] * len(ids), self.pad_token_type_id) for ids in rows]
+        rows = [padded(ids, pad_token_id) for ids in rows]
+        columns: dict[str, list] = {"input_ids": rows}
+        if "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids:
+            columns["token_type_ids"] = types
+        if "attention_mask" in names if return_attention_mask is None else return_attention_mask:
+            columns["attention_mask"] = masks
+        if return_length:
+            columns["length"] = [len(ids) for ids in rows]
+        for ids, mask in zip(rows, masks, strict=True):
+            for name, column in self._columns_of(ids, mask).items():
+                columns.setdefault(name, []).append(column)
+            self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
+        return columns
+
+    def _adds_tokens(self) -> bool:
+        return self._tokenizer.num_special_tokens_to_add(False) > 0
