@@ -12,6 +12,8 @@ of token ids in `tokens/*.parquet`. A run that was interrupted goes on when the 
 import argparse
 import dataclasses
 import errno
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +96,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    code = 0
+    try:
+        run_recipe(main)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # after a pool of workers, the interpreter's last garbage collection was seen to hang
