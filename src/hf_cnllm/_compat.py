@@ -23,7 +23,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 from tokenizers import Encoding
 from torch import Tensor
-from transformers import BatchEncoding
 
 from ._stack import installed_version
 
@@ -38,8 +37,8 @@ if INSTALLED < OLDEST:
     raise ImportError(f"hf_cnllm needs transformers {OLDEST} or newer, but {INSTALLED} is installed: {PIP_INSTALL}")
 
 try:
+    from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList
     from transformers import GenerationMixin as _GenerationMixin
-    from transformers import LogitsProcessor, LogitsProcessorList
     from transformers import initialization as init
     from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache, DynamicCache
