@@ -123,9 +123,9 @@ class Recipe:
     cut: Callable[[Path, Path, int], None] = cut_at_checkpoint
 
 
-SAMPLED = "--reward chinese --num_generations 4 --max_completion_length 8 --learning_rate 1e-3 --gradient_checkpointing false"
-ANSWERS = "--max_length 128 --learning_rate 1e-4 --gradient_checkpointing false"
-TEXTS = "--max_length 64 --learning_rate 3e-3 --per_device_train_batch_size 4 --shuffle_buffer 0"
+SAMPLED = "--reward chinese --num_generations 8 --max_completion_length 8 --learning_rate 3e-3 --gradient_checkpointing false"
+ANSWERS = "--max_length 128 --gradient_checkpointing false"
+TEXTS = "--max_length 64 --learning_rate 1e-2 --per_device_train_batch_size 4 --shuffle_buffer 0"
 RECIPES = {
     "pretrain": Recipe(texts, TEXTS),
     "pretrain_glm": Recipe(texts, TEXTS),
@@ -143,10 +143,10 @@ RECIPES = {
         "--max_new_tokens 8 --learning_rate 1e-3",
         curve="reward",
     ),
-    "dpo": Recipe(pairs, ANSWERS),
-    "kto": Recipe(judgments, ANSWERS),
-    "grpo": Recipe(prompts, SAMPLED, curve="reward"),
-    "rloo": Recipe(prompts, SAMPLED, curve="reward"),
+    "dpo": Recipe(pairs, ANSWERS + " --learning_rate 1e-4"),
+    "kto": Recipe(judgments, ANSWERS + " --learning_rate 1e-3", steps=16),
+    "grpo": Recipe(prompts, SAMPLED, curve="reward", steps=24),
+    "rloo": Recipe(prompts, SAMPLED, curve="reward", steps=24),
 }  # fmt: skip
 
 
