@@ -111,7 +111,7 @@ def docs(session: nox.Session) -> None:
     env = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env=env)
     if not session.posargs:
-        session.run("pytest", "--noconftest", "tests/docs/test_site.py", env=env)
+        session.run("pytest", "-m", "", "--noconftest", "tests/docs/test_site.py", env=env)
 
 
 @nox.session
@@ -125,7 +125,7 @@ def web(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[dev,web]", "playwright")
     if shutil.which("chromium") is None:
         session.run("playwright", "install", "chromium")
-    session.run("pytest", "tests/cli/test_chat_web.py", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-m", "", "tests/cli/test_chat_web.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

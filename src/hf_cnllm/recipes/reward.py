@@ -109,9 +109,9 @@ def main() -> None:
         else:
             rows, eval_rows = split_by_prompt(rows, arguments.held_out, training.seed)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        use_template(tokenizer, arguments.template)
         set_seed(training.seed)  # a new head
         model = load_reward_model(arguments.model, options)
+        use_template(tokenizer, arguments.template)
         try:
             generation = GenerationConfig.from_pretrained(arguments.model)
         except OSError:  # reward models have none
