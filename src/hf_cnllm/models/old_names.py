@@ -35,6 +35,16 @@ NO_CHATS = (
 )
 
 
+class WithoutChats:
+    """For models that fill blanks: scripts for ChatGLM ask them to chat."""
+
+    def chat(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises a ValueError that says what to use."""
+        raise ValueError(NO_CHATS)
+
+    stream_chat = chat
+
+
 class InnerTokenizer:
     """A part of a tokenizer that scripts know as `tokenizer.tokenizer`. What else is asked of it the whole one answers, as
     `transformers serve` takes whatever has that name for a processor with a tokenizer in it."""

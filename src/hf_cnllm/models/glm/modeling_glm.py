@@ -30,7 +30,7 @@ from ...loss.head import loss_and_logits
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
-from ..old_names import NO_CHATS
+from ..old_names import WithoutChats
 from ..validation import cached_length, validate_inputs
 from .configuration_glm import GLMConfig
 
@@ -303,7 +303,7 @@ class GLMModel(GLMPreTrainedModel):
             )
 
 
-class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, GenerationMixin):
+class GLMForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -357,12 +357,6 @@ class GLMForConditionalGeneration(PrefixLMGenerationMixin, GLMPreTrainedModel, G
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def chat(self, *args, **kwargs):
-        """Raises a ValueError that says what to use: scripts for ChatGLM call it."""
-        raise ValueError(NO_CHATS)
-
-    stream_chat = chat
 
 
 class MultipleChoiceScoring:

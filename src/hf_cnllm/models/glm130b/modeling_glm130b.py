@@ -23,7 +23,7 @@ from ...loss.head import loss_and_logits
 from ..chatglm import modeling_chatglm as chatglm
 from ..glm.modeling_glm import MultipleChoiceScoring
 from ..glm_line.generation import PrefixLMGenerationMixin
-from ..old_names import FromConfig
+from ..old_names import FromConfig, WithoutChats
 from .configuration_glm130b import GLM130BConfig
 
 
@@ -92,7 +92,7 @@ class GLM130BModel(GLM130BPreTrainedModel, chatglm.ChatGLMModel):
         self.embedding_dropout = config.hidden_dropout
 
 
-class GLM130BForConditionalGeneration(PrefixLMGenerationMixin, GLM130BPreTrainedModel, GenerationMixin):
+class GLM130BForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLM130BPreTrainedModel, GenerationMixin):
     max_sequence_length = FromConfig("max_sequence_length")
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
