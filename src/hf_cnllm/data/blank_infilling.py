@@ -30,7 +30,7 @@ from itertools import accumulate, count, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.chat import generated_tokens
 
@@ -374,7 +374,7 @@ def infill(
 
     Raises:
         TypeError: the model fills no blanks.
-        ValueError: a text has no blank.
+        ValueError: a text has no blank, or the model's configuration does not know the tokenizer's control tokens.
     """
     if not hasattr(model, "positions_of_prompt"):
         raise TypeError(
@@ -392,6 +392,7 @@ def infill(
     if not places:
         raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
     if not model.config.block_position_encoding:
+        _check_ids(model.config, control, {row.input_ids[place] for place in places})
         filled = fill_in_turn(model, row.input_ids, max_new_tokens=max_new_tokens, **generate_kwargs)
         return str(tokenizer.decode(filled, skip_special_tokens=True))
     arguments = {"max_new_tokens": max_new_tokens, "eos_token_id": control.end, "pad_token_id": control.end}
@@ -404,6 +405,13 @@ def infill(
     filled = restore_text(row.input_ids, row.positions, row.block_positions)
     filled = filled[len(control.before) : len(filled) - len(control.after)]
     return str(tokenizer.decode(filled, skip_special_tokens=True))
+
+
+def _check_ids(config: PreTrainedConfig, control: ControlTokens, blanks: set[int]) -> None:
+    known = {getattr(config, kind) for kind in config.kinds_of_blanks}
+    if config.eos_token_id is None or config.sop_token_id != control.start or not blanks <= known:
+        fields = ", ".join(f"`{field}`" for field in ("bos_token_id", "eos_token_id", *config.kinds_of_blanks))
+        raise ValueError(f"the model's configuration does not know the tokenizer's control tokens: set its {fields}")
 
 
 def fill_in_turn(model: PreTrainedModel, context: Sequence[int], **generate_kwargs: Any) -> list[int]:
