@@ -134,8 +134,8 @@ def test_infill_fills_texts(checkpoint, tokenizer):
     assert "MASK" not in "".join(filled)
 
 
-@pytest.mark.parametrize("field", ["mask_token_id", "bos_token_id", "eos_token_id"])
-def test_infill_needs_a_model_that_knows_the_control_tokens(checkpoint, tokenizer, field):
-    model = GLM130BForConditionalGeneration.from_pretrained(checkpoint, **{field: None})
+@pytest.mark.parametrize("fields", [["mask_token_id"], ["bos_token_id"], ["eos_token_id", "text_end_token_id"]])
+def test_infill_needs_a_model_that_knows_the_control_tokens(checkpoint, tokenizer, fields):
+    model = GLM130BForConditionalGeneration.from_pretrained(checkpoint, **dict.fromkeys(fields))
     with pytest.raises(ValueError, match=r"does not know the tokenizer's control tokens: set its `bos_token_id`"):
         infill(model, tokenizer, "今天[MASK]。")
