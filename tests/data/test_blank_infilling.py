@@ -352,6 +352,27 @@ def test_infill_fills_every_blank(tokenizer):
         infill(model, tokenizer, "没有空白。")
 
 
+def test_infill_without_block_positions_goes_by_the_order_in_the_text(tokenizer):
+    """GLM's model looks at the first blank of any kind."""
+    control, seen = ControlTokens.of(tokenizer), []
+    model = make_glm(tokenizer)
+    config = model.config.to_dict() | {"block_position_encoding": False}
+    with pytest.raises(ValueError, match="set its `sop_token_id`, `eop_token_id`, `gmask_token_id`"):
+        infill(GLMForConditionalGeneration(GLMConfig(**config | {"eop_token_id": None})), tokenizer, "我[MASK]")
+    ids = {"sop_token_id": control.start, "eop_token_id": control.end, "mask_token_id": control.masks["token"]}
+    ids |= {"smask_token_id": control.masks["sentence"], "gmask_token_id": control.masks["document"]}
+    model = GLMForConditionalGeneration(GLMConfig(**config | ids)).eval()
+
+    def generate(input_ids, **kwargs):
+        place = int(model.positions_of_prompt(input_ids, None, check=True)[0, 0, -1])
+        seen.append(int(input_ids[0, place]))
+        return GLMForConditionalGeneration.generate(model, input_ids, **kwargs)
+
+    model.generate = generate
+    assert "MASK" not in infill(model, tokenizer, "我[MASK]们[gMASK]可以[sMASK]学[MASK]", max_new_tokens=2)
+    assert seen == [control.masks[kind] for kind in ("token", "document", "sentence", "token")]
+
+
 def test_a_causal_model_is_told_that_it_fills_no_blanks(tokenizer):
     config = ChatGLMConfig(
         vocab_size=99, hidden_size=16, ffn_hidden_size=16, kv_channels=8, num_layers=1, num_attention_heads=2

@@ -86,6 +86,7 @@ def test_any_text(tokenizer):
         {"padding": True, "return_token_type_ids": True},
         {"padding": True, "padding_side": "left", "pad_to_multiple_of": 8},
         {"truncation": True, "max_length": 7},
+        {"truncation": True, "max_length": 1},  # less than what goes around a text, in most of them
         {"truncation": "only_first", "max_length": 5, "padding": "max_length", "return_attention_mask": False},
         {"truncation": True, "max_length": 6, "add_special_tokens": False, "split_special_tokens": True},
     ],

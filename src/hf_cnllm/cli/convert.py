@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; an interrupted run goes on where it was."""
-    from ..convert.glm130b import convert
+    from ..conversion.glm130b.release import convert
 
     if args.max_file_size <= 0:
         raise ValueError(f"--max-file-size must be positive, got {args.max_file_size}")

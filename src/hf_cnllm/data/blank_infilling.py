@@ -30,9 +30,10 @@ from itertools import accumulate, count, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.chat import generated_tokens
+from ..models.glm_line.blank_positions import MASK_FIELDS
 
 IGNORED = -100
 
@@ -374,7 +375,7 @@ def infill(
 
     Raises:
         TypeError: the model fills no blanks.
-        ValueError: a text has no blank.
+        ValueError: a text has no blank, or the model's configuration does not know the tokenizer's control tokens.
     """
     if not hasattr(model, "positions_of_prompt"):
         raise TypeError(
@@ -392,6 +393,7 @@ def infill(
     if not places:
         raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
     if not model.config.block_position_encoding:
+        _check_ids(model.config, control, {row.input_ids[place] for place in places})
         filled = fill_in_turn(model, row.input_ids, max_new_tokens=max_new_tokens, **generate_kwargs)
         return str(tokenizer.decode(filled, skip_special_tokens=True))
     arguments = {"max_new_tokens": max_new_tokens, "eos_token_id": control.end, "pad_token_id": control.end}
@@ -406,6 +408,26 @@ def infill(
     return str(tokenizer.decode(filled, skip_special_tokens=True))
 
 
+def _check_ids(config: PreTrainedConfig, control: ControlTokens, blanks: set[int]) -> None:
+    if not _ends(config) or config.sop_token_id != control.start or not blanks <= {*_mask_ids(config)}:
+        start = config.attribute_map.get("sop_token_id", "sop_token_id")
+        end = "eos_token_id" if config.has_kinds_of_blanks else "eop_token_id"
+        fields = ", ".join(f"`{field}`" for field in (start, end, *MASK_FIELDS))
+        raise ValueError(f"the model's configuration does not know the tokenizer's control tokens: set its {fields}")
+
+
+def _mask_ids(config: PreTrainedConfig) -> list[int]:
+    fields = config.kinds_of_blanks if config.has_kinds_of_blanks else MASK_FIELDS
+    return [index for field in fields if (index := getattr(config, field)) is not None]
+
+
+def _ends(config: PreTrainedConfig) -> list[int]:
+    """What ends the text of a blank; GLM has a token of its own for it."""
+    fields = ("eos_token_id", "text_end_token_id") if config.has_kinds_of_blanks else ("eop_token_id",)
+    ends = [end for field in fields if (end := getattr(config, field, None)) is not None]
+    return [index for end in ends for index in (end if isinstance(end, list) else [end])]
+
+
 def fill_in_turn(model: PreTrainedModel, context: Sequence[int], **generate_kwargs: Any) -> list[int]:
     """A context whose blanks are filled, for models without block positions, whose text holds one blank at a time: what
     fills one takes its place, and the next is filled in that text.
@@ -414,13 +436,11 @@ def fill_in_turn(model: PreTrainedModel, context: Sequence[int], **generate_kwar
         context: token ids with mask tokens among them, without a start token.
     """
     config, filled = model.config, [*context]
-    ends = [config.eos_token_id, getattr(config, "text_end_token_id", None)]
-    ends = [end for end in ends if end is not None]
+    ends = _ends(config)
     arguments = {"eos_token_id": ends, "pad_token_id": ends[0]} | generate_kwargs
-    mask_ids = [getattr(config, kind) for kind in config.kinds_of_blanks]
-    for mask_id in mask_ids:
-        while mask_id in filled:
-            place = filled.index(mask_id)
+    mask_ids = _mask_ids(config)
+    for looked_for in [{mask_id} for mask_id in mask_ids] if config.has_kinds_of_blanks else [{*mask_ids}]:
+        while (place := next((at for at, token in enumerate(filled) if token in looked_for), None)) is not None:
             span = generated_tokens(model, [*filled, config.sop_token_id], ends, **arguments)
             # What is written is text: another blank or start in it would be one in the next prompt.
             filled[place : place + 1] = [token for token in span if token not in (*mask_ids, config.sop_token_id)]

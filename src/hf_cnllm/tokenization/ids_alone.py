@@ -38,8 +38,10 @@ class IdsAloneMixin:
     def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of the texts, with nothing put around them."""
         backend = self._tokenizer
-        backend.no_truncation()
-        backend.no_padding()
+        if backend.truncation is not None:  # or else nothing changes while another thread encodes
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
         forms: list[str | None] = [None] * len(texts)
         if (
             self.plain_form
@@ -69,7 +71,7 @@ class IdsAloneMixin:
         tokenizer: Any = super()
         is_batched = isinstance(text, (list, tuple))
         texts = text if is_batched else [text]
-        post_processor = self._tokenizer.post_processor
+        post_processor, max_length = self._tokenizer.post_processor, kwargs.get("max_length")
         if (
             args
             or text_pair is not None
@@ -77,6 +79,7 @@ class IdsAloneMixin:
             or not all(isinstance(one, str) for one in texts)
             or any(kwargs.get(name) for name in NEED_ENCODINGS)
             or kwargs.get("truncation_strategy") == "only_second"
+            or (max_length is not None and max_length < self._tokenizer.num_special_tokens_to_add(False))
             or not (post_processor is None or isinstance(post_processor, TemplateProcessing))
         ):
             return tokenizer._encode_plus(text, text_pair, *args, **kwargs)
@@ -111,9 +114,10 @@ class IdsAloneMixin:
         **others: Any,
     ) -> dict[str, list]:
         """The columns of the batch, as from the backend's encodings."""
-        self._tokenizer.encode_special_tokens = (
-            self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        )
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        if self._tokenizer.encode_special_tokens != split_special_tokens:
+            self._tokenizer.encode_special_tokens = split_special_tokens
         rows = self._ids_of(texts)
         around = (
             self.build_inputs_with_special_tokens([None]) if add_special_tokens and self._adds_tokens() else [None]

@@ -119,6 +119,15 @@ def test_golden_greedy(model, name, variant):
     assert sequences.tolist() == case.outputs["sequences"].tolist()
 
 
+@pytest.mark.parametrize("variant", [{}, {"use_cache": False}])
+def test_golden_beams(model, variant):
+    """All are of one length here, so that the original's penalty, which counts the prompt, leaves them in their order."""
+    case = case_named("beam_reference")
+    ids, beams = case.inputs["input_ids"], case.outputs["beams"]
+    options = {"num_beams": len(beams), "num_return_sequences": len(beams), **NO_END, **variant}
+    assert model.generate(ids, max_new_tokens=len(beams[0]) - ids.shape[1], **options).tolist() == beams
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["padded_batch_mask", "padded_batch_gmask"])
 def test_golden_padded_generation(model, name, side):

@@ -132,3 +132,10 @@ def test_infill_fills_texts(checkpoint, tokenizer):
     filled = infill(model, tokenizer, ["今天[MASK]，a [sMASK] b。", "没有"], max_new_tokens=3)
     assert [text.startswith(start) for text, start in zip(filled, ("今天", "没有"), strict=True)] == [True, True]
     assert "MASK" not in "".join(filled)
+
+
+@pytest.mark.parametrize("fields", [["mask_token_id"], ["bos_token_id"], ["eos_token_id", "text_end_token_id"]])
+def test_infill_needs_a_model_that_knows_the_control_tokens(checkpoint, tokenizer, fields):
+    model = GLM130BForConditionalGeneration.from_pretrained(checkpoint, **dict.fromkeys(fields))
+    with pytest.raises(ValueError, match=r"does not know the tokenizer's control tokens: set its `bos_token_id`"):
+        infill(model, tokenizer, "今天[MASK]。")

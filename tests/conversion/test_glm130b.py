@@ -13,8 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from goldens import assert_close, cases_of
 from hf_cnllm import GLM130BForConditionalGeneration, GLM130BTokenizer, infill
 from hf_cnllm.cli import main
-from hf_cnllm.convert import sharded_weights
-from hf_cnllm.convert.glm130b import convert
+from hf_cnllm.conversion.glm130b import sharded_weights
+from hf_cnllm.conversion.glm130b.release import convert
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 from shards import ITERATION, write_shards
 from tokenizer_goldens import FIXTURES

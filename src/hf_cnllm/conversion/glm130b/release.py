@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from ..hub.saving import check_new_folder, write_through
-from ..models.chatglm.quantized_linear import dequantize_rows
-from ..models.glm130b import GLM130BConfig, GLM130BTokenizer
+from ...hub.saving import check_new_folder, write_through
+from ...models.chatglm.quantized_linear import dequantize_rows
+from ...models.glm130b import GLM130BConfig, GLM130BTokenizer
 from .ranks import Rank, find_ranks, find_settings
 from .sharded_weights import Planned, check_space, split_into_files, write_weights
 
