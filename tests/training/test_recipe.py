@@ -1,13 +1,14 @@
 """What recipes share: who owns an output folder, where a resumed run begins, what stops a training."""
 
 import json
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_cnllm.training.recipe import (
     COMPLETE_FILE,
@@ -17,6 +18,8 @@ from hf_cnllm.training.recipe import (
     StopAtNonFiniteLoss,
     last_complete_checkpoint,
     open_run,
+    parse_arguments,
+    run_recipe,
 )
 
 
@@ -124,3 +127,24 @@ def test_a_loss_that_is_no_number_stops_the_training_with_its_batch(value, tmp_p
 def test_a_yaml_file_may_give_one_file_as_a_text():
     arguments = RecipeArguments(model="m", data="one.jsonl", output="o")
     assert arguments.data == ["one.jsonl"] and RecipeArguments("m", ["a", "b"], "o").data == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", [b"a: [1\nb: :", b"\xff\xfe"])
+def test_a_yaml_file_that_is_none(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "odd.yaml").write_bytes(text)
+    monkeypatch.setattr(sys, "argv", ["odd", "--config", str(tmp_path / "odd.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(lambda: parse_arguments("", RecipeArguments, TrainingArguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "odd.yaml is no YAML" in line
+
+
+def test_weights_of_other_shapes_are_one_line_and_other_failures_are_not_hidden(tmp_path, capsys):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=8, **sizes | {"hidden_size": 16}).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        run_recipe(lambda: LlamaForCausalLM.from_pretrained(tmp_path))
+    assert "weights of other shapes than its config.json says" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="size"):
+        run_recipe(lambda: torch.zeros(2) @ torch.zeros(3))

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
+from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
@@ -79,7 +81,19 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     if "--config" in words[:-1]:
         place = words.index("--config") + 1
         words[place] = config_file(words[place])
-    return parser.parse_args_and_config(words)
+    try:
+        with warnings.catch_warnings():  # of a default of TRL's own
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            return parser.parse_args_and_config(words)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {words[place]} is no YAML: {error}") from error
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Raises ValueError for an option that is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
 
 def run_recipe(main: Callable[[], None]) -> None:
@@ -89,8 +103,12 @@ def run_recipe(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RuntimeError):
+            if "ignore_mismatched_sizes" not in message:
+                raise
+            message = "the checkpoint has weights of other shapes than its config.json says, see above: mend that file"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
