@@ -103,7 +103,9 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     with FileLock(tmp_path / "out" / LOCK_FILE):
         refuse(tmp_path, "in use", resume=True)
     train(tmp_path, resume=True, logging_steps=3)  # does not change what is computed
+    (tmp_path / "out" / "..final-killed").mkdir()
     refuse(tmp_path, "is complete", resume=True)
+    assert not (tmp_path / "out" / "..final-killed").exists()
 
 
 def test_the_last_checkpoint_stays_until_the_next_is_complete(tmp_path):
@@ -132,7 +134,7 @@ def test_a_yaml_file_may_give_one_file_as_a_text():
 @pytest.mark.parametrize("text", [b"a: [1\nb: :", b"\xff\xfe"])
 def test_a_yaml_file_that_is_none(text, tmp_path, monkeypatch, capsys):
     (tmp_path / "odd.yaml").write_bytes(text)
-    monkeypatch.setattr(sys, "argv", ["odd", "--config", str(tmp_path / "odd.yaml")])
+    monkeypatch.setattr(sys, "argv", ["odd", f"--config={tmp_path / 'odd.yaml'}"])
     with pytest.raises(SystemExit) as stopped:
         run_recipe(lambda: parse_arguments("", RecipeArguments, TrainingArguments))
     (line,) = capsys.readouterr().err.splitlines()

@@ -27,6 +27,7 @@ from hf_cnllm.training.recipe import (
     SUMMARY_FILE,
     Run,
     check_counts,
+    check_sampling,
     last_complete_checkpoint,
     open_run,
     parse_arguments,
@@ -60,6 +61,7 @@ class RejectionArguments(QueryArguments):
 def check(arguments: RejectionArguments, training: TrainingArguments) -> None:
     """Raises ValueError for what would end a later round."""
     check_counts(arguments, "rounds", "samples_per_query", "queries_per_batch", "max_new_tokens")
+    check_sampling(arguments)
     if training.eval_strategy != "no":
         raise ValueError("the rounds are evaluated by the rewards of their answers: leave --eval_strategy out")
     config = AutoConfig.from_pretrained(arguments.model)

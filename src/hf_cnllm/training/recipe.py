@@ -77,7 +77,9 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     )
     # TRL takes bf16 for granted, and stops where there is none.
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    words = sys.argv[1:]
+    words = [
+        part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     if "--config" in words[:-1]:
         place = words.index("--config") + 1
         words[place] = config_file(words[place])
@@ -94,6 +96,14 @@ def check_counts(options: Any, *names: str) -> None:
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+
+
+def check_sampling(options: Any) -> None:
+    """Raises ValueError for a `temperature` or `top_p` that nothing can be sampled with."""
+    if options.temperature <= 0 or not 0 < options.top_p <= 1:
+        raise ValueError(
+            f"--temperature {options.temperature} must be above 0, and --top_p {options.top_p} above 0 and at most 1"
+        )
 
 
 def run_recipe(main: Callable[[], None]) -> None:
@@ -336,6 +346,7 @@ def _take_folder(output: Path, resume: bool, told: dict[str, Any], stack: contex
         stack.enter_context(FileLock(output / LOCK_FILE, timeout=0))
     except Timeout as error:
         raise ValueError(f"--output {output} is in use by another run") from error
+    _remove_half_written(output)  # of a run that was killed
     stack.callback(_leave_nothing_of_a_run_that_did_nothing, output)
     if (output / SUMMARY_FILE).exists():
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")
