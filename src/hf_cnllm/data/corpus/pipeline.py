@@ -210,9 +210,9 @@ def plan(settings: Settings) -> list[Pass]:
         raise ValueError(
             f"--executor {settings.executor} needs --executor-options {' '.join(f'{n}=…' for n in missing)}"
         )
-    known = inspect.signature(EXECUTORS[settings.executor][1]).parameters.keys() - OUR_OPTIONS
-    if unknown := sorted(settings.executor_options.keys() - known):
-        raise ValueError(f"--executor-options {' '.join(unknown)}: choose from {', '.join(sorted(known))}")
+    options = inspect.signature(EXECUTORS[settings.executor][1]).parameters.keys() - OUR_OPTIONS
+    if others := sorted(settings.executor_options.keys() - options):
+        raise ValueError(f"--executor-options {' '.join(others)}: choose from {', '.join(sorted(options))}")
     for name, (least, most) in RANGES.items():
         values = getattr(settings, name)
         if not all(least <= value <= most for value in (values if isinstance(values, list | tuple) else [values])):
