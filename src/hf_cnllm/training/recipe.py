@@ -329,7 +329,7 @@ def _failed_write(error: BaseException) -> str | None:
 
 def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:
     names = {path.name for path in output.iterdir()}
-    if names <= {RUN_FILE, LOCK_FILE}:
+    if names <= {RUN_FILE, LOCK_FILE, "README.md"}:  # TRL writes that before the first checkpoint
         for name in names:
             (output / name).unlink()
         output.rmdir()
