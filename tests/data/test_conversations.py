@@ -89,6 +89,12 @@ def test_columns_by_name(tmp_path):
 GOOD = json.dumps({"messages": turns("a", "b")})
 
 
+def test_a_list_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "data.json").write_text("[" * 100_000)
+    with pytest.raises(ConversationError, match=r"line 1: not valid JSON .*recursion"):
+        read_conversations(tmp_path / "data.json")
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [

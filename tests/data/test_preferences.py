@@ -73,6 +73,7 @@ def test_a_questions_other_fields_are_for_the_reward():
         (read_pair, {"prompt": "q", "chosen": [Q], "rejected": "b"}, "must end with a message of the assistant"),
         (read_pair, {"prompt": "q", "chosen": "a", "rejected": "b", "odd": "x"}, "field 'odd'"),
         (read_pair, ["q"], "expected an object"),
+        (read_judgment, 7, "expected an object"),
         (read_judgment, {"prompt": "q", "completion": "a"}, "needs the field 'label'"),
         (read_judgment, {"prompt": "q", "completion": "a", "label": "yes"}, "must say yes or no"),
         (read_judgment, {"prompt": "q", "completion": "a", "label": 2}, "must say yes or no"),

@@ -320,6 +320,8 @@ BAD_INPUT = {
         ["--recipe", "pretrain_glm", "--model", "glm", "--max_length", 99999],
         "the model has room for",
     ),
+    "no buffer": (GOOD, ["--shuffle_buffer", -1], "--shuffle_buffer must be at least 0"),
+    "no length": (GOOD, ["--max_length", 0], "a row needs 2 tokens"),
     "vocabulary": (GOOD, ["--config_name", "llama"], "more than the model's vocab_size, 600"),
 }
 

@@ -1,13 +1,14 @@
 """What recipes share: who owns an output folder, where a resumed run begins, what stops a training."""
 
 import json
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_cnllm.training.recipe import (
     COMPLETE_FILE,
@@ -17,6 +18,8 @@ from hf_cnllm.training.recipe import (
     StopAtNonFiniteLoss,
     last_complete_checkpoint,
     open_run,
+    parse_arguments,
+    run_recipe,
 )
 
 
@@ -100,7 +103,9 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     with FileLock(tmp_path / "out" / LOCK_FILE):
         refuse(tmp_path, "in use", resume=True)
     train(tmp_path, resume=True, logging_steps=3)  # does not change what is computed
+    (tmp_path / "out" / "..final-killed").mkdir()
     refuse(tmp_path, "is complete", resume=True)
+    assert not (tmp_path / "out" / "..final-killed").exists()
 
 
 def test_the_last_checkpoint_stays_until_the_next_is_complete(tmp_path):
@@ -109,6 +114,7 @@ def test_the_last_checkpoint_stays_until_the_next_is_complete(tmp_path):
 
 def test_a_run_that_did_nothing_leaves_nothing(tmp_path):
     with pytest.raises(OSError), open_run(arguments(tmp_path), options()):
+        (tmp_path / "out" / "README.md").touch()
         raise OSError("no such data")
     assert not (tmp_path / "out").exists()
 
@@ -124,3 +130,24 @@ def test_a_loss_that_is_no_number_stops_the_training_with_its_batch(value, tmp_p
 def test_a_yaml_file_may_give_one_file_as_a_text():
     arguments = RecipeArguments(model="m", data="one.jsonl", output="o")
     assert arguments.data == ["one.jsonl"] and RecipeArguments("m", ["a", "b"], "o").data == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", [b"a: [1\nb: :", b"\xff\xfe"])
+def test_a_yaml_file_that_is_none(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "odd.yaml").write_bytes(text)
+    monkeypatch.setattr(sys, "argv", ["odd", f"--config={tmp_path / 'odd.yaml'}"])
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(lambda: parse_arguments("", RecipeArguments, TrainingArguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "odd.yaml is no YAML" in line
+
+
+def test_weights_of_other_shapes_are_one_line_and_other_failures_are_not_hidden(tmp_path, capsys):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=8, **sizes | {"hidden_size": 16}).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        run_recipe(lambda: LlamaForCausalLM.from_pretrained(tmp_path))
+    assert "weights of other shapes than its config.json says" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="size"):
+        run_recipe(lambda: torch.zeros(2) @ torch.zeros(3))

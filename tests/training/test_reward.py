@@ -149,6 +149,7 @@ def test_margins(more, margins, expected):
     ("more", "message"),
     [
         ({}, "field 'margin' must be a number from 0 on, or 'rating' be there; got None"),
+        ({"rating": ["better"]}, "field 'rating' must be one of"),
         ({"rating": "best"}, "field 'rating' must be one of significantly better, better, slightly better, negl"),
         ({"margin": -1}, "from 0 on"),
         ({"margin": True}, "a number"),

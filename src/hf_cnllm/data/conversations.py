@@ -79,7 +79,7 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         problem = f"not valid JSON ({error.msg} at column {error.colno}): rows are one object a line, or one list"
         raise ConversationError(f"{path}, line {number + error.lineno - 1}: {problem}") from None
-    except ValueError as error:  # a name that occurs twice, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # a name that occurs twice, thousands of digits or brackets
         raise ConversationError(f"{path}, line {number}: not valid JSON ({error})") from None
 
 

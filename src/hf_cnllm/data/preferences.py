@@ -57,7 +57,7 @@ def read_judgment(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
     Raises:
         ConversationError: a field is missing or not read, or the label says neither yes nor no.
     """
-    name = next((name for name in LABELS if name in row), LABELS[0])
+    name = next((name for name in LABELS if isinstance(row, Mapping) and name in row), LABELS[0])
     rest = _rest(row, (name,))
     if not isinstance(row[name], bool | int) or row[name] not in (0, 1):
         raise ConversationError(f"field {name!r} must say yes or no, got {row[name]!r}")

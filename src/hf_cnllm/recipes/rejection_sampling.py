@@ -23,7 +23,16 @@ import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
 from hf_cnllm.hub.saving import is_first_process, wait_for_others
 from hf_cnllm.recipes.sft import SFTArguments, learn, load_model
-from hf_cnllm.training.recipe import SUMMARY_FILE, Run, last_complete_checkpoint, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import (
+    SUMMARY_FILE,
+    Run,
+    check_counts,
+    check_sampling,
+    last_complete_checkpoint,
+    open_run,
+    parse_arguments,
+    run_recipe,
+)
 from hf_cnllm.training.rejection import best_answers, read_samples, reward_of, sample_to_file
 from hf_cnllm.training.reward import QueryArguments, RewardModels, load_queries, load_reward
 from hf_cnllm.training.sampling import pad_apart_from_ends
@@ -51,9 +60,8 @@ class RejectionArguments(QueryArguments):
 
 def check(arguments: RejectionArguments, training: TrainingArguments) -> None:
     """Raises ValueError for what would end a later round."""
-    for name in ("rounds", "samples_per_query", "queries_per_batch", "max_new_tokens"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_counts(arguments, "rounds", "samples_per_query", "queries_per_batch", "max_new_tokens")
+    check_sampling(arguments)
     if training.eval_strategy != "no":
         raise ValueError("the rounds are evaluated by the rewards of their answers: leave --eval_strategy out")
     config = AutoConfig.from_pretrained(arguments.model)

@@ -52,11 +52,12 @@ from .ppo_equations import (
     token_rewards,
     value_losses,
 )
-from .recipe import complete_checkpoints, stop_at_non_finite
+from .recipe import check_counts, check_sampling, complete_checkpoints, stop_at_non_finite
 from .reward import RewardFunction, RewardModels, score_responses
 from .sampling import sample_responses
 
 CRITIC_FOLDER, STATE_FILE = "critic", "trainer_state.json"
+COUNTS = ("queries_per_device", "responses_per_query", "max_new_tokens", "ppo_epochs", "ptx_batch_size")
 
 
 @dataclass
@@ -90,6 +91,8 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "per_device_train_batch_size", "gradient_accumulation_steps", *COUNTS)
+        check_sampling(self)
         responses = self.queries_per_device * self.responses_per_query
         minibatch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if responses % minibatch:

@@ -73,6 +73,10 @@ def read_documents(
     """
     if training.max_steps <= 0:
         raise ValueError("--max_steps is missing: the stream of texts has no end")
+    if arguments.max_length < 2:
+        raise ValueError(f"--max_length {arguments.max_length}: a row needs 2 tokens, one of which is learned")
+    if arguments.shuffle_buffer < 0:
+        raise ValueError(f"--shuffle_buffer must be at least 0, got {arguments.shuffle_buffer}")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, {config.vocab_size}"

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
+from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
@@ -75,11 +77,33 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     )
     # TRL takes bf16 for granted, and stops where there is none.
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    words = sys.argv[1:]
+    words = [
+        part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     if "--config" in words[:-1]:
         place = words.index("--config") + 1
         words[place] = config_file(words[place])
-    return parser.parse_args_and_config(words)
+    try:
+        with warnings.catch_warnings():  # of a default of TRL's own
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            return parser.parse_args_and_config(words)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {words[place]} is no YAML: {error}") from error
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Raises ValueError for an option that is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+
+
+def check_sampling(options: Any) -> None:
+    """Raises ValueError for a `temperature` or `top_p` that nothing can be sampled with."""
+    if options.temperature <= 0 or not 0 < options.top_p <= 1:
+        raise ValueError(
+            f"--temperature {options.temperature} must be above 0, and --top_p {options.top_p} above 0 and at most 1"
+        )
 
 
 def run_recipe(main: Callable[[], None]) -> None:
@@ -89,8 +113,12 @@ def run_recipe(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RuntimeError):
+            if "ignore_mismatched_sizes" not in message:
+                raise
+            message = "the checkpoint has weights of other shapes than its config.json says, see above: mend that file"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
@@ -301,7 +329,7 @@ def _failed_write(error: BaseException) -> str | None:
 
 def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:
     names = {path.name for path in output.iterdir()}
-    if names <= {RUN_FILE, LOCK_FILE}:
+    if names <= {RUN_FILE, LOCK_FILE, "README.md"}:  # TRL writes that before the first checkpoint
         for name in names:
             (output / name).unlink()
         output.rmdir()
@@ -318,6 +346,7 @@ def _take_folder(output: Path, resume: bool, told: dict[str, Any], stack: contex
         stack.enter_context(FileLock(output / LOCK_FILE, timeout=0))
     except Timeout as error:
         raise ValueError(f"--output {output} is in use by another run") from error
+    _remove_half_written(output)  # of a run that was killed
     stack.callback(_leave_nothing_of_a_run_that_did_nothing, output)
     if (output / SUMMARY_FILE).exists():
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")

@@ -27,7 +27,7 @@ def read_rated_pair(row: Mapping[str, Any], ignore: Collection[str] = (), margin
     if not isinstance(row, Mapping) or margins is None:
         return read_pair(row, [*ignore, "rating"])
     rating = row.get("rating")
-    if rating is not None and rating not in MARGINS[margins]:
+    if rating is not None and rating not in list(MARGINS[margins]):  # a list: a rating may be any JSON
         raise ConversationError(f"field 'rating' must be one of {', '.join(MARGINS[margins])}, got {rating!r}")
     margin = row.get("margin") if rating is None else MARGINS[margins][rating]
     if not isinstance(margin, int | float) or isinstance(margin, bool) or not 0 <= margin < float("inf"):

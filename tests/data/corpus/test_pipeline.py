@@ -209,6 +209,7 @@ def test_an_empty_corpus_is_one_clear_error(tmp_path, content):
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(ValueError, match="no record with a text"):
         prepare(tmp_path, input=[tmp_path / "in.jsonl"], stages=("exact", "paragraph", "minhash", "heuristics", "pii"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,12 @@ def test_an_empty_corpus_is_one_clear_error(tmp_path, content):
         ({"stages": ("mix",)}, "one for each --input"),
         ({"stages": ("quality",)}, "--quality-good"),
         ({"stages": ("embedding",)}, "--embedder"),
+        ({"stages": ("quality",), "quality_good": [Path("no")], "quality_bad": [Path("no")]}, "no such file"),
         ({"stages": ("decontamination",)}, "--decontaminate"),
+        ({"stages": ("decontamination",), "decontaminate": [Path(__file__)]}, "end in .jsonl or .txt"),
         ({"stages": ("language",), "languages": ("fr",)}, "--language-model"),
         ({"executor": "slurm"}, "time=… partition=…"),
+        ({"executor_options": {"partition": "cpu"}}, "--executor-options partition: choose from local_rank_offset"),
         ({"shard_bytes": 0}, "--shard-bytes must be from 1"),
         ({"jaccard": 80}, "--jaccard must be from 0 to 1"),
         ({"input": [Path("nowhere")]}, "no such file"),

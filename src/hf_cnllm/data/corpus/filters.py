@@ -17,7 +17,7 @@ from datatrove.pipeline.formatters.base import BaseFormatter
 from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 
-from ..records import read_texts
+from ..records import find_files, read_texts
 from .duplicates import NORMALIZED
 from .quality import SentenceClassifier, train_classifier
 from .texts import ScriptTokenizer, language_by_script
@@ -166,6 +166,8 @@ def sentence_quality(job: "Job") -> list[PipelineStep]:
     if model is None:
         if not (settings.quality_good and settings.quality_bad):
             raise ValueError("the stage quality needs --quality-good and --quality-bad examples, or a --quality-model")
+        for place in (*settings.quality_good, *settings.quality_bad):
+            find_files(place)
         model = job.folder("model")
         job.add_pass([TrainQuality(settings.quality_good, settings.quality_bad, model)], tasks=1)
     else:
@@ -273,7 +275,7 @@ class IndexBenchmarks(PipelineStep):
         hashed, words = create_hash_func(self.config.hash_config), ScriptTokenizer()
         for number, place in enumerate(self.places):
             found = set()
-            for line in place.read_bytes().splitlines():
+            for line in filter(bytes.strip, place.read_bytes().splitlines()):
                 try:
                     record = json.loads(line) if place.suffix in (".jsonl", ".json") else line.decode()
                 except ValueError as error:
@@ -295,6 +297,8 @@ def decontamination(job: "Job") -> list[PipelineStep]:
         raise ValueError("the stage decontamination needs --decontaminate FILE…, the benchmarks to keep out")
     if missing := [str(place) for place in settings.decontaminate if not place.is_file()]:
         raise FileNotFoundError(f"--decontaminate: there is no file {', '.join(missing)}")
+    if others := [str(place) for place in settings.decontaminate if place.suffix not in (".jsonl", ".json", ".txt")]:
+        raise ValueError(f"--decontaminate {', '.join(others)}: expected files that end in .jsonl or .txt")
     config = NGramsDecontConfig(n_grams=settings.decontamination_ngrams, norm_config=NORMALIZED)
     index = job.folder("index")
     job.add_pass([IndexBenchmarks(settings.decontaminate, index, config)], tasks=1)

@@ -8,6 +8,7 @@ to theirs; they write their files anew. The output folder gets its contents, by 
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ from .tokens import TOKENS, pack_tokens
 WORK, LOCK_FILE, RUN_FILE, DOCUMENTS = "work", ".lock", "run.json", "documents"
 NO_LIMIT = 1 << 62
 MAY_DIFFER = {"executor", "executor_options", "workers"}  # between a run and the one that goes on with it
+
+OUR_OPTIONS = {"pipeline", "tasks", "workers", "logging_dir", "depends", "job_name"}  # of executors
 
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("shard_bytes", "max_line_bytes", "decontamination_ngrams", "sequence_length"), (1, NO_LIMIT)),
@@ -151,6 +154,10 @@ STAGES: dict[str, Callable[[Job], list[PipelineStep]]] = {
 }
 
 
+class NoRecordError(ValueError):
+    """The input holds nothing to make a corpus of."""
+
+
 class Publish(PipelineStep):
     """Moves the results to their places, and writes the picture and, last, the statistics.
 
@@ -167,7 +174,7 @@ class Publish(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         summary = statistics.summarize(statistics.count(self.logs), self.stages)
         if not summary["input"]["documents"]:
-            raise ValueError(f"no record with a text in the input: {json.dumps(summary['input'])}")
+            raise NoRecordError(f"no record with a text in the input: {json.dumps(summary['input'])}")
         for folder, place in self.moves:
             if Path(folder).exists():
                 Path(folder).rename(place)
@@ -203,6 +210,9 @@ def plan(settings: Settings) -> list[Pass]:
         raise ValueError(
             f"--executor {settings.executor} needs --executor-options {' '.join(f'{n}=…' for n in missing)}"
         )
+    options = inspect.signature(EXECUTORS[settings.executor][1]).parameters.keys() - OUR_OPTIONS
+    if others := sorted(settings.executor_options.keys() - options):
+        raise ValueError(f"--executor-options {' '.join(others)}: choose from {', '.join(sorted(options))}")
     for name, (least, most) in RANGES.items():
         values = getattr(settings, name)
         if not all(least <= value <= most for value in (values if isinstance(values, list | tuple) else [values])):
@@ -242,9 +252,13 @@ def run(settings: Settings) -> dict[str, Any] | None:
         if not result.exists():
             wait_for_workers(work)
             how, kind, _ = EXECUTORS[settings.executor]
-            for done in how(kind, passes, work, settings.workers, **settings.executor_options):
-                print(f"{done.name}: done", flush=True)
-                _remove_what_is_used_up(work, done)
+            try:
+                for done in how(kind, passes, work, settings.workers, **settings.executor_options):
+                    print(f"{done.name}: done", flush=True)
+                    _remove_what_is_used_up(work, done)
+            except NoRecordError:  # there is nothing to go on with
+                shutil.rmtree(output)
+                raise
         if not result.exists():
             return None
         shutil.rmtree(work, ignore_errors=True)
