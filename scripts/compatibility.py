@@ -47,7 +47,16 @@ def run_tests(arguments: list[str]) -> int:
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "", "tests/test_doors.py", f"--junitxml={results}", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "",
+            "tests/test_doors.py",
+            f"--junitxml={results}",
+            *arguments,
+        ]
         subprocess.run(command, cwd=ROOT, check=False)
         failed = 0
         for test in ElementTree.parse(results).iter("testcase"):
