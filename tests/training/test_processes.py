@@ -141,6 +141,7 @@ def shared(way, rows, checkpoint, data, tmp_path):
     run(way, runs, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(checkpoint, data, alone, tmp_path):
     """With max-z, and answers of which one process has more tokens than the other."""
     shared("ddp", ["baichuan alibi"], checkpoint, data, tmp_path)
