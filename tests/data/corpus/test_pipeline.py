@@ -45,7 +45,7 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_exact_and_near_duplicates_go_and_records_stay_as_they_are(tmp_path, workers):
     records, _ = planted(originals=20, pairs=10, near_misses=0)
     records = [{**record, "url": "x", "metadata": [1], "media": None, "n": 2**70} for record in records]

@@ -137,6 +137,7 @@ def test_every_head_loads_and_trains(name):
         assert loss.isfinite() and model.transformer.wte.weight.grad.norm() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @torch.no_grad()
 def test_forward_compiles_to_one_graph(batch):
