@@ -105,7 +105,7 @@ def test_prefill_matches_reference(backend, dtype, heads, length, head_dim):
     torch.testing.assert_close(output.double(), reference(query, key, value), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_folded_error_does_not_grow_with_length(dtype):
     """At 4,096 tokens the bias reaches thousands; the error stays that of a short input."""
     query, key, value = random_qkv(1, 5, 4096, 16, dtype)

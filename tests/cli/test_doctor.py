@@ -72,6 +72,7 @@ def test_a_half_upgraded_environment_is_named_with_what_it_needs(monkeypatch, as
     assert 'pip install "' in told
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_imported_is_named(tmp_path):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "__init__.py").write_text("raise AttributeError('transformers has no such thing')")

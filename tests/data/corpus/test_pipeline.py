@@ -126,9 +126,8 @@ def killed_run(tmp_path, after, *options):
     process.communicate(timeout=60)  # ends when no worker holds the pipe any more
 
 
-@pytest.mark.parametrize(
-    ("after", "workers"), [(1, 2), *(pytest.param(after, 2, marks=pytest.mark.slow) for after in range(0, 13, 2))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("after", "workers"), [(1, 2), *((after, 2) for after in range(0, 13, 2))])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, checkpoint, after, workers):
     records, _ = planted(originals=60, pairs=30, near_misses=0)
     changes = {
