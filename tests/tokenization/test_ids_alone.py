@@ -16,6 +16,7 @@ from hf_cnllm.models.baichuan.tokenization_baichuan import BaichuanTokenizer
 from hf_cnllm.models.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from hf_cnllm.models.glm.tokenization_glm import GLMChineseTokenizer
 from hf_cnllm.models.qwen.tokenization_qwen import QWenTokenizer
+from hf_cnllm.tokenization.ids_alone import IdsAloneMixin
 from hf_cnllm.tokenization.plain_form import ORDINARY
 from tokenizer_goldens import TokenizerGolden
 
@@ -26,6 +27,13 @@ CLASSES = {
 }
 WITH_RULES = ("baichuan1_small", "chatglm1_small", "glm_chinese_small")
 LONG = "The quick brown fox，敏捷的棕色狐狸 jumps over 123 lazy dogs。\n\n\tdef f(x):  return x\u3000 " * 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_texts_go_this_way_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IdsAloneMixin, "least_characters", 0)
+        yield
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -44,6 +52,26 @@ def by_backend(tokenizer, texts: list[str], **arguments) -> dict:
     batch = dict(tokenizer(texts, return_offsets_mapping=True, **arguments))
     del batch["offset_mapping"]
     return batch
+
+
+REAL = {
+    **{"baichuan1": BaichuanTokenizer, "baichuan2": BaichuanTokenizer, "qwen": QWenTokenizer},
+    **{"chatglm1": ChatGLMTokenizer, "chatglm2": ChatGLMTokenizer, "glm_chinese": GLMChineseTokenizer},
+}
+
+
+@pytest.mark.parametrize("name", [*CLASSES, *REAL])
+def test_recorded_texts(name):
+    golden = TokenizerGolden(name)
+    tokenizer, texts = golden.load({**CLASSES, **REAL}[name]), [case["text"] for case in golden["strings"]]
+    batch = tokenizer(texts)
+    assert isinstance(batch, LateEncodings) and dict(batch) == by_backend(tokenizer, texts)
+
+
+def test_few_characters_are_the_backends(monkeypatch):
+    tokenizer = TokenizerGolden("baichuan2_small").load(BaichuanTokenizer)
+    monkeypatch.setattr(IdsAloneMixin, "least_characters", 400)
+    assert not isinstance(tokenizer("你好"), LateEncodings) and isinstance(tokenizer(LONG), LateEncodings)
 
 
 def texts_of(tokenizer) -> st.SearchStrategy[str]:
