@@ -303,18 +303,11 @@ class GLMModel(GLMPreTrainedModel):
             )
 
 
-class GLMForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLMPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+class BlankFilling(WithoutChats, PrefixLMGenerationMixin):
+    """The forward pass of a model with a `base_model` and an `lm_head` that writes what is in a blank."""
 
-    def __init__(self, config: GLMConfig):
-        super().__init__(config)
-        self.glm = GLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_type = "ForMaskedLM"  # not shifted: `<|startofpiece|>` predicts the span's first token
-        self.post_init()
+    base_model: nn.Module
+    lm_head: nn.Linear
 
     @takes_cache
     @can_return_tuple
@@ -332,11 +325,11 @@ class GLMForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLMPreT
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            input_ids, attention_mask, position_ids: see [`GLMModel`].
-            labels: (batch, length), the token that each position is to predict, -100 for none. They are not shifted: at
-                `<|startofpiece|>` stands the first token of its span, at the span's last token `<|endofpiece|>`.
+            input_ids, attention_mask, position_ids: see the backbone.
+            labels: (batch, length), the token that each position is to predict, -100 for none. They are not shifted: at the
+                start token stands the first token of its blank, at the blank's last token the one that ends it.
         """
-        outputs: BaseModelOutputWithPast = self.glm(
+        outputs: BaseModelOutputWithPast = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -349,7 +342,7 @@ class GLMForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLMPreT
         if labels is None:
             loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         else:
-            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
+            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)  # type: ignore[arg-type]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -357,6 +350,20 @@ class GLMForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLMPreT
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class GLMForConditionalGeneration(BlankFilling, GLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GLMConfig):
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"  # not shifted: `<|startofpiece|>` predicts the span's first token
+        self.post_init()
 
 
 class MultipleChoiceScoring:

@@ -8,22 +8,11 @@ configuration has all that those layers read, which no type says.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, GenerationMixin
+from transformers import GenerationMixin
 
-from ..._compat import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    TransformersKwargs,
-    Unpack,
-    can_return_tuple,
-    slice_logits_to_keep,
-    takes_cache,
-)
-from ...loss.head import loss_and_logits
 from ..chatglm import modeling_chatglm as chatglm
-from ..glm.modeling_glm import MultipleChoiceScoring
-from ..glm_line.generation import PrefixLMGenerationMixin
-from ..old_names import FromConfig, WithoutChats
+from ..glm.modeling_glm import BlankFilling, MultipleChoiceScoring
+from ..old_names import FromConfig
 from .configuration_glm130b import GLM130BConfig
 
 
@@ -92,7 +81,7 @@ class GLM130BModel(GLM130BPreTrainedModel, chatglm.ChatGLMModel):
         self.embedding_dropout = config.hidden_dropout
 
 
-class GLM130BForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLM130BPreTrainedModel, GenerationMixin):
+class GLM130BForConditionalGeneration(BlankFilling, GLM130BPreTrainedModel, GenerationMixin):
     max_sequence_length = FromConfig("max_sequence_length")
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -121,48 +110,6 @@ class GLM130BForConditionalGeneration(WithoutChats, PrefixLMGenerationMixin, GLM
         rows = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences[:, : rows.shape[1]] = rows
         return output
-
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            input_ids, attention_mask, position_ids: see [`GLM130BModel`].
-            labels: (batch, length), the token that each position is to predict, -100 for none. They are not shifted: at
-                `sop` stands the first token of the blank, at its last token `eop`.
-        """
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        if labels is None:
-            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 def turn_to_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
