@@ -10,7 +10,7 @@ from transformers import GlmConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 from ..auto import family_of
 from ..models.baichuan import BaichuanConfig
 from ..models.chatglm import ChatGLMConfig
-from ..models.chatglm.modeling_chatglm2 import ROPE_BASE
+from ..models.chatglm.modeling_chatglm2 import rope_parameters
 from ..models.qwen import QWenConfig
 
 Modules = Mapping[str, tuple[str, ...]]
@@ -180,11 +180,6 @@ def _qwen_loses(config: QWenConfig) -> str | None:
 
 
 def _glm(config: Any) -> GlmConfig:
-    rope = {"rope_type": "default", "rope_theta": ROPE_BASE * config.rope_ratio}
-    if config.rope_ratio_type == "linear":
-        rope = {"rope_type": "default", "rope_theta": ROPE_BASE}
-        if config.rope_ratio != 1:
-            rope |= {"rope_type": "linear", "factor": float(config.rope_ratio)}
     return GlmConfig(
         **_copied(config),
         intermediate_size=config.ffn_hidden_size,
@@ -194,7 +189,7 @@ def _glm(config: Any) -> GlmConfig:
         attention_dropout=config.attention_dropout,
         max_position_embeddings=config.seq_length,
         rms_norm_eps=config.layernorm_epsilon,
-        rope_parameters=rope | {"partial_rotary_factor": 0.5},
+        rope_parameters=rope_parameters(config),
         architectures=["GlmForCausalLM"],
     )
 

@@ -4,7 +4,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from ..models.chatglm.modeling_chatglm2 import ROPE_BASE
+from ..models.chatglm.modeling_chatglm2 import rope_parameters
 from ..models.chatglm.quantized_linear import dequantize_rows
 from ._compat import WeightsMapper
 from .decoder import DecoderForCausalLM, Plan, Weights
@@ -30,9 +30,6 @@ class ChatGLMForConditionalGeneration(DecoderForCausalLM):
 
     def plan(self, vllm_config: VllmConfig) -> Plan:
         config, longest = self.config, vllm_config.model_config.max_model_len
-        rope = {"rope_type": "default", "rope_theta": ROPE_BASE * config.rope_ratio}
-        if config.rope_ratio_type == "linear":
-            rope = {"rope_type": "linear", "rope_theta": ROPE_BASE, "factor": float(config.rope_ratio)}
         self.dtype = vllm_config.model_config.dtype
         return Plan(
             vocab_size=config.vocab_size,
@@ -49,7 +46,7 @@ class ChatGLMForConditionalGeneration(DecoderForCausalLM):
                 config.head_dim,
                 max_position=max(longest, config.seq_length),
                 is_neox_style=False,
-                rope_parameters={**rope, "partial_rotary_factor": 0.5},
+                rope_parameters=rope_parameters(config),
             ),
         )
 

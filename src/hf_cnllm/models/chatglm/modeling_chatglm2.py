@@ -2,6 +2,7 @@
 and a gated MLP. (GLM-4's first checkpoints of model type `chatglm` are this architecture too.)"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,16 @@ from .prefix_encoder import PrefixEncoder, is_empty
 logger = logging.get_logger(__name__)
 
 ROPE_BASE = 10000.0
+
+
+def rope_parameters(config: ChatGLM2Config) -> dict[str, Any]:
+    """What [`RotaryEmbedding`] does, in the words of transformers' own models and of vLLM."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": ROPE_BASE, "partial_rotary_factor": 0.5}
+    if config.rope_ratio_type != "linear":
+        rope["rope_theta"] = ROPE_BASE * config.rope_ratio
+    elif config.rope_ratio != 1:
+        rope |= {"rope_type": "linear", "factor": float(config.rope_ratio)}
+    return rope
 
 
 class RotaryEmbedding(nn.Module):
