@@ -20,7 +20,7 @@ import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import encode_conversations, read_conversations, reply_end_ids
 from hf_cnllm.training.critic import Critic, adapter_of_classifier
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
-from hf_cnllm.training.ppo_equations import rise_p_value
+from hf_cnllm.training.ppo_equations import rise_of
 from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
 from hf_cnllm.training.reward import REWARDS, QueryArguments, load_queries, load_reward
 from hf_cnllm.training.sampling import pad_apart_from_ends
@@ -88,14 +88,11 @@ def main() -> None:
         run.train(trainer)
         history = [entry for entry in trainer.state.log_history if entry["step"] > training.critic_warmup_steps]
         rewards = [entry["reward"] for entry in history]
-        quarter = max(len(rewards) // 4, 1)
         run.finish(
             trainer,
             tokenizer,
             curves=CURVES,
-            reward_of_first_quarter=sum(rewards[:quarter]) / quarter if rewards else None,
-            reward_of_last_quarter=sum(rewards[-quarter:]) / quarter if rewards else None,
-            reward_rise_p_value=rise_p_value(rewards),
+            **rise_of(rewards),
             largest_kl=max((entry["kl"] for entry in history), default=None),
         )
 

@@ -90,6 +90,16 @@ class RunningMoments:
         return (values - self.mean) / (math.sqrt(self.squares / self.count) + 1e-8)
 
 
+def rise_of(rewards: Sequence[float]) -> dict[str, float | None]:
+    """For a summary: the mean reward of the first and of the last quarter of the steps, and `rise_p_value`."""
+    quarter = max(len(rewards) // 4, 1)
+    return {
+        "reward_of_first_quarter": sum(rewards[:quarter]) / quarter if rewards else None,
+        "reward_of_last_quarter": sum(rewards[-quarter:]) / quarter if rewards else None,
+        "reward_rise_p_value": rise_p_value(rewards),
+    }
+
+
 def rise_p_value(values: Sequence[float], draws: int = 10_000) -> float:
     """One-sided permutation test of whether the last quarter of a curve is above its first: how often a random division of the
     two shows at least that difference of means."""

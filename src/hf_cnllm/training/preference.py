@@ -16,7 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data.conversations import ConversationError, Row, as_template_takes, reply_end_ids
 from ..data.preferences import Reader, read_preferences, read_question
-from .ppo_equations import rise_p_value
+from .ppo_equations import rise_of
 from .recipe import RecipeArguments, open_run, parse_arguments
 from .reward import REWARDS
 from .sampling import tokens_out_of_place
@@ -177,14 +177,11 @@ def train_on_rewards(description: str, trainer_class: Any, config: type) -> None
         )
         run.train(trainer)
         history = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-        quarter = max(len(history) // 4, 1)
         run.finish(
             trainer,
             policy.tokenizer,
             curves=("reward", "kl", "entropy", "loss", "eval_reward"),
-            reward_of_first_quarter=sum(history[:quarter]) / quarter if history else None,
-            reward_of_last_quarter=sum(history[-quarter:]) / quarter if history else None,
-            reward_rise_p_value=rise_p_value(history),
+            **rise_of(history),
         )
 
 
