@@ -1,5 +1,8 @@
 """The models that supervised fine-tuning is tested on: every family, and transformers' own LLaMA and BLOOM."""
 
+import json
+import shutil
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -67,6 +70,20 @@ def write_checkpoint(name, folder):
     elif not folder.exists():
         write_tiny_checkpoint(name, folder)
     return folder
+
+
+def write_row(row, root):
+    """The folder below `root` with the tiny checkpoint of a row of the table, whose configuration has the row's changes."""
+    name, changes, _ = ROWS[row]
+    folder = write_checkpoint(name, root / name)
+    if not changes:
+        return folder
+    changed = root / row.replace(" ", "-")
+    if not changed.exists():
+        shutil.copytree(folder, changed)
+        config = json.loads((changed / "config.json").read_text()) | changes
+        (changed / "config.json").write_text(json.dumps(config))
+    return changed
 
 
 def loaded(folder, changes, template):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from trl import ModelConfig
 from hf_cnllm.recipes import dpo
 from hf_cnllm.training.preference import EndedAnswers, PreferenceArguments, RewardArguments
 from hf_cnllm.training.recipe import Run, parse_arguments, run_recipe
-from sft_models import ROWS, write_checkpoint
+from sft_models import ROWS, write_row
 
 QUESTIONS = ["你好", "one plus one", "今天天气怎么样？", "Name a fruit."]
 GOOD = ["你好，我能帮你什么？", "two", "今天天气很好。", "An apple."]
@@ -48,19 +49,7 @@ QUICK = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The folder of a tiny checkpoint, by its row in `ROWS`."""
-    root = tmp_path_factory.mktemp("preference")
-
-    def folder(row):
-        name, changes, _ = ROWS[row]
-        path = write_checkpoint(name, root / name)
-        changed = root / row.replace(" ", "-")
-        if changes and not changed.exists():
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_pretrained(path, **changes).save_pretrained(changed)
-            AutoTokenizer.from_pretrained(path).save_pretrained(changed)
-        return changed if changes else path
-
-    return folder
+    return partial(write_row, root=tmp_path_factory.mktemp("models"))
 
 
 def words(name, row, folder, output, *options):

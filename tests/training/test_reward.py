@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from hf_cnllm.training.reward import REWARDS, RewardModels, combined_rewards, lo
 from hf_cnllm.training.reward_data import MARGINS, encode_pairs, read_rated_pair, split_by_prompt
 from hf_cnllm.training.sampling import encode_queries, pad_apart_from_ends, sample_responses
 from hf_cnllm.training.sft_data import use_template
-from sft_models import ROWS, write_checkpoint
+from sft_models import ROWS, write_checkpoint, write_row
 
 CHATS = {row: (name, template) for row, (name, _, template) in ROWS.items() if name != "glm"}
 
@@ -39,22 +40,8 @@ def families(*quick):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The folder of a row of the table."""
-    root = tmp_path_factory.mktemp("models")
-
-    def write(row):
-        name, changes, _ = ROWS[row]
-        folder = write_checkpoint(name, root / name)
-        if not changes:
-            return folder
-        changed = root / row.replace(" ", "-")
-        if not changed.exists():
-            shutil.copytree(folder, changed)
-            config = json.loads((changed / "config.json").read_text()) | changes
-            (changed / "config.json").write_text(json.dumps(config))
-        return changed
-
-    return write
+    """The folder of a tiny checkpoint, by its row in `ROWS`."""
+    return partial(write_row, root=tmp_path_factory.mktemp("models"))
 
 
 # --- two reward models as one ---
