@@ -11,7 +11,6 @@ of token ids in `tokens/*.parquet`. A run that was interrupted goes on when the 
 
 import argparse
 import dataclasses
-import errno
 import os
 import sys
 from pathlib import Path
@@ -80,12 +79,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f'{error}: pip install "hf-cnllm[data]"') from error
     settings = Settings(**vars(arguments))
-    try:
-        statistics = run(settings)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(f"the disk of {settings.output} is full; make room and give the same command again") from error
+    statistics = run(settings)
     if statistics is None:
         print(f"submitted; {settings.output}/statistics.json is written last")
         return

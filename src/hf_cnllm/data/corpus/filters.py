@@ -2,7 +2,7 @@
 
 import ipaddress
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ from datatrove.pipeline.formatters.base import BaseFormatter
 from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 
+from ..languages import LanguageRule, language_by_script, load_fasttext
 from ..records import find_files, read_texts
 from .duplicates import NORMALIZED
 from .quality import SentenceClassifier, train_classifier
-from .texts import ScriptTokenizer, language_by_script
+from .texts import ScriptTokenizer
 
 if TYPE_CHECKING:
     from .pipeline import Job
@@ -55,57 +56,24 @@ class Heuristics(BaseFilter):
 
 
 class Language(BaseFilter):
-    """Keeps documents of some languages.
-
-    Args:
-        languages: their codes, as the model names them (`zh`, `en`).
-        model: a file of fastText's (lid.176.bin, GlotLID); without one the scripts decide (`language_by_script`), which tells
-            `zh`, `en`, `ja` and `ko` apart and nothing else.
-        threshold: least probability, or share of the letters.
-    """
+    """Keeps documents of some languages, as `LanguageRule` tells them."""
 
     name = "language"
 
-    def __init__(self, languages: Iterable[str], model: str | None = None, threshold: float = 0.5) -> None:
+    def __init__(self, rule: LanguageRule) -> None:
         super().__init__()
-        self.languages, self.model, self.threshold = set(languages), model, threshold
-        self._loaded: Any = None
+        self.rule = rule
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if self.model is None:
-            language, score = language_by_script(doc.text)
-        else:
-            if self._loaded is None:
-                self._loaded = load_fasttext(self.model)
-            labels, scores = self._loaded.predict(doc.text.replace("\n", " "))
-            language, score = labels[0].removeprefix("__label__"), float(scores[0])
-        if language in self.languages and score >= self.threshold:
-            return True
-        return False, language if language not in self.languages else "uncertain"
-
-
-def load_fasttext(path: str) -> Any:
-    """Raises:
-    ImportError: fastText is not installed.
-    ValueError: the file is none of its models.
-    """
-    try:
-        import fasttext
-    except ImportError as error:
-        raise ImportError(
-            "--language-model needs fastText: pip install fasttext-numpy2-wheel, or leave it out to go by scripts"
-        ) from error
-    return fasttext.FastText._FastText(path)
+        reason = self.rule.reason_against(doc.text)
+        return reason is None or (False, reason)
 
 
 def languages(job: "Job") -> list[PipelineStep]:
     settings = job.settings
-    unknown = sorted(set(settings.languages) - {"zh", "en", "ja", "ko"})
-    if settings.language_model is None and unknown:
-        raise ValueError(f"--languages {' '.join(unknown)}: scripts tell zh, en, ja, ko; name a --language-model")
     if settings.language_model is not None:
         load_fasttext(settings.language_model)
-    return [Language(settings.languages, settings.language_model, settings.language_threshold)]
+    return [Language(LanguageRule(settings.languages, settings.language_model, settings.language_threshold))]
 
 
 class TrainQuality(PipelineStep):

@@ -12,14 +12,13 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datatrove.pipeline.base import PipelineStep
-from filelock import FileLock, Timeout
 
+from ..owned_folder import owned_folder, write_whole
 from ..records import MAX_LINE_BYTES, SHARD_BYTES, Piece, Shard, plan_shards
 from . import statistics
 from .duplicates import exact_duplicates, near_duplicates, repeated_paragraphs, repeated_sentences
@@ -29,7 +28,7 @@ from .filters import decontamination, heuristics, languages, personal_data, sent
 from .steps import Measure, Mix, RecordReader, RecordWriter
 from .tokens import TOKENS, pack_tokens
 
-WORK, LOCK_FILE, RUN_FILE, DOCUMENTS = "work", ".lock", "run.json", "documents"
+WORK, DOCUMENTS = "work", "documents"
 NO_LIMIT = 1 << 62
 MAY_DIFFER = {"executor", "executor_options", "workers"}  # between a run and the one that goes on with it
 
@@ -185,13 +184,6 @@ class Publish(PipelineStep):
         write_whole(output / statistics.STATISTICS_FILE, text)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def plan(settings: Settings) -> list[Pass]:
     """The passes of a run, in order.
 
@@ -248,7 +240,7 @@ def run(settings: Settings) -> dict[str, Any] | None:
     output = settings.output
     passes = plan(settings)
     result, work = output / statistics.STATISTICS_FILE, output / WORK
-    with _owned(output, _identity(settings)):
+    with owned_folder(output, _identity(settings)):
         if not result.exists():
             wait_for_workers(work)
             how, kind, _ = EXECUTORS[settings.executor]
@@ -280,33 +272,3 @@ def _identity(settings: Settings) -> dict[str, Any]:
     stats = {path: os.stat(path) for path in sorted(files)}
     told["files"] = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
     return json.loads(json.dumps(told, default=str))
-
-
-@contextmanager
-def _owned(output: Path, identity: dict[str, Any]) -> Iterator[None]:
-    record = output / RUN_FILE
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"--output {output} exists and is not a folder")
-    if (
-        not record.exists()
-        and output.exists()
-        and {path.name for path in output.iterdir()} - {LOCK_FILE, f".{RUN_FILE}.partial"}
-    ):
-        raise FileExistsError(
-            f"--output {output} is not empty, and no run of this program began there: choose a new folder"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / LOCK_FILE, timeout=0):
-            if record.exists():
-                before = json.loads(record.read_text(encoding="utf-8"))
-                changed = [name for name in sorted(identity) if before.get(name) != identity[name]]
-                if changed:
-                    raise ValueError(
-                        f"--output {output} is the folder of a run with other {', '.join(changed)}: choose a new folder"
-                    )
-            else:
-                write_whole(record, json.dumps(identity, ensure_ascii=False, indent=2) + "\n")
-            yield
-    except Timeout as error:
-        raise ValueError(f"--output {output} is in use by another run") from error

@@ -1,23 +1,15 @@
-"""Words, sentences and scripts of Chinese and English text, without models or downloads."""
+"""Words and sentences of Chinese and English text as datatrove takes them, without models or downloads."""
 
 from collections.abc import Iterator
 
 import regex
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-# Scripts without spaces: every character is a word, as in character n-grams.
-_SINGLE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}"
-WORD = regex.compile(rf"[{_SINGLE}]|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_SINGLE}]]+|[^\s\p{{L}}\p{{M}}\p{{N}}_]+", regex.V1)
+from ..languages import WORD
+
 SENTENCE = regex.compile(
     r"(?:(?![。！？!?…]|\.(?!\S)|\n).)*+(?:[。！？!?…]+|\.+(?!\S)|\n+|$)[”’」』\"')）]*\s*", regex.S
 )
-LETTER = regex.compile(r"\p{L}")
-SCRIPTS = {
-    "zh": regex.compile(r"\p{Han}"),
-    "ja": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
-    "ko": regex.compile(r"\p{Hangul}"),
-    "en": regex.compile(r"[A-Za-z]"),
-}
 
 
 class ScriptTokenizer(WordTokenizer):
@@ -48,16 +40,3 @@ def _sentences(text: str) -> Iterator[tuple[int, int]]:
             yield start, end
             start = end
     # What is left is white space: `span_tokenize` users take what lies between the ends of two spans.
-
-
-def language_by_script(text: str) -> tuple[str, float]:
-    """The language that the letters' scripts suggest, and their share of all letters: `zh` (Han, no kana), `ja`, `ko`, `en`
-    (ASCII letters), else `und`. It cannot tell languages of one script apart: French is `en` here."""
-    letters = len(LETTER.findall(text))
-    if not letters:
-        return "und", 0.0
-    counts = {name: len(pattern.findall(text)) for name, pattern in SCRIPTS.items()}
-    if counts["ja"] > 0.05 * letters:
-        return "ja", (counts["ja"] + counts["zh"]) / letters
-    name = max(counts, key=counts.__getitem__)
-    return (name, counts[name] / letters) if counts[name] else ("und", 0.0)

@@ -1,0 +1,60 @@
+"""An output folder that belongs to one run, which the same command goes on with."""
+
+import errno
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+LOCK_FILE, RUN_FILE = ".lock", "run.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """Takes the folder for a run, and keeps others out while it lasts.
+
+    Args:
+        identity: what must be the same for a run to be gone on with, as JSON has it; kept in `run.json`.
+
+    Raises:
+        FileExistsError: the folder is a file, or has something else in it.
+        ValueError: it is another run's, or in use.
+        OSError: the disk was full.
+    """
+    record = output / RUN_FILE
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"--output {output} exists and is not a folder")
+    ours = {LOCK_FILE, f".{RUN_FILE}.partial"}
+    if not record.exists() and output.exists() and {path.name for path in output.iterdir()} - ours:
+        raise FileExistsError(
+            f"--output {output} is not empty, and no run of this program began there: choose a new folder"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with FileLock(output / LOCK_FILE, timeout=0):
+            if record.exists():
+                before = json.loads(record.read_text(encoding="utf-8"))
+                changed = [name for name in sorted(identity) if before.get(name) != identity[name]]
+                if changed:
+                    raise ValueError(
+                        f"--output {output} is the folder of a run with other {', '.join(changed)}: choose a new folder"
+                    )
+            else:
+                write_whole(record, json.dumps(identity, ensure_ascii=False, indent=2) + "\n")
+            yield
+    except Timeout as error:
+        raise ValueError(f"--output {output} is in use by another run") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"the disk of {output} is full; make room and give the same command again") from error
