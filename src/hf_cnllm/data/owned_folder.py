@@ -20,6 +20,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
+def full_disk_named(output: Path) -> Iterator[None]:
+    """Says where the disk is full, and that the same command can be given again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"the disk of {output} is full; make room and give the same command again") from error
+
+
+@contextmanager
 def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     """Takes the folder for a run, and keeps others out while it lasts.
 
@@ -41,7 +52,7 @@ def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with FileLock(output / LOCK_FILE, timeout=0):
+        with full_disk_named(output), FileLock(output / LOCK_FILE, timeout=0):
             if record.exists():
                 before = json.loads(record.read_text(encoding="utf-8"))
                 changed = [name for name in sorted(identity) if before.get(name) != identity[name]]
@@ -54,7 +65,3 @@ def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ValueError(f"--output {output} is in use by another run") from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(f"the disk of {output} is full; make room and give the same command again") from error

@@ -110,6 +110,23 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
+def parse_object(text: str) -> dict[str, Any] | str:
+    """The object that a line of JSON holds, or why it is skipped."""
+    if not text.strip():
+        return "blank"
+    try:
+        record = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(record, dict):
+            return "not_an_object"
+        if "\\u" in text:  # half a surrogate pair can be written as an escape, but not as UTF-8
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "undecodable"
+    except (ValueError, RecursionError):
+        return "not_json"
+    return record
+
+
 def parse_record(line: bytes, name: str, offset: int) -> dict[str, Any] | str:
     """The record of a line (`{"id", "text", …}`; of a text file's, its text), or why it is skipped. A record without an id is
     named by file and offset."""
@@ -119,18 +136,9 @@ def parse_record(line: bytes, name: str, offset: int) -> dict[str, Any] | str:
         return "undecodable"
     record: Any = {"id": f"{name}:{offset}", "text": text}
     if name.removesuffix(".gz").endswith(".jsonl"):
-        if not text.strip():
-            return "blank"
-        try:
-            record = json.loads(text, parse_constant=_refuse_constant)
-            if not isinstance(record, dict):
-                return "not_an_object"
-            if "\\u" in text:  # half a surrogate pair can be written as an escape, but not as UTF-8
-                json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return "undecodable"
-        except (ValueError, RecursionError):
-            return "not_json"
+        record = parse_object(text)
+        if isinstance(record, str):
+            return record
         if record.get("id") is None:
             record = {"id": f"{name}:{offset}", **{key: value for key, value in record.items() if key != "id"}}
     if not isinstance(record.get("text"), str):

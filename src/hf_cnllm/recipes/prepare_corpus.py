@@ -10,12 +10,11 @@ of token ids in `tokens/*.parquet`. A run that was interrupted goes on when the 
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+from hf_cnllm.recipes import SettingsParser
 from hf_cnllm.training.recipe import run_recipe
 
 
@@ -23,17 +22,8 @@ def parse_arguments() -> argparse.Namespace:
     from hf_cnllm.data.corpus import STAGES, Settings
     from hf_cnllm.data.corpus.executors import EXECUTORS
 
-    default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name: str, text: str, **options: object) -> None:
-        known = default.get(name.replace("-", "_"))
-        shown = "" if known in (None, dataclasses.MISSING, ()) or "default" in options else f" (default: {known})"
-        options = {"type": type(known) if isinstance(known, int | float) else None, "default": known} | options
-        if options["default"] is dataclasses.MISSING:
-            options["default"] = []
-        parser.add_argument(f"--{name}", help=text + shown, **options)  # type: ignore[arg-type]
-
+    parser = SettingsParser(__doc__, Settings)
+    add, default = parser.add, parser.defaults
     add("input", "files and folders", nargs="+", type=Path, required=True)
     add("output", "folder for the result: new, or that of the run to go on with", type=Path, required=True)
     stages = ",".join(default["stages"])
