@@ -17,7 +17,7 @@ from hf_cnllm.models.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from hf_cnllm.models.glm.tokenization_glm import GLMChineseTokenizer
 from hf_cnllm.models.qwen.tokenization_qwen import QWenTokenizer
 from hf_cnllm.tokenization.ids_alone import IdsAloneMixin
-from hf_cnllm.tokenization.plain_form import ORDINARY
+
 from tokenizer_goldens import TokenizerGolden
 
 CLASSES = {

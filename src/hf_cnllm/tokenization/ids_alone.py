@@ -6,7 +6,8 @@ the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `c
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from itertools import compress
+from operator import not_
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -14,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding
 
 from .._compat import LateEncodings
-from .plain_form import PlainForm
+from .library import SentencePieceLibrary
 from .regex import any_of
 
 # What only the encodings know, or what must be decided before there are ids.
@@ -22,7 +23,6 @@ NEED_ENCODINGS = (
     *("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask"),
     *("is_split_into_words", "stride", "sanitize_control_tokens"),
 )
-PROBE = "Ａ  b ①\té，c "
 
 
 class IdsAloneMixin:
@@ -32,45 +32,36 @@ class IdsAloneMixin:
 
     _tokenizer: Tokenizer
 
-    @cached_property
-    def plain_form(self) -> PlainForm | None:
-        """Normalizes ordinary texts as the backend does; set by who builds that from a vocabulary file."""
-        return None
+    library: SentencePieceLibrary | None = None
+    """The original's, set by who builds the backend from a vocabulary file."""
+
+    def text_backend(self) -> Tokenizer:
+        """The backend that encodes texts, with the rules of the moment: `_tokenizer`, or one that asks the library."""
+        return self.library.backend_like(self._tokenizer) if self.library else self._tokenizer
 
     def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of the texts, with nothing put around them."""
-        backend = self._tokenizer
+        backend, library = self._tokenizer, self.library
         if backend.truncation is not None:  # or else nothing changes while another thread encodes
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        forms: list[str | None] = [None] * len(texts)
-        if (
-            self.plain_form
-            and backend.normalizer
-            and backend.normalizer.normalize_str(PROBE) == self.plain_form(PROBE)
-        ):
+        is_plain = [False] * len(texts)
+        if library and library.agrees(backend):
             added = [token.content for token in backend.get_added_tokens_decoder().values()]
             has_added = re.compile(any_of(added) or "(?!)").search
-            forms = [None if has_added(text) else self.plain_form(text) for text in texts]
-        plain = Tokenizer(backend.model)
-        if backend.pre_tokenizer is not None:
-            plain.pre_tokenizer = backend.pre_tokenizer
-        others = [text for text, form in zip(texts, forms, strict=True) if form is None]
-        found = {
-            False: iter(
-                plain.encode_batch_fast([form for form in forms if form is not None], add_special_tokens=False)
-            ),
-            True: iter(backend.encode_batch_fast(others, add_special_tokens=False)),
-        }
-        return [next(found[form is None]).ids for form in forms]
+            is_plain = [not (has_added(text) or any(char in text for char in library.lost)) for text in texts]
+        by_library = iter(library.ids(list(compress(texts, is_plain))) if library and any(is_plain) else ())
+        others = list(compress(texts, map(not_, is_plain)))
+        by_backend = iter(self.text_backend().encode_batch_fast(others, add_special_tokens=False) if others else ())
+        return [next(by_library) if plain else next(by_backend).ids for plain in is_plain]
 
     def _columns_of(self, ids: list[int], attention_mask: list[int]) -> dict[str, list]:
         """More columns of a row, for subclasses."""
         return {}
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        tokenizer: Any = super()
+        tokenizer: Any = super(IdsAloneMixin, self._with(self.text_backend()))
         is_batched = isinstance(text, (list, tuple))
         texts = text if is_batched else [text]
         post_processor, max_length = self._tokenizer.post_processor, kwargs.get("max_length")
@@ -158,6 +149,14 @@ class IdsAloneMixin:
                 columns.setdefault(name, []).append(column)
             self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
         return columns
+
+    def _with(self, encoder: Tokenizer) -> Any:
+        """This very tokenizer, but on that backend."""
+        if encoder is self._tokenizer:
+            return self
+        other = object.__new__(type(self))
+        vars(other).update(vars(self) | {"_tokenizer": encoder})
+        return other
 
     def _adds_tokens(self) -> bool:
         return self._tokenizer.num_special_tokens_to_add(False) > 0

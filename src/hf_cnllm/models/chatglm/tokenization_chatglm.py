@@ -17,7 +17,7 @@ from ..._compat import is_for_pipeline
 from ...tokenization.base import as_list, id_of, known, load_sp_model, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
-from ...tokenization.plain_form import PlainForm
+from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ...tokenization.templates import read_template
@@ -29,15 +29,16 @@ from .vocabulary_chatglm import (
     ICE_TEXT,
     IMAGE_TOKENS,
     ROLES,
+    STAND_INS,
     TOKENIZER_MODEL,
     VERSIONS,
-    WHITE_SPACE,
-    WHITE_SPACE_PATTERN,
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
     recognize_version,
     symbols_as_text,
+    with_ice_pieces,
+    write_white_space,
 )
 
 # Ids in the configuration of ChatGLM-6B -> their tokens.
@@ -171,11 +172,13 @@ class ChatGLMTokenizer(ChatTokenizer):
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = self.__dict__.pop("_sentencepiece")
         if self._version.vocab_file == TOKENIZER_MODEL:
-            self.plain_form = PlainForm.of(model)
-            return build_bpe_backend(model, self._version)
+            backend = build_bpe_backend(model, self._version)
+            self.library = SentencePieceLibrary(model, backend)
+            return backend
+        model = with_ice_pieces(model, self.num_image_tokens)
+        backend = build_ice_backend(model, self.do_lower_case, self.remove_space)
         if not (self.do_lower_case or self.remove_space):
-            self.plain_form = PlainForm.of(model, WHITE_SPACE_PATTERN, WHITE_SPACE)
-        backend = build_ice_backend(model, self.num_image_tokens, self.do_lower_case, self.remove_space)
+            self.library = SentencePieceLibrary(model, backend, write_white_space, STAND_INS)
         named = [str(token) for token in self._named.values() if token is not None]
         backend.add_special_tokens([taking_spaces(token) for token in named if backend.token_to_id(token) is not None])
         return backend

@@ -17,9 +17,10 @@ from transformers import BatchEncoding
 
 from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known, load_sp_model, surround_texts
 from ...tokenization.folder import DOWNLOAD_AGAIN
+from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
-from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS, with_pieces
+from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS
 from ..glm.tokenization_glm import IGNORED, GLMBatchEncoding, GLMTokenizerMixin
 
 # Behind the pieces of the file, in this order, and </s> among them; the original's names.
@@ -80,9 +81,10 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         if not is_early or model.byte_fallback:
             raise ValueError(self.NOT_THIS.format(vocab_file))
         images = [f"<image_{i}>" for i in range(self.num_image_tokens)]
-        model = with_pieces(model, images, PieceType.CONTROL, at=0)
-        model = with_pieces(model, CONTROL_TOKENS, PieceType.CONTROL)
+        model = model.with_pieces(images, PieceType.CONTROL, in_front=True)
+        model = model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
         backend = build_tokenizer(model)
+        self.library = SentencePieceLibrary(model, backend)
         silent = any_of([token for token in model.of_type(PieceType.CONTROL) if not token.startswith("<image_")])
         backend.decoder = build_decoder(model, rf"{silent}|<image_\d+>", {model.unknown: " ⁇ ", "<n>": "\n"})
         return backend
@@ -114,7 +116,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """As the original's: tokens that the vocabulary lacks are the text that they stand for."""
-        return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens).tokens
+        return self.text_backend().encode(text, pair, add_special_tokens=add_special_tokens).tokens
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
         """The texts between control tokens, each for itself, and control tokens in brackets."""

@@ -1,0 +1,202 @@
+"""SentencePiece itself beside the backend: for ids alone, and wherever its rounding decides.
+
+BPE has one result, which the library finds in two thirds of the backend's time. Unigram adds scores, the library in 32 bits and
+the backend in 64: where the best ways to split a text are nearly equal, they choose differently (`nnnn nn`, `nn nnnn`). The
+originals ran the library, so there [`SentencePieceLibrary.backend_like`] makes a backend that asks the library for tokens, and
+has offsets, added tokens, words, pairs and truncation as ever.
+"""
+
+import multiprocessing
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any
+
+from tokenizers import NormalizedString, PreTokenizedString, Token, Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import PreTokenizer
+
+from .charsmap import APART, BORDER
+from .sentencepiece import WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
+
+PROBE = "Ａ  b ①\té，c "
+SHORTEST_PART = 500  # characters; BPE's queue of merges is the slower the longer it is
+
+
+class SentencePieceLibrary:
+    """The library with the vocabulary that `backend` was built from.
+
+    Args:
+        prepare: what the original does to a text before the library gets it.
+        lost: characters that the backend's normalizer uses as marks, so that it does not do what the library does.
+    """
+
+    def __init__(
+        self,
+        model: SentencePieceModel,
+        backend: Tokenizer,
+        prepare: Callable[[str], str] = str,
+        lost: Sequence[str] = (),
+    ):
+        self.data, self.prepare, self.lost = model.data, prepare, (APART, BORDER, *lost)
+        self.decides = isinstance(backend.model, Unigram)  # whether its ids, not the backend's, are the tokenizer's
+        self._rules = _rules(backend)
+        self.model = model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in type(self).__dict__}
+
+    # ---- the library's parts ----
+
+    @cached_property
+    def model(self) -> SentencePieceModel:
+        return SentencePieceModel.from_bytes(self.data, "the vocabulary")
+
+    @cached_property
+    def _engine(self) -> Any:
+        """Normal form -> ids."""
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        changes = ModelProto()
+        changes.trainer_spec.byte_fallback = self.model.byte_fallback
+        changes.normalizer_spec.name, changes.normalizer_spec.precompiled_charsmap = "identity", b""
+        changes.normalizer_spec.add_dummy_prefix = changes.normalizer_spec.remove_extra_whitespaces = False
+        return SentencePieceProcessor(model_proto=self.data + changes.SerializePartialToString())
+
+    @cached_property
+    def _normalizer(self) -> Any:
+        """Text -> normal form: the vocabulary's rules and what is exempt from them."""
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        proto = ModelProto.FromString(self.data)
+        first = next(iter(self.model.normal))
+        kept = [
+            piece
+            for piece in proto.pieces
+            if piece.type in (PieceType.UNKNOWN, PieceType.USER_DEFINED) or piece.piece == first
+        ]
+        del proto.pieces[:]
+        proto.pieces.extend(kept)
+        proto.trainer_spec.byte_fallback = False
+        return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+    # ---- ids ----
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts without added tokens."""
+        normalize, prepare = self._normalizer.normalize, self.prepare
+        parts = [self._parts(normalize(prepare(text))) for text in texts]
+        found = iter(self._engine.encode(list(chain.from_iterable(parts)), num_threads=_threads()))
+        return [next(found) if len(part) == 1 else list(chain(*islice(found, len(part)))) for part in parts]
+
+    def _parts(self, form: str) -> list[str]:
+        """BPE's texts cut where no piece can stand, see `_cut_between_words`. Rounding goes through the whole of a text."""
+        if self.decides or len(form) < 2 * SHORTEST_PART:
+            return [form]
+        return self._part.findall(form)
+
+    @cached_property
+    def _part(self) -> re.Pattern[str]:
+        # Symbols leave before any merge, so they are no part of what the places were found by.
+        places = [
+            place
+            for place in places_to_cut(self.model)
+            if not any(re.compile(place).search(symbol, 1) for symbol in self.model.symbols)
+        ]
+        return re.compile(rf"(?s:.{{{SHORTEST_PART}}}.*?)(?={'|'.join([*places, chr(92) + 'Z'])})|(?s:.+)")
+
+    def agrees(self, backend: Tokenizer) -> bool:
+        """Whether the backend, which does not truncate, still has the vocabulary's rules, as far as a probe tells."""
+        return backend.encode(PROBE, add_special_tokens=False).ids == self._probe_ids
+
+    @cached_property
+    def _probe_ids(self) -> list[int]:
+        return self.ids([PROBE])[0]
+
+    # ---- a backend ----
+
+    def backend_like(self, backend: Tokenizer) -> Tokenizer:
+        """The backend with the library's tokens, or itself if that is not for the library to say."""
+        if not self.decides or _rules(backend) != self._rules:
+            return backend
+        other = Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            other.normalizer = backend.normalizer
+        other.pre_tokenizer = PreTokenizer.custom(self)
+        if backend.post_processor is not None:
+            other.post_processor = backend.post_processor
+        other.add_tokens(list(backend.get_added_tokens_decoder().values()))
+        return other
+
+    def pre_tokenize(self, text: PreTokenizedString) -> None:
+        """For `tokenizers`: splits the text's sections into words as the backend does, and gives each word its tokens."""
+        sections: list[str] = []
+
+        def into_words(_: int, section: NormalizedString) -> list[NormalizedString]:
+            sections.append(section.normalized)
+            return section.split(*WORDS) if self._has_words else [section]
+
+        text.split(into_words)
+        spans, begin = list(self._spans(sections)), 0
+        places = [start for _, _, start, _ in spans]
+
+        def tokens_of(word: str) -> list[Token]:
+            nonlocal begin
+            first, end = begin, begin + len(word.encode())
+            begin = end
+            own = spans[bisect_left(places, first) : bisect_left(places, end)]
+            return [Token(index, name, (start - first, stop - first)) for index, name, start, stop in own]
+
+        text.tokenize(tokens_of)
+
+    @cached_property
+    def _has_words(self) -> bool:
+        return cuts_before_words(self.model)
+
+    def _spans(self, sections: Sequence[str]) -> Iterator[tuple[int, str, int, int]]:
+        """Id and name of each token (its text, if it is unknown) and the bytes of all sections that it stands for, from and to; each
+        byte of a character that is spelled in bytes stands for all of it."""
+        names, lengths, encode = self.model.texts, self._lengths, self._engine.encode
+        unknown, at = self.model.ids[self.model.unknown], 0
+        for section in sections:
+            ids = encode(section)
+            surfaces = encode(section, out_type=str) if unknown in ids else []
+            bytes_left = 0
+            for number, index in enumerate(ids):
+                name = surfaces[number] if index == unknown else names[index]
+                if bytes_left:
+                    bytes_left -= 1
+                else:
+                    start, at = at, at + (len(name.encode()) if index == unknown else lengths[index])
+                    bytes_left = at - start - 1 if index in self._byte_ids else 0
+                yield index, name, start, at
+
+    @cached_property
+    def _byte_ids(self) -> set[int]:
+        return {self.model.ids[text] for text in self.model.of_type(PieceType.BYTE)}
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """Bytes of each piece's text; a byte piece, of which the first of a character counts, has all of that character's."""
+        lengths = [len(text.encode()) for text in self.model.texts]
+        for index in self._byte_ids:
+            first = int(self.model.texts[index][3:5], 16)
+            lengths[index] = next((size for size, least in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if first >= least), 1)
+        return lengths
+
+
+def _rules(backend: Tokenizer) -> tuple[bytes, int]:
+    """What can be told of the backend's rules at no cost."""
+    steps = backend.pre_tokenizer
+    return b"" if steps is None else steps.__getstate__(), backend.get_vocab_size(with_added_tokens=False)
+
+
+def _threads() -> int:
+    """As many as there are cores, where `tokenizers` would use them; one in workers, of which there is one for each core."""
+    is_off = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("off", "false", "f", "no", "n", "0", "")
+    return 1 if is_off or multiprocessing.parent_process() is not None else -1
