@@ -4,7 +4,6 @@ The backend spends half of its time on where in the text each token stands and w
 the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `char_to_token()`, `encodings`, …).
 """
 
-import re
 from collections.abc import Sequence
 from itertools import compress
 from operator import not_
@@ -15,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding
 
 from .._compat import LateEncodings
-from .library import SentencePieceLibrary
-from .regex import any_of
+from .added_tokens import added_tokens_in_raw_text, sections
+from .library import SentencePieceLibrary, joined
 
 # What only the encodings know, or what must be decided before there are ids.
 NEED_ENCODINGS = (
@@ -46,22 +45,24 @@ class IdsAloneMixin:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        is_plain = [False] * len(texts)
-        if library and library.agrees(backend):
-            added = [token.content for token in backend.get_added_tokens_decoder().values()]
-            has_added = re.compile(any_of(added) or "(?!)").search
-            is_plain = [not (has_added(text) or any(char in text for char in library.lost)) for text in texts]
-        by_library = iter(library.ids(list(compress(texts, is_plain))) if library and any(is_plain) else ())
+        tokens = added_tokens_in_raw_text(backend) if library and library.agrees(backend) else None
+        if library is None or tokens is None:
+            return [encoding.ids for encoding in self.text_backend().encode_batch_fast(texts, add_special_tokens=False)]
+        is_plain = [not any(char in text for char in library.lost) for text in texts]
+        rows = [sections(text, tokens) for text in compress(texts, is_plain)]
+        found = iter(library.ids([part for row in rows for part in row if isinstance(part, str)]))
+        by_library = iter([[next(found) if isinstance(part, str) else [part] for part in row] for row in rows])
         others = list(compress(texts, map(not_, is_plain)))
         by_backend = iter(self.text_backend().encode_batch_fast(others, add_special_tokens=False) if others else ())
-        return [next(by_library) if plain else next(by_backend).ids for plain in is_plain]
+        return [
+            joined(next(by_library)) if plain else next(by_backend).ids for plain in is_plain
+        ]
 
     def _columns_of(self, ids: list[int], attention_mask: list[int]) -> dict[str, list]:
         """More columns of a row, for subclasses."""
         return {}
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        tokenizer: Any = super(IdsAloneMixin, self._with(self.text_backend()))
         is_batched = isinstance(text, (list, tuple))
         texts = text if is_batched else [text]
         post_processor, max_length = self._tokenizer.post_processor, kwargs.get("max_length")
@@ -70,18 +71,18 @@ class IdsAloneMixin:
             or text_pair is not None
             or not texts
             or not all(isinstance(one, str) for one in texts)
-            or sum(map(len, texts)) < self.least_characters
+            or not self._is_worth_it(texts)
             or any(kwargs.get(name) for name in NEED_ENCODINGS)
             or kwargs.get("truncation_strategy") == "only_second"
             or (max_length is not None and max_length < self._tokenizer.num_special_tokens_to_add(False))
             or not (post_processor is None or isinstance(post_processor, TemplateProcessing))
         ):
-            return tokenizer._encode_plus(text, text_pair, *args, **kwargs)
+            return self._encode_with_offsets(text, text_pair, *args, **kwargs)
         data = self._rows(texts, **kwargs)
         rows = data["input_ids"]
 
         def encode() -> list[Encoding]:
-            encodings = tokenizer._encode_plus(list(texts), None, **kwargs | {"return_tensors": None}).encodings
+            encodings = self._encode_with_offsets(list(texts), None, **kwargs | {"return_tensors": None}).encodings
             if [encoding.ids for encoding in encodings] != rows:
                 raise RuntimeError("the tokenizer has changed since it encoded this batch: encode the texts again.")
             return encodings
@@ -150,13 +151,18 @@ class IdsAloneMixin:
             self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
         return columns
 
-    def _with(self, encoder: Tokenizer) -> Any:
-        """This very tokenizer, but on that backend."""
-        if encoder is self._tokenizer:
-            return self
-        other = object.__new__(type(self))
-        vars(other).update(vars(self) | {"_tokenizer": encoder})
-        return other
+    def _is_worth_it(self, texts: Sequence[str]) -> bool:
+        has_more_to_do = self.library is not None and self.library.decides
+        return has_more_to_do or sum(map(len, texts)) >= self.least_characters
+
+    def _encode_with_offsets(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """What transformers makes of the texts, by the backend that encodes them."""
+        backend, tokenizer = self.text_backend(), self
+        if backend is not self._tokenizer:
+            tokenizer = object.__new__(type(self))
+            vars(tokenizer).update(vars(self) | {"_tokenizer": backend})
+        inherited: Any = super(IdsAloneMixin, tokenizer)
+        return inherited._encode_plus(*args, **kwargs)
 
     def _adds_tokens(self) -> bool:
         return self._tokenizer.num_special_tokens_to_add(False) > 0

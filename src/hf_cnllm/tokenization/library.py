@@ -9,7 +9,6 @@ has offsets, added tokens, words, pairs and truncation as ever.
 import multiprocessing
 import os
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
@@ -22,8 +21,9 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from .charsmap import APART, BORDER
 from .sentencepiece import WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
 
-PROBE = "Ａ  b ①\té，c "
+PROBE = "Ａ b"  # what others make of it: lower case, no NFKC, no ▁ in front, …
 SHORTEST_PART = 500  # characters; BPE's queue of merges is the slower the longer it is
+WORTH_THREADS = 20_000  # characters
 
 
 class SentencePieceLibrary:
@@ -91,8 +91,14 @@ class SentencePieceLibrary:
         """The ids of texts without added tokens."""
         normalize, prepare = self._normalizer.normalize, self.prepare
         parts = [self._parts(normalize(prepare(text))) for text in texts]
-        found = iter(self._engine.encode(list(chain.from_iterable(parts)), num_threads=_threads()))
-        return [next(found) if len(part) == 1 else list(chain(*islice(found, len(part)))) for part in parts]
+        found = self._encoded(list(chain.from_iterable(parts)))
+        return [joined(list(islice(found, len(part)))) for part in parts]
+
+    def _encoded(self, parts: list[str]) -> Iterator[list[int]]:
+        encode, threads = self._engine.encode, _threads()
+        if threads == 1 or sum(map(len, parts)) < WORTH_THREADS:
+            return map(encode, parts)
+        return iter(encode(parts, num_threads=threads))
 
     def _parts(self, form: str) -> list[str]:
         """BPE's texts cut where no piece can stand, see `_cut_between_words`. Rounding goes through the whole of a text."""
@@ -142,15 +148,15 @@ class SentencePieceLibrary:
             return section.split(*WORDS) if self._has_words else [section]
 
         text.split(into_words)
-        spans, begin = list(self._spans(sections)), 0
-        places = [start for _, _, start, _ in spans]
+        tokens = chain.from_iterable(map(self._tokens, sections))
 
         def tokens_of(word: str) -> list[Token]:
-            nonlocal begin
-            first, end = begin, begin + len(word.encode())
-            begin = end
-            own = spans[bisect_left(places, first) : bisect_left(places, end)]
-            return [Token(index, name, (start - first, stop - first)) for index, name, start, stop in own]
+            start, end, own = 0, len(word.encode()), []
+            while start < end:
+                index, name, width, step = next(tokens)
+                own.append(Token(index, name, (start, start + width)))
+                start += step
+            return own
 
         text.tokenize(tokens_of)
 
@@ -158,23 +164,31 @@ class SentencePieceLibrary:
     def _has_words(self) -> bool:
         return cuts_before_words(self.model)
 
-    def _spans(self, sections: Sequence[str]) -> Iterator[tuple[int, str, int, int]]:
-        """Id and name of each token (its text, if it is unknown) and the bytes of all sections that it stands for, from and to; each
-        byte of a character that is spelled in bytes stands for all of it."""
-        names, lengths, encode = self.model.texts, self._lengths, self._engine.encode
-        unknown, at = self.model.ids[self.model.unknown], 0
-        for section in sections:
-            ids = encode(section)
-            surfaces = encode(section, out_type=str) if unknown in ids else []
-            bytes_left = 0
-            for number, index in enumerate(ids):
-                name = surfaces[number] if index == unknown else names[index]
-                if bytes_left:
-                    bytes_left -= 1
-                else:
-                    start, at = at, at + (len(name.encode()) if index == unknown else lengths[index])
-                    bytes_left = at - start - 1 if index in self._byte_ids else 0
-                yield index, name, start, at
+    def _tokens(self, section: str) -> Iterator[tuple[int, str, int, int]]:
+        """Of each token the id, the name (its text, if it is unknown), the bytes that it stands for and those to the next one: each byte of
+        a character that is spelled in bytes stands for all of it."""
+        ids = self._engine.encode(section)
+        names = list(map(self.model.texts.__getitem__, ids))
+        widths = list(map(self._lengths.__getitem__, ids))
+        steps = widths
+        if not self._unusual.isdisjoint(ids):
+            unknown, pieces, steps = self.model.ids[self.model.unknown], self._engine.encode(section, out_type=str), [*widths]
+            at = 0
+            while at < len(ids):
+                if ids[at] == unknown:
+                    names[at], widths[at] = pieces[at], len(pieces[at].encode())
+                    steps[at] = widths[at]
+                elif ids[at] in self._byte_ids:
+                    last = at + widths[at] - 1
+                    widths[at : last + 1] = [widths[at]] * widths[at]
+                    steps[at : last + 1] = [0] * (last - at) + [widths[at]]
+                    at = last
+                at += 1
+        return zip(ids, names, widths, steps, strict=True)
+
+    @cached_property
+    def _unusual(self) -> set[int]:
+        return self._byte_ids | {self.model.ids[self.model.unknown]}
 
     @cached_property
     def _byte_ids(self) -> set[int]:
@@ -188,6 +202,10 @@ class SentencePieceLibrary:
             first = int(self.model.texts[index][3:5], 16)
             lengths[index] = next((size for size, least in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if first >= least), 1)
         return lengths
+
+
+def joined(rows: list[list[int]]) -> list[int]:
+    return rows[0] if len(rows) == 1 else list(chain.from_iterable(rows))
 
 
 def _rules(backend: Tokenizer) -> tuple[bytes, int]:

@@ -205,6 +205,7 @@ def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tok
 _OPEN, _CLOSE, _BREAK = STAND_INS = tuple(map(chr, range(0xE0F00, 0xE0F03)))
 
 
+
 def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
     """The file's model with what the original's code adds to it."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
