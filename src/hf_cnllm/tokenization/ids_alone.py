@@ -38,25 +38,31 @@ class IdsAloneMixin:
         """The backend that encodes texts, with the rules of the moment: `_tokenizer`, or one that asks the library."""
         return self.library.backend_like(self._tokenizer) if self.library else self._tokenizer
 
-    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of the texts, with nothing put around them."""
-        backend, library = self._tokenizer, self.library
+    def has_own_rules(self) -> bool:
+        """Whether the backend does what the library does: nobody has given it other rules. It will not cut or pad then."""
+        backend = self._tokenizer
         if backend.truncation is not None:  # or else nothing changes while another thread encodes
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        tokens = added_tokens_in_raw_text(backend) if library and library.agrees(backend) else None
+        return self.library is not None and self.library.agrees(backend)
+
+    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of the texts, with nothing put around them."""
+        library, tokens = self.library, None
+        if self.has_own_rules():
+            tokens = added_tokens_in_raw_text(self._tokenizer)
         if library is None or tokens is None:
-            return [encoding.ids for encoding in self.text_backend().encode_batch_fast(texts, add_special_tokens=False)]
+            return [
+                encoding.ids for encoding in self.text_backend().encode_batch_fast(texts, add_special_tokens=False)
+            ]
         is_plain = [not any(char in text for char in library.lost) for text in texts]
         rows = [sections(text, tokens) for text in compress(texts, is_plain)]
         found = iter(library.ids([part for row in rows for part in row if isinstance(part, str)]))
         by_library = iter([[next(found) if isinstance(part, str) else [part] for part in row] for row in rows])
         others = list(compress(texts, map(not_, is_plain)))
         by_backend = iter(self.text_backend().encode_batch_fast(others, add_special_tokens=False) if others else ())
-        return [
-            joined(next(by_library)) if plain else next(by_backend).ids for plain in is_plain
-        ]
+        return [joined(next(by_library)) if plain else next(by_backend).ids for plain in is_plain]
 
     def _columns_of(self, ids: list[int], attention_mask: list[int]) -> dict[str, list]:
         """More columns of a row, for subclasses."""

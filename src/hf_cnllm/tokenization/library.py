@@ -10,8 +10,9 @@ import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from tokenizers import NormalizedString, PreTokenizedString, Token, Tokenizer
@@ -30,30 +31,45 @@ class SentencePieceLibrary:
     """The library with the vocabulary that `backend` was built from.
 
     Args:
+        read: gives the vocabulary. It goes into pickles, so it must not depend on files.
         prepare: what the original does to a text before the library gets it.
         lost: characters that the backend's normalizer uses as marks, so that it does not do what the library does.
+        model: what `read` gives, if that is known.
     """
 
     def __init__(
         self,
-        model: SentencePieceModel,
+        read: Callable[[], SentencePieceModel],
         backend: Tokenizer,
         prepare: Callable[[str], str] = str,
         lost: Sequence[str] = (),
+        model: SentencePieceModel | None = None,
     ):
-        self.data, self.prepare, self.lost = model.data, prepare, (APART, BORDER, *lost)
+        self.read, self.prepare, self.lost = read, prepare, (APART, BORDER, *lost)
         self.decides = isinstance(backend.model, Unigram)  # whether its ids, not the backend's, are the tokenizer's
         self._rules = _rules(backend)
-        self.model = model
+        if model is not None:
+            self.model = model
+
+    @classmethod
+    def of_file(
+        cls,
+        vocab_file: str,
+        backend: Tokenizer,
+        read: Callable[[bytes, str], SentencePieceModel] = SentencePieceModel.from_bytes,
+        **options: Any,
+    ) -> "SentencePieceLibrary":
+        """`read` gives the vocabulary from the bytes of the file."""
+        return cls(partial(read, Path(vocab_file).read_bytes(), vocab_file), backend, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in type(self).__dict__}
+        return {name: value for name, value in vars(self).items() if name not in vars(type(self))}
 
     # ---- the library's parts ----
 
     @cached_property
     def model(self) -> SentencePieceModel:
-        return SentencePieceModel.from_bytes(self.data, "the vocabulary")
+        return self.read()
 
     @cached_property
     def _engine(self) -> Any:
@@ -65,7 +81,7 @@ class SentencePieceLibrary:
         changes.trainer_spec.byte_fallback = self.model.byte_fallback
         changes.normalizer_spec.name, changes.normalizer_spec.precompiled_charsmap = "identity", b""
         changes.normalizer_spec.add_dummy_prefix = changes.normalizer_spec.remove_extra_whitespaces = False
-        return SentencePieceProcessor(model_proto=self.data + changes.SerializePartialToString())
+        return SentencePieceProcessor(model_proto=self.model.data + changes.SerializePartialToString())
 
     @cached_property
     def _normalizer(self) -> Any:
@@ -73,15 +89,14 @@ class SentencePieceLibrary:
         from sentencepiece import SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-        proto = ModelProto.FromString(self.data)
-        first = next(iter(self.model.normal))
-        kept = [
-            piece
-            for piece in proto.pieces
-            if piece.type in (PieceType.UNKNOWN, PieceType.USER_DEFINED) or piece.piece == first
-        ]
+        proto = ModelProto.FromString(self.model.data)
         del proto.pieces[:]
-        proto.pieces.extend(kept)
+        some = next(iter(self.model.normal))
+        pieces = {self.model.unknown: PieceType.UNKNOWN, some: PieceType.NORMAL}
+        pieces |= dict.fromkeys(self.model.symbols, PieceType.USER_DEFINED)
+        proto.pieces.extend(
+            ModelProto.SentencePiece(piece=piece, score=0.0, type=kind) for piece, kind in pieces.items()
+        )
         proto.trainer_spec.byte_fallback = False
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
@@ -172,7 +187,11 @@ class SentencePieceLibrary:
         widths = list(map(self._lengths.__getitem__, ids))
         steps = widths
         if not self._unusual.isdisjoint(ids):
-            unknown, pieces, steps = self.model.ids[self.model.unknown], self._engine.encode(section, out_type=str), [*widths]
+            unknown, pieces, steps = (
+                self.model.ids[self.model.unknown],
+                self._engine.encode(section, out_type=str),
+                [*widths],
+            )
             at = 0
             while at < len(ids):
                 if ids[at] == unknown:

@@ -19,11 +19,12 @@ Texts are cut beforehand where no piece can stand, so that no queue of merges an
 `_cut_between_words` says why no id depends on it.
 """
 
+import dataclasses
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import groupby
@@ -58,7 +59,7 @@ class SentencePieceModel:
     charsmap: CharsMap | None
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
-    data: bytes = field(repr=False)
+    data: bytes = dataclasses.field(repr=False)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "SentencePieceModel":
@@ -131,7 +132,12 @@ class SentencePieceModel:
 
         entries = [ModelProto.SentencePiece(piece=piece, score=0.0, type=kind) for piece in pieces]
         # Protocol buffers that stand one behind the other are one, with the entries of both.
-        new = [*pieces], [0.0] * len(pieces), [kind] * len(pieces), ModelProto(pieces=entries).SerializePartialToString()
+        new = (
+            [*pieces],
+            [0.0] * len(pieces),
+            [kind] * len(pieces),
+            ModelProto(pieces=entries).SerializePartialToString(),
+        )
         old = self.texts, self.scores, self.types, self.data
         columns: Any = zip(new, old, strict=True) if in_front else zip(old, new, strict=True)
         texts, scores, types, data = (first + second for first, second in columns)

@@ -80,8 +80,11 @@ class BaichuanTokenizer(ChatTokenizer):
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = SentencePieceModel.from_file(vocab_file)
         backend = build_tokenizer(model)
-        self.library = SentencePieceLibrary(model, backend)
+        self.use_original(vocab_file, backend, model)
         return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, form = (

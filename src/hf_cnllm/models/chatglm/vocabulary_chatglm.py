@@ -205,7 +205,6 @@ def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tok
 _OPEN, _CLOSE, _BREAK = STAND_INS = tuple(map(chr, range(0xE0F00, 0xE0F03)))
 
 
-
 def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
     """The file's model with what the original's code adds to it."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
@@ -215,6 +214,10 @@ def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> Sentenc
         model = model.with_pieces([f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
     return model.with_pieces([f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL, in_front=True)
+
+
+def read_ice_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
+    return with_ice_pieces(SentencePieceModel.from_bytes(data, path), num_image_tokens)
 
 
 def write_white_space(text: str) -> str:

@@ -305,10 +305,13 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         # The original knows the unknown piece as [UNK]; "<unk>" is text like any other.
         model = replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
         backend = build_tokenizer(model)
-        self.library = SentencePieceLibrary(model, backend)
+        self.use_original(vocab_file, backend, model)
         backend.decoder = build_decoder(model, any_of(model.of_type(PieceType.CONTROL)), {model.unknown: " ⁇ "})
         backend.add_special_tokens([taking_spaces(token) for token in (model.unknown, *self.ADDED_TOKENS)])
         return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, ids = self._tokenizer.model, map(self._tokenizer.token_to_id, ("[UNK]", *self.ADDED_TOKENS))

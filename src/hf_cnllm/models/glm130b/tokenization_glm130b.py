@@ -6,7 +6,7 @@ space, and nothing in a text becomes a control token: a text with blanks goes th
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +28,16 @@ CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<eod>", "<sop>", "<eop>", "<E
 COMMANDS = {token.strip("<>"): token for token in CONTROL_TOKENS} | {"eos": "</s>"}
 SHOWN = {token: f"[{name}]" for name, token in COMMANDS.items()} | {"</s>": "[</s>]"}  # in decoded text
 BLANKS = re.compile(r"(\[[gs]?MASK\])")
+
+
+def with_control_tokens(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
+    images = [f"<image_{i}>" for i in range(num_image_tokens)]
+    model = model.with_pieces(images, PieceType.CONTROL, in_front=True)
+    return model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
+
+
+def _read_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
+    return with_control_tokens(SentencePieceModel.from_bytes(data, path), num_image_tokens)
 
 
 class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
@@ -80,14 +90,16 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         is_early = model.model_type is ModelType.UNIGRAM and model.symbols == ["<n>"] and "[gMASK]" not in model.ids
         if not is_early or model.byte_fallback:
             raise ValueError(self.NOT_THIS.format(vocab_file))
-        images = [f"<image_{i}>" for i in range(self.num_image_tokens)]
-        model = model.with_pieces(images, PieceType.CONTROL, in_front=True)
-        model = model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
+        model = with_control_tokens(model, self.num_image_tokens)
         backend = build_tokenizer(model)
-        self.library = SentencePieceLibrary(model, backend)
+        self.use_original(vocab_file, backend, model)
         silent = any_of([token for token in model.of_type(PieceType.CONTROL) if not token.startswith("<image_")])
         backend.decoder = build_decoder(model, rf"{silent}|<image_\d+>", {model.unknown: " ⁇ ", "<n>": "\n"})
         return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        read = partial(_read_model, num_image_tokens=self.num_image_tokens)
+        self.library = SentencePieceLibrary.of_file(vocab_file, backend, read, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         ids = self._tokenizer.get_vocab(with_added_tokens=False)
