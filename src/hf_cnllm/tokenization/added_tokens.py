@@ -14,7 +14,7 @@ _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u200
 
 class AddedToken(NamedTuple):
     content: str
-    index: int
+    id: int
     lstrip: bool
     rstrip: bool
 
@@ -38,7 +38,7 @@ def sections(text: str, tokens: tuple[AddedToken, ...]) -> list[str | int]:
     found: list[str | int] = []
     for at, part in enumerate(parts):
         if at % 2:
-            found.append(by_name[part].index)
+            found.append(by_name[part].id)
             continue
         part = part.lstrip(_SPACE) if at and by_name[parts[at - 1]].rstrip else part
         part = part.rstrip(_SPACE) if at + 1 < len(parts) and by_name[parts[at + 1]].lstrip else part

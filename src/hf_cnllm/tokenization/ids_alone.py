@@ -39,24 +39,28 @@ class IdsAloneMixin:
         return self.library.backend_like(self._tokenizer) if self.library else self._tokenizer
 
     def has_own_rules(self) -> bool:
-        """Whether the backend does what the library does: nobody has given it other rules. It will not cut or pad then."""
+        """Whether the backend still does what the original's library does: nobody has given it other rules."""
+        self._take_whole_texts()
+        return self.library is not None and self.library.agrees(self._tokenizer)
+
+    def _take_whole_texts(self) -> None:
         backend = self._tokenizer
         if backend.truncation is not None:  # or else nothing changes while another thread encodes
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        return self.library is not None and self.library.agrees(backend)
 
     def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of the texts, with nothing put around them."""
+        self._take_whole_texts()
         library, tokens = self.library, None
-        if self.has_own_rules():
+        if library and self.has_own_rules():
             tokens = added_tokens_in_raw_text(self._tokenizer)
         if library is None or tokens is None:
             return [
                 encoding.ids for encoding in self.text_backend().encode_batch_fast(texts, add_special_tokens=False)
             ]
-        is_plain = [not any(char in text for char in library.lost) for text in texts]
+        is_plain = [*map(library.takes, texts)]
         rows = [sections(text, tokens) for text in compress(texts, is_plain)]
         found = iter(library.ids([part for row in rows for part in row if isinstance(part, str)]))
         by_library = iter([[next(found) if isinstance(part, str) else [part] for part in row] for row in rows])

@@ -65,6 +65,9 @@ class SentencePieceLibrary:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in vars(type(self))}
 
+    def __deepcopy__(self, memo: dict) -> "SentencePieceLibrary":
+        return self  # nothing in it changes
+
     # ---- the library's parts ----
 
     @cached_property
@@ -80,7 +83,8 @@ class SentencePieceLibrary:
         changes = ModelProto()
         changes.trainer_spec.byte_fallback = self.model.byte_fallback
         changes.normalizer_spec.name, changes.normalizer_spec.precompiled_charsmap = "identity", b""
-        changes.normalizer_spec.add_dummy_prefix = changes.normalizer_spec.remove_extra_whitespaces = False
+        for step in ("add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
+            setattr(changes.normalizer_spec, step, False)
         return SentencePieceProcessor(model_proto=self.model.data + changes.SerializePartialToString())
 
     @cached_property
@@ -101,6 +105,14 @@ class SentencePieceLibrary:
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     # ---- ids ----
+
+    def takes(self, text: str) -> bool:
+        """Whether the backend's normalizer does what the library's does, and the text is Unicode at all."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+        return not any(char in text for char in self.lost)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts without added tokens."""
@@ -129,7 +141,8 @@ class SentencePieceLibrary:
             for place in places_to_cut(self.model)
             if not any(re.compile(place).search(symbol, 1) for symbol in self.model.symbols)
         ]
-        return re.compile(rf"(?s:.{{{SHORTEST_PART}}}.*?)(?={'|'.join([*places, chr(92) + 'Z'])})|(?s:.+)")
+        ends = "|".join([*places, r"\Z"])
+        return re.compile(rf"(?s:.{{{SHORTEST_PART}}}.*?)(?={ends})|(?s:.+)")
 
     def agrees(self, backend: Tokenizer) -> bool:
         """Whether the backend, which does not truncate, still has the vocabulary's rules, as far as a probe tells."""
@@ -151,6 +164,7 @@ class SentencePieceLibrary:
         other.pre_tokenizer = PreTokenizer.custom(self)
         if backend.post_processor is not None:
             other.post_processor = backend.post_processor
+        other.encode_special_tokens = backend.encode_special_tokens
         other.add_tokens(list(backend.get_added_tokens_decoder().values()))
         return other
 
@@ -180,30 +194,23 @@ class SentencePieceLibrary:
         return cuts_before_words(self.model)
 
     def _tokens(self, section: str) -> Iterator[tuple[int, str, int, int]]:
-        """Of each token the id, the name (its text, if it is unknown), the bytes that it stands for and those to the next one: each byte of
-        a character that is spelled in bytes stands for all of it."""
+        """Of each token the id, the name (its text, if it is unknown), the bytes that it stands for, and those to the next one."""
         ids = self._engine.encode(section)
-        names = list(map(self.model.texts.__getitem__, ids))
-        widths = list(map(self._lengths.__getitem__, ids))
-        steps = widths
-        if not self._unusual.isdisjoint(ids):
-            unknown, pieces, steps = (
-                self.model.ids[self.model.unknown],
-                self._engine.encode(section, out_type=str),
-                [*widths],
-            )
-            at = 0
-            while at < len(ids):
-                if ids[at] == unknown:
-                    names[at], widths[at] = pieces[at], len(pieces[at].encode())
-                    steps[at] = widths[at]
-                elif ids[at] in self._byte_ids:
-                    last = at + widths[at] - 1
-                    widths[at : last + 1] = [widths[at]] * widths[at]
-                    steps[at : last + 1] = [0] * (last - at) + [widths[at]]
-                    at = last
-                at += 1
-        return zip(ids, names, widths, steps, strict=True)
+        if self._unusual.isdisjoint(ids):
+            widths = [*map(self._lengths.__getitem__, ids)]
+            return zip(ids, map(self.model.texts.__getitem__, ids), widths, widths, strict=True)
+        return self._unusual_tokens(ids, self._engine.encode(section, out_type=str))
+
+    def _unusual_tokens(self, ids: list[int], names: list[str]) -> Iterator[tuple[int, str, int, int]]:
+        """Unknown characters among them, or bytes, each of which stands for all of its character."""
+        width = left = 0
+        for index, name in zip(ids, names, strict=True):
+            if index not in self._byte_ids:
+                width = len(name.encode())
+            elif not left:
+                width = left = self._lengths[index]
+            left = max(left - 1, 0)
+            yield index, name, width, 0 if left else width
 
     @cached_property
     def _unusual(self) -> set[int]:
@@ -215,7 +222,7 @@ class SentencePieceLibrary:
 
     @cached_property
     def _lengths(self) -> list[int]:
-        """Bytes of each piece's text; a byte piece, of which the first of a character counts, has all of that character's."""
+        """Bytes of each piece's text; of a piece for a byte, those of the character that begins with it."""
         lengths = [len(text.encode()) for text in self.model.texts]
         for index in self._byte_ids:
             first = int(self.model.texts[index][3:5], 16)
