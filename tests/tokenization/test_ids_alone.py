@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import re
-import unicodedata
 
 import pytest
 import tiktoken
@@ -17,7 +15,6 @@ from hf_cnllm.models.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from hf_cnllm.models.glm.tokenization_glm import GLMChineseTokenizer
 from hf_cnllm.models.qwen.tokenization_qwen import QWenTokenizer
 from hf_cnllm.tokenization.ids_alone import IdsAloneMixin
-from hf_cnllm.tokenization.plain_form import ORDINARY
 from tokenizer_goldens import TokenizerGolden
 
 CLASSES = {
@@ -25,7 +22,6 @@ CLASSES = {
     **{"chatglm1_small": ChatGLMTokenizer, "chatglm2_small": ChatGLMTokenizer, "chatglm3_small": ChatGLMTokenizer},
     **{"glm_chinese_small": GLMChineseTokenizer, "qwen_small": QWenTokenizer},
 }
-WITH_RULES = ("baichuan1_small", "chatglm1_small", "glm_chinese_small")
 LONG = "The quick brown fox，敏捷的棕色狐狸 jumps over 123 lazy dogs。\n\n\tdef f(x):  return x\u3000 " * 20
 
 
@@ -169,35 +165,6 @@ def test_rules_that_are_not_its_own(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WITH_RULES)
-def test_every_ordinary_character(name):
-    """Python's normalization is the backend's for each of them, beside others and alone."""
-    tokenizer = load(name)
-    form, normalizer = tokenizer.plain_form, tokenizer.backend_tokenizer.normalizer
-    characters = [char for char in map(chr, range(0x110000)) if re.fullmatch(f"[{ORDINARY}]", char)]
-    for text in ("".join(characters), "".join(f"{char}가{char}" for char in characters)):
-        for at in range(0, len(text), 1_000):
-            part = text[at : at + 1_000]
-            made = form(part)
-            assert made is None or made == normalizer.normalize_str(part)
-    alone = [char for char in characters if form(char) is not None]
-    assert len(alone) > 43_000
-    assert [char for char in alone if form(char) != normalizer.normalize_str(char)] == []
-
-
-def test_ordinary_characters_compose_with_nothing():
-    """None is a mark, and none stands second in a composition of Unicode's, but the letters that begin one may stand first."""
-    is_ordinary = re.compile(f"[{ORDINARY}]").fullmatch
-    seconds = set()
-    for char in map(chr, range(0x110000)):
-        parts = unicodedata.decomposition(char).split()
-        if len(parts) == 2 and not parts[0].startswith("<"):
-            seconds.add(chr(int(parts[1], 16)))
-    assert not any(map(is_ordinary, seconds))
-    assert not any(is_ordinary(char) and unicodedata.combining(char) for char in map(chr, range(0x110000)))
-
-
-@pytest.mark.slow
 def test_tiktoken_reads_the_same_unicode():
     r"""`\p{L}`, `\p{N}`, `\s` and the contractions in any case mean the same to tiktoken and to the backend, for each of Unicode's
     characters: the rest of Qwen's pattern is made of them."""
@@ -234,10 +201,3 @@ def test_special_tokens_of_qwen():
         {"split_special_tokens": True},
     ):
         assert tokenizer(text, **arguments)["input_ids"] == by_backend(tokenizer, text, **arguments)["input_ids"]
-
-
-def test_saved_and_loaded(tmp_path, tokenizer):
-    """tokenizer.json alone, whose rules may be anybody's, gives the same ids by the backend."""
-    tokenizer.save_pretrained(tmp_path)
-    again = type(tokenizer).from_pretrained(tmp_path)
-    assert dict(again([LONG, "你好 a"])) == dict(tokenizer([LONG, "你好 a"]))

@@ -1,10 +1,12 @@
 """Fast tokenizers that are built from a checkpoint's original vocabulary file and keep it when they are saved."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
@@ -21,6 +23,12 @@ from .folder import (
     list_added_tokens,
 )
 from .ids_alone import IdsAloneMixin
+
+CHECKSUMS = "belong_together"  # in tokenizer_config.json: those of the original vocabulary and of the tokenizer.json made of it
+
+
+def checksums(*paths: str | os.PathLike) -> list[str]:
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
 
 
 class AnyIdMixin:
@@ -67,6 +75,10 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         """The Rust tokenizer for the original `vocab_file`."""
         raise NotImplementedError
 
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: Any = None) -> None:
+        """Has the library that the original ran on beside the `backend`, which is what `build_backend` makes of `vocab_file`;
+        `model` is what is in that, if it is known."""
+
     def is_settled(self, token: str) -> bool:
         """Whether `build_backend` has decided how this token is matched, so that adding it again changes nothing."""
         return False
@@ -82,12 +94,15 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         check_settings(self.__class__.__name__, kwargs)
         # The code files that a checkpoint's auto_map points to are never used, and are not there after saving.
         kwargs.pop("auto_map", None)
+        recorded = kwargs.pop(CHECKSUMS, None)
         vocab_file = None if vocab_file is None else os.fspath(vocab_file)
         tokenizer_file = tokenizer_file if os.path.isfile(tokenizer_file or "") else None
         if tokenizer_object is not None:
             super().__init__(vocab_file=vocab_file, tokenizer_object=tokenizer_object, **kwargs)
             return
         self._tokenizer = self._load_backend(vocab_file, tokenizer_file)
+        if recorded and vocab_file and tokenizer_file and recorded == checksums(vocab_file, tokenizer_file):
+            self.use_original(vocab_file, self._tokenizer)
         source = vocab_file if tokenizer_file is None else os.fspath(tokenizer_file)
         folder, added = Folder(source), dict(kwargs.get("added_tokens_decoder") or {})
         check_named_tokens(folder, self._tokenizer.token_to_id, kwargs, added)
@@ -145,14 +160,18 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
     def _save_pretrained(
         self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
     ) -> tuple[str, ...]:
-        list_added_tokens(file_names[0], self.added_tokens_decoder, **self.settings_to_save())
+        config_file, settings = file_names[0], self.settings_to_save()
         if legacy_format:
+            list_added_tokens(config_file, self.added_tokens_decoder, **settings)
             return PreTrainedTokenizerBase._save_pretrained(
                 self, save_directory, file_names, legacy_format, filename_prefix
             )
         file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         if legacy_format is None and self.can_save_slow_tokenizer:
             file_names += self.save_vocabulary(save_directory, filename_prefix)
+            if self.has_own_rules():
+                settings[CHECKSUMS] = checksums(file_names[-1], file_names[-2])
+        list_added_tokens(config_file, self.added_tokens_decoder, **settings)
         return file_names
 
     def settings_to_save(self) -> dict[str, Any]:
@@ -193,7 +212,7 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         """The ids of one text or two with the special tokens that `tokenizer(…)` puts around them."""
-        template = json.loads(self._tokenizer.post_processor.__getstate__())
+        template = read_state(self._tokenizer.post_processor.__getstate__())
         ids: list[int] = []
         for piece in template["single" if token_ids_1 is None else "pair"]:
             if "Sequence" in piece:
@@ -268,6 +287,12 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         if not is_batched and return_tensors is None:
             data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
         return BatchEncoding(data, encodings, tensor_type=return_tensors)
+
+
+@lru_cache(maxsize=16)
+def read_state(state: bytes) -> dict[str, Any]:
+    """What a part of a backend says of itself; not to be changed."""
+    return json.loads(state)
 
 
 def surround_texts(backend: Tokenizer, single: Sequence[str], pair: Sequence[str]) -> None:

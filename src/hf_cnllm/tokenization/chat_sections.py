@@ -255,7 +255,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         Control tokens that were added to the vocabulary are simply not added here. Those that the model makes of their
         own text are also kept from it: the first character of that text becomes a pre-token of its own.
         """
-        backend = self._tokenizer
+        backend = self.text_backend()
         plain = Tokenizer(backend.model)
         if backend.normalizer is not None:
             plain.normalizer = backend.normalizer

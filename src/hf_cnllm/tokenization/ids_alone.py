@@ -4,9 +4,9 @@ The backend spends half of its time on where in the text each token stands and w
 the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `char_to_token()`, `encodings`, …).
 """
 
-import re
 from collections.abc import Sequence
-from functools import cached_property
+from itertools import compress
+from operator import not_
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -14,15 +14,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding
 
 from .._compat import LateEncodings
-from .plain_form import PlainForm
-from .regex import any_of
+from .added_tokens import added_tokens_in_raw_text, sections
+from .library import SentencePieceLibrary, joined
 
 # What only the encodings know, or what must be decided before there are ids.
 NEED_ENCODINGS = (
     *("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask"),
     *("is_split_into_words", "stride", "sanitize_control_tokens"),
 )
-PROBE = "Ａ  b ①\té，c "
 
 
 class IdsAloneMixin:
@@ -32,45 +31,48 @@ class IdsAloneMixin:
 
     _tokenizer: Tokenizer
 
-    @cached_property
-    def plain_form(self) -> PlainForm | None:
-        """Normalizes ordinary texts as the backend does; set by who builds that from a vocabulary file."""
-        return None
+    library: SentencePieceLibrary | None = None
+    """The original's, set by who builds the backend from a vocabulary file."""
 
-    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of the texts, with nothing put around them."""
+    def text_backend(self) -> Tokenizer:
+        """The backend that encodes texts, with the rules of the moment: `_tokenizer`, or one that asks the library."""
+        return self.library.backend_like(self._tokenizer) if self.library else self._tokenizer
+
+    def has_own_rules(self) -> bool:
+        """Whether the backend still does what the original's library does: nobody has given it other rules."""
+        self._take_whole_texts()
+        return self.library is not None and self.library.agrees(self._tokenizer)
+
+    def _take_whole_texts(self) -> None:
         backend = self._tokenizer
         if backend.truncation is not None:  # or else nothing changes while another thread encodes
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        forms: list[str | None] = [None] * len(texts)
-        if (
-            self.plain_form
-            and backend.normalizer
-            and backend.normalizer.normalize_str(PROBE) == self.plain_form(PROBE)
-        ):
-            added = [token.content for token in backend.get_added_tokens_decoder().values()]
-            has_added = re.compile(any_of(added) or "(?!)").search
-            forms = [None if has_added(text) else self.plain_form(text) for text in texts]
-        plain = Tokenizer(backend.model)
-        if backend.pre_tokenizer is not None:
-            plain.pre_tokenizer = backend.pre_tokenizer
-        others = [text for text, form in zip(texts, forms, strict=True) if form is None]
-        found = {
-            False: iter(
-                plain.encode_batch_fast([form for form in forms if form is not None], add_special_tokens=False)
-            ),
-            True: iter(backend.encode_batch_fast(others, add_special_tokens=False)),
-        }
-        return [next(found[form is None]).ids for form in forms]
+
+    def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of the texts, with nothing put around them."""
+        self._take_whole_texts()
+        library, tokens = self.library, None
+        if library and self.has_own_rules():
+            tokens = added_tokens_in_raw_text(self._tokenizer)
+        if library is None or tokens is None:
+            return [
+                encoding.ids for encoding in self.text_backend().encode_batch_fast(texts, add_special_tokens=False)
+            ]
+        is_plain = [*map(library.takes, texts)]
+        rows = [sections(text, tokens) for text in compress(texts, is_plain)]
+        found = iter(library.ids([part for row in rows for part in row if isinstance(part, str)]))
+        by_library = iter([[next(found) if isinstance(part, str) else [part] for part in row] for row in rows])
+        others = list(compress(texts, map(not_, is_plain)))
+        by_backend = iter(self.text_backend().encode_batch_fast(others, add_special_tokens=False) if others else ())
+        return [joined(next(by_library)) if plain else next(by_backend).ids for plain in is_plain]
 
     def _columns_of(self, ids: list[int], attention_mask: list[int]) -> dict[str, list]:
         """More columns of a row, for subclasses."""
         return {}
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        tokenizer: Any = super()
         is_batched = isinstance(text, (list, tuple))
         texts = text if is_batched else [text]
         post_processor, max_length = self._tokenizer.post_processor, kwargs.get("max_length")
@@ -79,18 +81,18 @@ class IdsAloneMixin:
             or text_pair is not None
             or not texts
             or not all(isinstance(one, str) for one in texts)
-            or sum(map(len, texts)) < self.least_characters
+            or not self._is_worth_it(texts)
             or any(kwargs.get(name) for name in NEED_ENCODINGS)
             or kwargs.get("truncation_strategy") == "only_second"
             or (max_length is not None and max_length < self._tokenizer.num_special_tokens_to_add(False))
             or not (post_processor is None or isinstance(post_processor, TemplateProcessing))
         ):
-            return tokenizer._encode_plus(text, text_pair, *args, **kwargs)
+            return self._encode_with_offsets(text, text_pair, *args, **kwargs)
         data = self._rows(texts, **kwargs)
         rows = data["input_ids"]
 
         def encode() -> list[Encoding]:
-            encodings = tokenizer._encode_plus(list(texts), None, **kwargs | {"return_tensors": None}).encodings
+            encodings = self._encode_with_offsets(list(texts), None, **kwargs | {"return_tensors": None}).encodings
             if [encoding.ids for encoding in encodings] != rows:
                 raise RuntimeError("the tokenizer has changed since it encoded this batch: encode the texts again.")
             return encodings
@@ -158,6 +160,19 @@ class IdsAloneMixin:
                 columns.setdefault(name, []).append(column)
             self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
         return columns
+
+    def _is_worth_it(self, texts: Sequence[str]) -> bool:
+        has_more_to_do = self.library is not None and self.library.decides
+        return has_more_to_do or sum(map(len, texts)) >= self.least_characters
+
+    def _encode_with_offsets(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """What transformers makes of the texts, by the backend that encodes them."""
+        backend, tokenizer = self.text_backend(), self
+        if backend is not self._tokenizer:
+            tokenizer = object.__new__(type(self))
+            vars(tokenizer).update(vars(self) | {"_tokenizer": backend})
+        inherited: Any = super(IdsAloneMixin, tokenizer)
+        return inherited._encode_plus(*args, **kwargs)
 
     def _adds_tokens(self) -> bool:
         return self._tokenizer.num_special_tokens_to_add(False) > 0

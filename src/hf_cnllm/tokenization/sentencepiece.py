@@ -19,11 +19,12 @@ Texts are cut beforehand where no piece can stand, so that no queue of merges an
 `_cut_between_words` says why no id depends on it.
 """
 
+import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import groupby
@@ -36,6 +37,7 @@ from .charsmap import CharsMap
 from .regex import any_of
 
 SPACE = "▁"  # SentencePiece's visible space, U+2581
+WORDS = Regex(f"{SPACE}+"), "merged_with_next"  # arguments of a split
 _MARK = "\U000e0ffe"  # in front of pieces that await their text; not assigned in Unicode
 
 
@@ -46,7 +48,8 @@ ModelType = IntEnum("ModelType", "UNIGRAM BPE WORD CHAR")
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a `.model` file says: piece `i` is `texts[i]` with `scores[i]` and `types[i]`; identity has no `charsmap`."""
+    """What a `.model` file says: piece `i` is `texts[i]` with `scores[i]` and `types[i]`; identity has no `charsmap`.
+    `data` is the `ModelProto` that says it to the library."""
 
     texts: list[str]
     scores: list[float]
@@ -56,16 +59,21 @@ class SentencePieceModel:
     charsmap: CharsMap | None
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
+    data: bytes = dataclasses.field(repr=False)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "SentencePieceModel":
         """Reads `path`. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: there is no such SentencePiece vocabulary file.")
+        return cls.from_bytes(Path(path).read_bytes(), path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str | os.PathLike) -> "SentencePieceModel":
+        """Reads the content of the file `path`. Raises ValueError naming what is wrong with it."""
         from google.protobuf.message import DecodeError
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: there is no such SentencePiece vocabulary file.")
-        data = Path(path).read_bytes()
         if data.startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a git-lfs pointer, not the vocabulary itself. Run `git lfs pull` there.")
         try:
@@ -104,6 +112,7 @@ class SentencePieceModel:
             charsmap=CharsMap(rules) if rules else None,
             add_dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
             remove_extra_whitespaces=proto.normalizer_spec.remove_extra_whitespaces,
+            data=proto.SerializeToString(),
         )
         if not all(isinstance(text, str) for text in model.texts):  # what is not UTF-8 comes as bytes
             raise ValueError("a piece that is not UTF-8")
@@ -116,6 +125,23 @@ class SentencePieceModel:
         if model.byte_fallback and len(model.of_type(PieceType.BYTE)) != 256:
             raise ValueError("byte fallback without 256 byte pieces")
         return model
+
+    def with_pieces(self, pieces: Sequence[str], kind: PieceType, in_front: bool = False) -> "SentencePieceModel":
+        """The model with more pieces, of score 0: behind the others or in front of them."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        entries = [ModelProto.SentencePiece(piece=piece, score=0.0, type=kind) for piece in pieces]
+        # Protocol buffers that stand one behind the other are one, with the entries of both.
+        new = (
+            [*pieces],
+            [0.0] * len(pieces),
+            [kind] * len(pieces),
+            ModelProto(pieces=entries).SerializePartialToString(),
+        )
+        old = self.texts, self.scores, self.types, self.data
+        columns: Any = zip(new, old, strict=True) if in_front else zip(old, new, strict=True)
+        texts, scores, types, data = (first + second for first, second in columns)
+        return replace(self, texts=texts, scores=scores, types=types, data=data)
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -237,6 +263,17 @@ def decode_bytes(data: bytes) -> str:
 # ---- cutting text beforehand ----
 
 
+def cuts_before_words(model: SentencePieceModel) -> bool:
+    """Whether no piece reaches into a run of `▁` from before it."""
+    return SPACE in model.normal and not any(SPACE in text.lstrip(SPACE) for text in model.joined)
+
+
+def places_to_cut(model: SentencePieceModel) -> list[str]:
+    """Patterns of what no piece reaches into from before it."""
+    places = [rf"(?<!{SPACE}){SPACE}"] if cuts_before_words(model) else []
+    return [*places, r"\n"] if "\n" in model.lone_characters else places
+
+
 def _cut_between_words(model: SentencePieceModel) -> list[pre_tokenizers.PreTokenizer]:
     """Cuts text where no piece can stand: in front of a run of `▁`, if no piece reaches into one from before it, and in front
     of line breaks, if they are part of no longer piece.
@@ -249,11 +286,9 @@ def _cut_between_words(model: SentencePieceModel) -> list[pre_tokenizers.PreToke
     Unigram is slow enough for its cache of words to pay. Merging is not: it is cut some thousand characters apart, for the
     queue of merges not to grow with the text.
     """
-    has_words = SPACE in model.normal and not any(SPACE in text.lstrip(SPACE) for text in model.joined)
     if model.model_type is ModelType.UNIGRAM:
-        return [pre_tokenizers.Split(Regex(f"{SPACE}+"), "merged_with_next")] if has_words else []
-    places = [rf"(?<!{SPACE}){SPACE}"] if has_words else []
-    places += [r"\n"] if "\n" in model.lone_characters else []
+        return [pre_tokenizers.Split(*WORDS)] if cuts_before_words(model) else []
+    places = places_to_cut(model)
     # Ten dots a step: Oniguruma counts steps, which takes longer than to match them.
     pattern = rf"\G(?m:(?:..........){{100}}.*?)(?={'|'.join(places)})"
     return [pre_tokenizers.Split(Regex(pattern), "isolated")] if places else []

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from ...tokenization.base import known, load_sp_model, with_changes
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
-from ...tokenization.plain_form import PlainForm
+from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
 from ...tokenization.templates import read_template
 from .chat import TURN_TOKEN_IDS
@@ -79,8 +79,12 @@ class BaichuanTokenizer(ChatTokenizer):
 
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = SentencePieceModel.from_file(vocab_file)
-        self.plain_form = PlainForm.of(model)
-        return build_tokenizer(model)
+        backend = build_tokenizer(model)
+        self.use_original(vocab_file, backend, model)
+        return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, form = (

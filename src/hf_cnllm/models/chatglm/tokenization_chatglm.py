@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..._compat import is_for_pipeline
 from ...tokenization.base import as_list, id_of, known, load_sp_model, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
-from ...tokenization.plain_form import PlainForm
+from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
 from ...tokenization.templates import read_template
@@ -29,15 +29,17 @@ from .vocabulary_chatglm import (
     ICE_TEXT,
     IMAGE_TOKENS,
     ROLES,
+    STAND_INS,
     TOKENIZER_MODEL,
     VERSIONS,
-    WHITE_SPACE,
-    WHITE_SPACE_PATTERN,
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
+    read_ice_model,
     recognize_version,
     symbols_as_text,
+    with_ice_pieces,
+    write_white_space,
 )
 
 # Ids in the configuration of ChatGLM-6B -> their tokens.
@@ -171,14 +173,24 @@ class ChatGLMTokenizer(ChatTokenizer):
     def build_backend(self, vocab_file: str) -> Tokenizer:
         model = self.__dict__.pop("_sentencepiece")
         if self._version.vocab_file == TOKENIZER_MODEL:
-            self.plain_form = PlainForm.of(model)
-            return build_bpe_backend(model, self._version)
-        if not (self.do_lower_case or self.remove_space):
-            self.plain_form = PlainForm.of(model, WHITE_SPACE_PATTERN, WHITE_SPACE)
-        backend = build_ice_backend(model, self.num_image_tokens, self.do_lower_case, self.remove_space)
+            backend = build_bpe_backend(model, self._version)
+            self.use_original(vocab_file, backend, model)
+            return backend
+        model = with_ice_pieces(model, self.num_image_tokens)
+        backend = build_ice_backend(model, self.do_lower_case, self.remove_space)
+        self.use_original(vocab_file, backend, model)
         named = [str(token) for token in self._named.values() if token is not None]
         backend.add_special_tokens([taking_spaces(token) for token in named if backend.token_to_id(token) is not None])
         return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        if self._version.vocab_file == TOKENIZER_MODEL:
+            self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
+        elif not (self.do_lower_case or self.remove_space):
+            read = partial(read_ice_model, num_image_tokens=self.num_image_tokens)
+            self.library = SentencePieceLibrary.of_file(
+                vocab_file, backend, read, prepare=write_white_space, lost=STAND_INS, model=model
+            )
 
     @property
     def MODEL_TOKENS(self) -> dict[str, tuple[str, ...]]:
@@ -407,13 +419,15 @@ class ChatGLMTokenizer(ChatTokenizer):
         real = ids[start : start + sum(attention_mask)]
         rows = [[*range(len(real))]]
         if self._version.vocab_file == ICE_TEXT:
-            bos, mask, gmask = map(self.get_command, ("<sop>", "[MASK]", "[gMASK]"))
+            bos, mask, gmask = map(self._tokenizer.token_to_id, ("<sop>", "[MASK]", "[gMASK]"))
             context = real.index(bos) if bos in real else len(real)
             blank = mask if mask in real else gmask
             if blank in real:
                 rows[0][context:] = [real.index(blank)] * (len(real) - context)
             rows.append([*[0] * context, *range(1, len(real) - context + 1)])
-        rows = [[*[0] * start, *row, *[0] * (len(ids) - start - len(real))] for row in rows]
+        missing = len(ids) - len(real)
+        if missing:
+            rows = [[*[0] * start, *row, *[0] * (missing - start)] for row in rows]
         return rows if len(rows) > 1 else rows[0]
 
     def _decode(

@@ -13,7 +13,7 @@ same, byte for byte: what tells them apart stands beside the file (`recognize_ve
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ MAX_BLANK_LENGTH = 80
 
 # What ChatGLM-6B writes for white space, in the order in which text is searched for it: longer runs of spaces first.
 WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
-WHITE_SPACE_PATTERN = re.compile(rf"[\n\t]| {{2,{MAX_BLANK_LENGTH}}}")  # what Python's `re` finds first, too
+SPACES = re.compile(rf" {{2,{MAX_BLANK_LENGTH}}}")  # the longest that there is in WHITE_SPACE
 
 
 class ChatGLMVersion(NamedTuple):
@@ -189,7 +189,7 @@ def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
 
 def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tokenizer:
     """No merge leads to the control tokens, so no text becomes one."""
-    model = with_pieces(model, version.control, PieceType.CONTROL)
+    model = model.with_pieces(version.control, PieceType.CONTROL)
     backend = build_tokenizer(model)
     silent = {*model.of_type(PieceType.CONTROL), model.unknown}
     if version.shows_control:
@@ -198,35 +198,37 @@ def build_bpe_backend(model: SentencePieceModel, version: ChatGLMVersion) -> Tok
     return backend
 
 
-def with_pieces(
-    model: SentencePieceModel, pieces: Sequence[str], kind: PieceType, at: int | None = None
-) -> SentencePieceModel:
-    """The model with more pieces: behind the others, or from id `at` on."""
-    at = len(model.texts) if at is None else at
-    columns = (model.texts, pieces), (model.scores, [0.0] * len(pieces)), (model.types, [kind] * len(pieces))
-    texts, scores, types = ([*old[:at], *new, *old[at:]] for old, new in columns)
-    return replace(model, texts=texts, scores=scores, types=types)
-
-
 # ---- ChatGLM-6B ----
 
 # Stand-ins inside the backend: code points that are not assigned, and that no grapheme cluster spans. The symbols for
 # white space wear the brackets while the text is normalized, so that nothing in the text can be taken for one.
-_OPEN, _CLOSE, _BREAK = map(chr, range(0xE0F00, 0xE0F03))
+_OPEN, _CLOSE, _BREAK = STAND_INS = tuple(map(chr, range(0xE0F00, 0xE0F03)))
 
 
-def build_ice_backend(
-    model: SentencePieceModel, num_image_tokens: int, do_lower_case: bool = False, remove_space: bool = False
-) -> Tokenizer:
-    """Unigram over text whose white space is written as symbols, as SentencePiece would drop it otherwise."""
+def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
+    """The file's model with what the original's code adds to it."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
-        model = with_pieces(model, VERSIONS["chatglm_early"].control, PieceType.CONTROL)
         blanks = [f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)]
-        model = with_pieces(model, ["<|tab|>", *blanks], PieceType.USER_DEFINED)
-        model = with_pieces(model, [f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
+        model = model.with_pieces(VERSIONS["chatglm_early"].control, PieceType.CONTROL)
+        model = model.with_pieces(["<|tab|>", *blanks], PieceType.USER_DEFINED)
+        model = model.with_pieces([f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
-    images = [f"<image_{i}>" for i in range(num_image_tokens)]
-    backend = build_tokenizer(with_pieces(model, images, PieceType.CONTROL, at=0))
+    return model.with_pieces([f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL, in_front=True)
+
+
+def read_ice_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
+    return with_ice_pieces(SentencePieceModel.from_bytes(data, path), num_image_tokens)
+
+
+def write_white_space(text: str) -> str:
+    """The text with line breaks, tabs and runs of spaces as the symbols for them."""
+    text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+    return SPACES.sub(lambda run: WHITE_SPACE[run[0]], text) if "  " in text else text
+
+
+def build_ice_backend(model: SentencePieceModel, do_lower_case: bool = False, remove_space: bool = False) -> Tokenizer:
+    """Unigram over text whose white space is written as symbols, as SentencePiece would drop it otherwise."""
+    backend = build_tokenizer(model)
     squeezed = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()] if remove_space else []
     lowered = [normalizers.Lowercase()] if do_lower_case else []
     marks = [normalizers.Replace(space, f"{_OPEN}{name[1:-1]}{_CLOSE}") for space, name in WHITE_SPACE.items()]

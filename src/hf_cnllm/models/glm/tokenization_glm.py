@@ -41,7 +41,7 @@ from ...tokenization.folder import (
     check_settings,
     list_added_tokens,
 )
-from ...tokenization.plain_form import PlainForm
+from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
 from ..old_names import NO_CHATS
@@ -304,11 +304,14 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
             raise ValueError(self.OTHER_FAMILY.format(vocab_file))
         # The original knows the unknown piece as [UNK]; "<unk>" is text like any other.
         model = replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
-        self.plain_form = PlainForm.of(model)
         backend = build_tokenizer(model)
+        self.use_original(vocab_file, backend, model)
         backend.decoder = build_decoder(model, any_of(model.of_type(PieceType.CONTROL)), {model.unknown: " ⁇ "})
         backend.add_special_tokens([taking_spaces(token) for token in (model.unknown, *self.ADDED_TOKENS)])
         return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, ids = self._tokenizer.model, map(self._tokenizer.token_to_id, ("[UNK]", *self.ADDED_TOKENS))

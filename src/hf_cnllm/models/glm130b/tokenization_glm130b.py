@@ -6,7 +6,7 @@ space, and nothing in a text becomes a control token: a text with blanks goes th
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers import BatchEncoding
 
 from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known, load_sp_model, surround_texts
 from ...tokenization.folder import DOWNLOAD_AGAIN
+from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
-from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS, with_pieces
+from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS
 from ..glm.tokenization_glm import IGNORED, GLMBatchEncoding, GLMTokenizerMixin
 
 # Behind the pieces of the file, in this order, and </s> among them; the original's names.
@@ -27,6 +28,16 @@ CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<eod>", "<sop>", "<eop>", "<E
 COMMANDS = {token.strip("<>"): token for token in CONTROL_TOKENS} | {"eos": "</s>"}
 SHOWN = {token: f"[{name}]" for name, token in COMMANDS.items()} | {"</s>": "[</s>]"}  # in decoded text
 BLANKS = re.compile(r"(\[[gs]?MASK\])")
+
+
+def with_control_tokens(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
+    images = [f"<image_{i}>" for i in range(num_image_tokens)]
+    model = model.with_pieces(images, PieceType.CONTROL, in_front=True)
+    return model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
+
+
+def _read_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
+    return with_control_tokens(SentencePieceModel.from_bytes(data, path), num_image_tokens)
 
 
 class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
@@ -79,13 +90,16 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         is_early = model.model_type is ModelType.UNIGRAM and model.symbols == ["<n>"] and "[gMASK]" not in model.ids
         if not is_early or model.byte_fallback:
             raise ValueError(self.NOT_THIS.format(vocab_file))
-        images = [f"<image_{i}>" for i in range(self.num_image_tokens)]
-        model = with_pieces(model, images, PieceType.CONTROL, at=0)
-        model = with_pieces(model, CONTROL_TOKENS, PieceType.CONTROL)
+        model = with_control_tokens(model, self.num_image_tokens)
         backend = build_tokenizer(model)
+        self.use_original(vocab_file, backend, model)
         silent = any_of([token for token in model.of_type(PieceType.CONTROL) if not token.startswith("<image_")])
         backend.decoder = build_decoder(model, rf"{silent}|<image_\d+>", {model.unknown: " ⁇ ", "<n>": "\n"})
         return backend
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
+        read = partial(_read_model, num_image_tokens=self.num_image_tokens)
+        self.library = SentencePieceLibrary.of_file(vocab_file, backend, read, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         ids = self._tokenizer.get_vocab(with_added_tokens=False)
@@ -114,7 +128,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """As the original's: tokens that the vocabulary lacks are the text that they stand for."""
-        return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens).tokens
+        return self.text_backend().encode(text, pair, add_special_tokens=add_special_tokens).tokens
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
         """The texts between control tokens, each for itself, and control tokens in brackets."""

@@ -14,6 +14,7 @@ from transformers import BatchEncoding
 from ...tokenization.base import as_list, known, with_changes
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import check_settings
+from ...tokenization.library import PROBE
 from ...tokenization.regex import any_of
 from ...tokenization.templates import read_template
 from ..old_names import InnerTokenizer
@@ -214,15 +215,20 @@ class QWenTokenizer(ChatTokenizer):
         with no tokens but its own, and without runs of white space that are longer than tiktoken's regular expressions bear.
         Building it takes a third of a second, which short texts alone are not worth."""
         is_worth_it = "tokenizer" in vars(self) or any(len(text) >= 1_000 for text in texts)
-        if not (self._equals_tiktoken and is_worth_it and self._has_own_tokens_alone()):
-            return super()._ids_of(texts)
-        start = [texts[0][:64]]
-        if self._tiktoken_ids(start) != super()._ids_of(start):  # somebody has changed the backend's rules
+        if not (is_worth_it and self._has_own_tokens_alone() and self.has_own_rules()):
             return super()._ids_of(texts)
         ids = self._tiktoken_ids(texts)
         left = [text for text, found in zip(texts, ids, strict=True) if found is None]
         others = iter(super()._ids_of(left) if left else [])
         return [next(others) if found is None else found for found in ids]
+
+    def has_own_rules(self) -> bool:
+        self._take_whole_texts()
+        expected = self._tokenizer.encode(PROBE, add_special_tokens=False).ids
+        return self._equals_tiktoken and self._tiktoken_ids([PROBE]) == [expected]
+
+    def use_original(self, vocab_file: str, backend: Tokenizer, model: Any = None) -> None:
+        self._equals_tiktoken = True
 
     def _has_own_tokens_alone(self) -> bool:
         return self._tokenizer.get_added_tokens_decoder().keys() == set(self.special_tokens.values())
