@@ -37,7 +37,10 @@ KINDS = {
     "chatglm2-32k": Kind("chatglm2_small", "chatglm2", "glm", LONG, torch.float16),
     "chatglm2-mha": Kind("chatglm2_small", "chatglm2", "glm", {"multi_query_attention": False}),
     "chatglm3": Kind("chatglm3_small", "chatglm2", "glm"),
+    "chatglm2-llama": Kind("chatglm2_small", "chatglm2", "llama", {"add_qkv_bias": True}),
+    "chatglm2-mha-llama": Kind("chatglm2_small", "chatglm2", "llama", {"multi_query_attention": False}),
     "chatglm3-32k": Kind("chatglm3_small", "chatglm2", "glm", LONG | {"rope_ratio_type": "base"}),
+    "chatglm3-32k-llama": Kind("chatglm3_small", "chatglm2", "llama", LONG | {"rope_ratio_type": "base"}),
 }
 
 

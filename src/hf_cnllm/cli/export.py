@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from .._compat import logging
 from ..conversion.adapters import export_adapter
 from ..conversion.checkpoint import export_checkpoint, restore_checkpoint
-from ..conversion.roads import ROADS
+from ..conversion.roads import TARGETS
 from ..hub.saving import check_new_folder
 from .checkpoint import find_folder, read_checkpoint
 
@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--to",
-        choices=(*ROADS, BACK),
+        choices=(*TARGETS, BACK),
         required=True,
-        help="llama for Baichuan with RoPE, qwen2 for Qwen, glm for ChatGLM2 and 3, baichuan for Baichuan without NormHead "
-        f"(llama.cpp's); {BACK} goes back from any of them",
+        help="llama for Baichuan with RoPE, qwen2 for Qwen, glm for ChatGLM2 and 3, and for llama.cpp: llama for these, too, "
+        f"baichuan for Baichuan-13B; {BACK} goes back from any of them",
     )
     parser.add_argument(
         "--base", metavar="EXPORTED", type=Path, help="where MODEL is an adapter: folder of its exported model"

@@ -46,7 +46,7 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
         )
     if odd := [name for name in UNKNOWN if settings.get(name)]:
         raise ValueError(f"{adapter} has {', '.join(f'`{name}`' for name in odd)}, which has no form there: {MERGE}")
-    rows, normed = road.rows(config), road.normed(config)
+    normed = road.normed(config)
     tensors: dict[str, torch.Tensor] = {}
     adapted: set[str] = set()
     for name, tensor in _read(adapter).items():
@@ -60,7 +60,7 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
         if module in normed:
             tensor = normalized([tensor.clone()])
         is_whole = len(targets) == 1 or kind in WITHOUT_ROWS
-        parts = (tensor,) * len(targets) if is_whole else rows.split(tensor)
+        parts = (tensor,) * len(targets) if is_whole else road.rows(config, module).split(tensor)
         tensors |= {f"{PREFIX}{to}.{kind}": part.clone() for to, part in zip(targets, parts, strict=True)}
         if kind.startswith("lora_"):
             adapted.update(targets)

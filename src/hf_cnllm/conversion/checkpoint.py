@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer
 from ..auto import family_of
 from ..hub.saving import staged_folder
 from ..hub.weight_files import INDEXES, size_of
-from ..models.baichuan import BaichuanConfig
 from ..vllm.served import stop_ids
 from .roads import ROADS, Road, road_of
 from .vocabulary import write_for_llama_cpp, write_vocabulary
@@ -42,7 +41,7 @@ def export_checkpoint(folder: Path, output: Path, target: str, progress: Progres
     Dtypes stay. `output` holds what the target's class and tokenizer read, and in `original/` what the way back needs.
 
     Args:
-        target: a key of `ROADS`.
+        target: one of `TARGETS`.
         progress: is told the bytes written.
 
     Raises:
@@ -68,7 +67,7 @@ def export_checkpoint(folder: Path, output: Path, target: str, progress: Progres
             write_vocabulary(tokenizer, road.tokenizer_class, staged)
             _write_config(road, config, staged / "config.json")
             _write_generation_config(folder, config, stop_ids(tokenizer), staged / "generation_config.json")
-        if road.source is BaichuanConfig:
+        if road.target in ("llama", "baichuan"):
             write_for_llama_cpp(folder, staged)
     return road.loses(config)
 
@@ -87,8 +86,8 @@ def restore_checkpoint(folder: Path, output: Path, progress: Progress = lambda s
         )
     config = AutoConfig.from_pretrained(kept)
     model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    road = ROADS.get(model_type)
-    if road is None or not isinstance(config, road.source):
+    roads = (road for road in ROADS if road.target == model_type and isinstance(config, road.source))
+    if (road := next(roads, None)) is None:
         raise ValueError(f"{folder} is of the model_type {model_type!r}, and not an export of what is in {ORIGINAL}")
     source = read_source(folder, empty_model(road.config(config)))
     planned = to_original(road, config, source)

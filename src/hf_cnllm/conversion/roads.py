@@ -1,5 +1,6 @@
 """Which architecture of other libraries computes the same as one of these, and what its parts are called there."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,52 +15,68 @@ from ..models.chatglm.modeling_chatglm2 import rope_parameters
 from ..models.qwen import QWenConfig
 
 Modules = Mapping[str, tuple[str, ...]]
+Refusal = tuple[Callable[[Any], Any], str]
 
 
 class Rows(NamedTuple):
-    """How a packed projection holds queries, keys and values.
+    """How a packed projection holds its parts, such as queries, keys and values.
 
     Attributes:
         sizes: rows of each.
         heads: where they lie head by head, as ChatGLM2's do without multi-query attention, the number of heads; else 0.
+        half: where RoPE turns channels 2i and 2i + 1 of a query and a key together, and i and i + half in the target, half of
+            a head's channels; else 0.
     """
 
     sizes: tuple[int, ...]
     heads: int = 0
+    half: int = 0
 
     def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`packed` [rows, …] as one tensor for each of `sizes`."""
         if self.heads:
             packed = packed.unflatten(0, (self.heads, len(self.sizes), -1)).transpose(0, 1).flatten(0, 2)
-        return packed.split(self.sizes)
+        return self._turned(packed.split(self.sizes), (self.half, 2))
 
     def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The inverse of `split`."""
-        packed = torch.cat(parts)
+        packed = torch.cat(self._turned(parts, (2, self.half)))
         if self.heads:
             packed = packed.unflatten(0, (len(self.sizes), self.heads, -1)).transpose(0, 1).flatten(0, 2)
         return packed
+
+    def _turned(self, parts: tuple[torch.Tensor, ...], pairs: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Queries and keys with the two channels of a pair as far from each other as the other side has them."""
+        if not self.half:
+            return parts
+        queries, keys, values = parts
+        turned = (part.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2) for part in (queries, keys))
+        return (*turned, values)
 
 
 class Road(NamedTuple):
     """A way from a family to another library's architecture and back.
 
     Attributes:
+        target: the `model_type` there.
         source: the family's configuration.
         config: configuration of the original -> that of the target.
         refusals: what a configuration may say that the target has no place for -> that, and what serves it instead.
         modules: module of the original -> those of the target, `*` for the number of a layer. Several share its rows.
-        rows: how the packed ones hold them.
+        rows: how a packed one of the original holds them.
+        unbiased: modules of the target that have a bias there because others need one, of zeros.
         normed: modules of the original whose rows are normalized when it computes.
         loses: what the target does otherwise, or None.
         tokenizer_class: what reads the tokenizer there; None where all files but the weights stay as they are.
     """
 
+    target: str
     source: type[PreTrainedConfig]
     config: Callable[[Any], PreTrainedConfig]
-    refusals: tuple[tuple[Callable[[Any], Any], str], ...]
+    refusals: tuple[Refusal, ...]
     modules: Modules
-    rows: Callable[[Any], Rows]
+    rows: Callable[[Any, str], Rows]
+    unbiased: Callable[[Any], tuple[str, ...]] = lambda config: ()
     normed: Callable[[Any], tuple[str, ...]] = lambda config: ()
     loses: Callable[[Any], str | None] = lambda config: None
     tokenizer_class: str | None = "PreTrainedTokenizerFast"
@@ -115,6 +132,9 @@ CHATGLM2 = {
     "transformer.encoder.final_layernorm": ("model.norm",),
     "transformer.output_layer": ("lm_head",),
 }
+CHATGLM2_AS_LLAMA = CHATGLM2 | {
+    f"{_CHATGLM_LAYER}.mlp.dense_h_to_4h": tuple(f"{_GLM_LAYER}.mlp.{name}_proj" for name in ("gate", "up"))
+}
 
 COPIED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range", "use_cache"),
@@ -130,11 +150,17 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rows(config: Any) -> Rows:
+def _rows(config: Any, module: str) -> Rows:
     key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     sizes = tuple(n * _head_dim(config) for n in (config.num_attention_heads, key_value_heads, key_value_heads))
     by_head = getattr(config, "multi_query_attention", True) is False
     return Rows(sizes, config.num_attention_heads if by_head else 0)
+
+
+def _llama_rows_of_chatglm(config: Any, module: str) -> Rows:
+    if module.endswith("dense_h_to_4h"):
+        return Rows((config.ffn_hidden_size,) * 2)
+    return _rows(config, module)._replace(half=config.head_dim // 2)
 
 
 def _llama(config: BaichuanConfig) -> LlamaConfig:
@@ -179,18 +205,58 @@ def _qwen_loses(config: QWenConfig) -> str | None:
     )
 
 
+def _chatglm_values(config: Any) -> dict[str, Any]:
+    return _copied(config) | {
+        "intermediate_size": config.ffn_hidden_size,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "attention_bias": config.add_qkv_bias,
+        "attention_dropout": config.attention_dropout,
+        "max_position_embeddings": config.seq_length,
+        "rms_norm_eps": config.layernorm_epsilon,
+    }
+
+
 def _glm(config: Any) -> GlmConfig:
     return GlmConfig(
-        **_copied(config),
-        intermediate_size=config.ffn_hidden_size,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        attention_bias=config.add_qkv_bias,
-        attention_dropout=config.attention_dropout,
-        max_position_embeddings=config.seq_length,
-        rms_norm_eps=config.layernorm_epsilon,
-        rope_parameters=rope_parameters(config),
-        architectures=["GlmForCausalLM"],
+        **_chatglm_values(config), rope_parameters=rope_parameters(config), architectures=["GlmForCausalLM"]
+    )
+
+
+STILL = 1e16  # slows a turn down so that no position turns a channel by what fp32 can tell
+
+
+def _llama_of_chatglm(config: Any) -> LlamaConfig:
+    """ChatGLM2 turns half of a head's channels, Llama all. With the base squared, the first half of Llama's frequencies are
+    ChatGLM2's, base^(-i / pairs), and Llama 3's scaling, which divides the frequencies below a bound, stops the others."""
+    base, pairs, length = rope_parameters(config)["rope_theta"], config.head_dim // 4, config.seq_length
+    # What is between base^(1 - 1 / pairs), the longest wave of ChatGLM2, and base, the shortest of the others.
+    shorter, longer = (2 * math.pi * base ** (1 - quarters / (4 * pairs)) for quarters in (3, 1))
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": base**2,
+        "factor": STILL,
+        "original_max_position_embeddings": length,
+        "high_freq_factor": length / shorter,
+        "low_freq_factor": length / longer,
+    }
+    return LlamaConfig(**_chatglm_values(config), rope_parameters=rope, architectures=["LlamaForCausalLM"])
+
+
+def _chatglm_refusals(target: str) -> tuple[Refusal, ...]:
+    return (
+        (lambda c: c.architecture == "chatglm", f"ChatGLM-6B {PREFIX_LM}"),
+        (lambda c: c.pre_seq_len, f"{target} has no place for a P-tuning prefix (`pre_seq_len`). {WITHOUT_VLLM}"),
+        (lambda c: c.add_bias_linear, f"{target} has no biases but the attention's (`add_bias_linear`). {NATIVE}"),
+        (
+            lambda c: not (c.rmsnorm and c.post_layer_norm) or c.apply_residual_connection_post_layernorm,
+            f"{target} has RMSNorm before each part and at the end, as all published checkpoints (`rmsnorm`, "
+            f"`post_layer_norm`, `apply_residual_connection_post_layernorm`). {WITHOUT_VLLM}",
+        ),
+        (
+            lambda c: c.head_dim % 4,
+            f"{target} can turn half of a head in pairs only where `kv_channels` is a multiple of 4. {WITHOUT_VLLM}",
+        ),
     )
 
 
@@ -198,8 +264,9 @@ TIED_NORM_HEAD = (
     lambda c: c.norm_head and c.tie_word_embeddings,
     f"a NormHead that is tied to the embedding has no place there (`tie_word_embeddings`). {NATIVE}",
 )
-ROADS: dict[str, Road] = {
-    "llama": Road(
+ROADS = (
+    Road(
+        target="llama",
         source=BaichuanConfig,
         config=_llama,
         refusals=(
@@ -214,7 +281,8 @@ ROADS: dict[str, Road] = {
         rows=_rows,
         normed=lambda config: ("lm_head",) if config.norm_head else (),
     ),
-    "baichuan": Road(
+    Road(
+        target="baichuan",
         source=BaichuanConfig,
         config=lambda config: config,  # rows that are normalized may be normalized again
         refusals=(TIED_NORM_HEAD,),
@@ -223,7 +291,8 @@ ROADS: dict[str, Road] = {
         normed=lambda config: ("lm_head",) if config.norm_head else (),
         tokenizer_class=None,
     ),
-    "qwen2": Road(
+    Road(
+        target="qwen2",
         source=QWenConfig,
         config=_qwen2,
         refusals=(
@@ -239,27 +308,32 @@ ROADS: dict[str, Road] = {
         loses=_qwen_loses,
         tokenizer_class="Qwen2Tokenizer",
     ),
-    "glm": Road(
+    Road(
+        target="glm",
         source=ChatGLMConfig,
         config=_glm,
-        refusals=(
-            (lambda c: c.architecture == "chatglm", f"ChatGLM-6B {PREFIX_LM}"),
-            (lambda c: c.pre_seq_len, f"GLM has no place for a P-tuning prefix (`pre_seq_len`). {WITHOUT_VLLM}"),
-            (lambda c: c.add_bias_linear, f"GLM has no biases but the attention's (`add_bias_linear`). {NATIVE}"),
-            (
-                lambda c: not (c.rmsnorm and c.post_layer_norm) or c.apply_residual_connection_post_layernorm,
-                "GLM has RMSNorm before each part and at the end, as all published checkpoints (`rmsnorm`, "
-                f"`post_layer_norm`, `apply_residual_connection_post_layernorm`). {WITHOUT_VLLM}",
-            ),
-            (
-                lambda c: c.head_dim % 4,
-                f"GLM rotates half of a head in pairs: `kv_channels` must be a multiple of 4. {WITHOUT_VLLM}",
-            ),
-        ),
+        refusals=_chatglm_refusals("GLM"),
         modules=CHATGLM2,
         rows=_rows,
     ),
-}
+    Road(
+        target="llama",
+        source=ChatGLMConfig,
+        config=_llama_of_chatglm,
+        refusals=(
+            *_chatglm_refusals("Llama"),
+            (
+                lambda c: c.rope_ratio_type == "linear" and c.rope_ratio != 1,
+                "Llama has no positions divided by a number (`rope_ratio` of ChatGLM2-6B-32k) in heads of which half is "
+                "turned: use --to glm",
+            ),
+        ),
+        modules=CHATGLM2_AS_LLAMA,
+        rows=_llama_rows_of_chatglm,
+        unbiased=lambda config: (f"{_GLM_LAYER}.self_attn.o_proj",) if config.add_qkv_bias else (),
+    ),
+)
+TARGETS = tuple(dict.fromkeys(road.target for road in ROADS))
 
 
 def road_of(config: Any, target: str) -> Road:
@@ -268,14 +342,14 @@ def road_of(config: Any, target: str) -> Road:
     Raises:
         ValueError: it leads from another family, or this checkpoint has no equivalent there.
     """
-    road = ROADS[target]
-    if not isinstance(config, road.source):
+    roads = {road.target: road for road in ROADS if isinstance(config, road.source)}
+    if target not in roads:
         family = family_of(config)
-        others = [name for name, other in ROADS.items() if isinstance(config, other.source)]
         line = family.line_of(config) if family else config.model_type
-        if others:
-            raise ValueError(f"a checkpoint of {line} becomes --to {' or '.join(others)}, not {target}")
+        if roads:
+            raise ValueError(f"a checkpoint of {line} becomes --to {' or '.join(roads)}, not {target}")
         raise ValueError(f"{line} {PREFIX_LM}")
+    road = roads[target]
     road.check(config)
     return road
 
@@ -283,8 +357,12 @@ def road_of(config: Any, target: str) -> Road:
 LAYER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
-def moved(modules: Mapping[str, tuple[str, ...]], module: str) -> tuple[str, ...] | None:
+def in_any_layer(module: str) -> str:
+    """The name of a module with `*` for the number of its layer."""
+    return LAYER.sub(".*", module)
+
+
+def moved(modules: Modules, module: str) -> tuple[str, ...] | None:
     """The names of a module of one side on the other; None if there is none of that name."""
-    pattern, number = LAYER.sub(".*", module), LAYER.search(module)
-    names = modules.get(pattern)
+    number, names = LAYER.search(module), modules.get(in_any_layer(module))
     return names and tuple(name.replace("*", number[1]) if number else name for name in names)

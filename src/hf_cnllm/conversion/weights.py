@@ -23,7 +23,7 @@ from ..hub.weight_files import (
 )
 from ..loss.norm_head import inverse_row_norms
 from ..models.loading import check_saved
-from .roads import Road, Rows, moved
+from .roads import Road, Rows, in_any_layer, moved
 
 SHARD_SIZE = 10**9  # bytes of a written shard; a larger tensor is one by itself
 ROWS_AT_ONCE = 4096  # of a head that is normalized
@@ -108,7 +108,7 @@ def to_target(road: Road, config: Any, source: Source) -> tuple[dict[str, Moved]
     Args:
         config: of the original.
     """
-    rows, normed = road.rows(config), road.normed(config)
+    normed, unbiased = road.normed(config), road.unbiased(config)
     planned, kept = {}, []
     for name, stored in source.tensors.items():
         module, _, kind = name.rpartition(".")
@@ -118,21 +118,32 @@ def to_target(road: Road, config: Any, source: Source) -> tuple[dict[str, Moved]
         for part, target in enumerate(targets or ()):
             make, share = (normalized if module in normed else the_one), 1.0
             if len(targets or ()) > 1:
+                rows = road.rows(config, module)
                 make, share = partial(_part, rows, part), rows.sizes[part] / sum(rows.sizes)
             planned[f"{target}.{kind}"] = Moved((name,), int(size_of(stored) * share), make)
+            if in_any_layer(target) in unbiased:
+                planned[f"{target}.bias"] = Moved((name,), size_of(stored) // stored.shape[1], _no_bias)
     return planned, kept
 
 
 def to_original(road: Road, config: Any, source: Source) -> dict[str, Moved]:
-    """The original's tensors from the target's; the inverse of [`to_target`]."""
+    """The original's tensors from the target's; the inverse of [`to_target`].
+
+    Raises:
+        ValueError: a bias that the original has no place for was trained.
+    """
     backwards = {name: (original,) for original, names in road.modules.items() for name in names}
-    rows, planned = road.rows(config), {}
+    unbiased, planned = road.unbiased(config), {}
     for name in source.tensors:
         module, _, kind = name.rpartition(".")
+        if kind == "bias" and in_any_layer(module) in unbiased:
+            if source.read([name])[name].any():
+                raise ValueError(f"{name} was trained, and the original has no such bias: leave it out of training")
+            continue
         (original,) = moved(backwards, module) or (module,)
         sources = tuple(f"{target}.{kind}" for target in moved(road.modules, original) or (module,))
         size = sum(size_of(source.tensors[each]) for each in sources)
-        make = partial(_joined, rows) if len(sources) > 1 else the_one
+        make = partial(_joined, road.rows(config, original)) if len(sources) > 1 else the_one
         planned[f"{original}.{kind}"] = Moved(sources, size, make)
     return planned
 
@@ -147,6 +158,10 @@ def _part(rows: Rows, part: int, tensors: Tensors) -> torch.Tensor:
 
 def _joined(rows: Rows, tensors: Tensors) -> torch.Tensor:
     return rows.join(tuple(tensors))
+
+
+def _no_bias(tensors: Tensors) -> torch.Tensor:
+    return tensors[0].new_zeros(len(tensors[0]))
 
 
 def normalized(tensors: Tensors) -> torch.Tensor:
