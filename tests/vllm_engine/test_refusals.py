@@ -5,14 +5,16 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from goldens import GOLDENS
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
-from vllm_engine.checkpoints import LONGEST, write_checkpoint
+from vllm_engine.checkpoints import LONGEST, make_prompts, write_checkpoint
 
 pytest.importorskip("vllm.version")
 
-from vllm_engine.engine import engine  # sets vLLM's environment
+from vllm_engine.engine import continued, engine  # sets vLLM's environment
 
 
 def engine_config(folder, **options):
@@ -122,6 +124,38 @@ def test_versions_that_are_served(version, monkeypatch):
 
     monkeypatch.setattr(vllm, "__version__", version)
     plugin.add_hooks()
+
+
+@pytest.mark.parametrize(
+    "golden, tensor",
+    [
+        ("baichuan2_7b", "lm_head.weight"),
+        ("baichuan2_13b", "layers.1.mlp.up_proj.weight"),  # half of what is one matrix in vLLM
+        ("qwen", "h.0.attn.c_attn.bias"),
+        ("qwen", "h.1.mlp.w2.weight"),
+        ("chatglm3_6b", "layers.1.mlp.dense_4h_to_h.weight"),
+    ],
+)
+def test_a_half_written_checkpoint_is_refused(golden, tensor, tmp_path):
+    """vLLM by itself serves what is in memory by chance."""
+    folder = write_checkpoint(golden, tmp_path)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if name.endswith(tensor))
+    kept = {other: value for other, value in tensors.items() if other != name}
+    save_file(kept, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"The checkpoint is incomplete: `.*"), engine(folder):
+        pass
+
+
+@pytest.mark.parametrize("load_format", ("auto", "dummy"))
+def test_single_weights_can_be_replaced(load_format, tmp_path):
+    """As trainers with a vLLM of their own do after each step. On a CPU vLLM takes norms only: it has repacked the rest."""
+    folder, prompts = write_checkpoint("qwen", tmp_path), make_prompts()
+    with engine(folder, load_format=load_format) as llm:
+        before = continued(llm, prompts)
+        llm.apply_model(lambda model: model.load_weights([("transformer.ln_f.weight", torch.arange(128.0))]))
+        assert continued(llm, prompts) != before
 
 
 def test_an_adapter_on_a_head_is_refused(tmp_path):

@@ -183,7 +183,7 @@ def create_alibi_mask(
     backend, slopes = config._attn_implementation, alibi_slopes(config.num_attention_heads).to(inputs_embeds.device)
     if isinstance(cache, PAGED_CACHES):
         borders = key_borders[FULL] if isinstance(key_borders, dict) else key_borders
-        return page_alibi(slopes, attention_mask, position_ids, borders)
+        return page_alibi(slopes, attention_mask, position_ids, borders)  # type: ignore[arg-type]  # a tensor there
     alibi_attention(backend)  # an unknown backend is refused before any work
     if isinstance(attention_mask, dict):
         return attention_mask[PREPARED]
