@@ -27,7 +27,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "AutoModelForCausalLM": NO_CAUSAL,
     "AutoModelForSeq2SeqLM": {"baichuan qwen": NO_SEQ2SEQ},
     "AutoModelForSequenceClassification": NO_CLASSIFIER,
-    "generate_batch": {"baichuan": "which ALiBi needs: use `generate`", "chatglm glm glm130b": PREFIX_LM},
+    "generate_batch": {"chatglm glm glm130b": PREFIX_LM},
     'pipeline("text-generation")': NO_CONTEXT,
     'pipeline("text-generation"), batched': NO_CONTEXT,
     "apply_chat_template": NO_CHAT,

@@ -7,6 +7,7 @@ are needed. `_contract.py` checks what is relied on here when the installed rele
 
 # ruff: noqa: F401  (others import these from here)
 
+import copy
 import functools
 import inspect
 import math
@@ -37,7 +38,7 @@ if INSTALLED < OLDEST:
     raise ImportError(f"hf_cnllm needs transformers {OLDEST} or newer, but {INSTALLED} is installed: {PIP_INSTALL}")
 
 try:
-    from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList
+    from transformers import BatchEncoding, ContinuousBatchingConfig, LogitsProcessor, LogitsProcessorList
     from transformers import GenerationMixin as _GenerationMixin
     from transformers import initialization as init
     from transformers.activations import ACT2FN
@@ -356,11 +357,33 @@ class GenerationHooks:
         """What keeps continuous batching (`generate_batch`) from serving the model right; None if nothing does."""
         return None
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def is_continuous_with_flash(self) -> bool:
+        """Whether flash attention computes the model right in continuous batching."""
+        return True
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
         # transformers would turn an error of the forward pass into empty results.
         if why := self.why_not_continuous():
             raise ValueError(f"continuous batching (`generate_batch`) {why}: use `generate` with a padded batch")
-        return super().init_continuous_batching(*args, **kwargs)
+        if not self.is_continuous_with_flash():
+            given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+            continuous_batching_config = self._keep_from_flash(given or ContinuousBatchingConfig())
+        return super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+
+    def _keep_from_flash(self, settings: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+        """Continuous batching switches to flash attention by itself, where there is one."""
+        backend = self.config._attn_implementation
+        if is_flash_attention_requested(requested_attention_implementation=backend):
+            raise ValueError(
+                f"continuous batching (`generate_batch`) of {type(self).__name__} has no ALiBi with {backend!r}: "
+                "load the model with attn_implementation='sdpa'"
+            )
+        if hasattr(settings, "auto_switch_to_flash"):
+            settings = copy.copy(settings)
+            settings.auto_switch_to_flash = False
+        elif "|" not in backend:  # this keeps older releases from it
+            self.set_attn_implementation(f"paged|{backend}")
+        return settings
 
     @functools.wraps(_GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):

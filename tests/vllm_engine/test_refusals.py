@@ -1,16 +1,20 @@
 """What vLLM refuses, and says, before it makes an engine."""
 
 import builtins
+import re
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from goldens import GOLDENS
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
-from vllm_engine.checkpoints import LONGEST, write_checkpoint
+from vllm_engine.checkpoints import LONGEST, make_prompts, write_checkpoint
 
 pytest.importorskip("vllm.version")
 
-from vllm_engine.engine import engine  # sets vLLM's environment
+from vllm_engine.engine import continued, engine  # sets vLLM's environment
 
 
 def engine_config(folder, **options):
@@ -56,15 +60,43 @@ def test_stop_ids_join_those_of_the_generation_config(family, stops, tmp_path):
         assert len(model_config.try_get_generation_config()["eos_token_id"]) == stops
 
 
-def test_a_vllm_that_lacks_what_the_models_build_on(tmp_path, monkeypatch):
-    """It serves other models as before and refuses these in a sentence."""
+@pytest.fixture
+def fresh(monkeypatch):
+    """The plugin as in a process that has not asked for anything yet; vLLM's registry is put back afterwards."""
     import sys
 
     from vllm import ModelRegistry
 
     import hf_cnllm.vllm as plugin
 
+    for module in [name for name in sys.modules if name.startswith("hf_cnllm.vllm.")]:
+        monkeypatch.delitem(sys.modules, module)
+    for module in ("hooks", "_compat", "unsupported"):
+        monkeypatch.delattr(plugin, module, raising=False)
     models = dict(ModelRegistry.models)
+    yield plugin
+    ModelRegistry.models.clear()
+    ModelRegistry.models.update(models)
+
+
+def check_that_models_are_refused(plugin, reason):
+    from vllm import ModelRegistry
+
+    plugin.register()
+    places = {place.module_name for name, place in ModelRegistry.models.items() if name in plugin.MODELS}
+    assert places == {"hf_cnllm.vllm.unsupported"}
+    from hf_cnllm.vllm.unsupported import UnsupportedModel
+
+    config = SimpleNamespace(model_config=SimpleNamespace(architecture="QWenLMHeadModel"))
+    with pytest.raises(
+        RuntimeError, match=rf"serves QWenLMHeadModel with vLLM 0.31 to 0.33, not with {reason}"
+    ) as refusal:
+        UnsupportedModel(vllm_config=config)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_vllm_that_lacks_what_the_models_build_on(fresh, monkeypatch):
+    """It serves other models as before and refuses these in a sentence."""
     real_import = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -72,27 +104,58 @@ def test_a_vllm_that_lacks_what_the_models_build_on(tmp_path, monkeypatch):
             raise ImportError("no such module in this vLLM", name=name)
         return real_import(name, *args, **kwargs)
 
-    for module in [name for name in sys.modules if name.startswith("hf_cnllm.vllm.")]:
-        monkeypatch.delitem(sys.modules, module)
-    for module in ("hooks", "_compat"):
-        monkeypatch.delattr(plugin, module, raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    try:
-        plugin.register()
-        assert {place.module_name for name, place in ModelRegistry.models.items() if name in plugin.MODELS} == {
-            "hf_cnllm.vllm.unsupported"
-        }
-        from hf_cnllm.vllm.unsupported import UnsupportedModel
+    check_that_models_are_refused(fresh, r".* \(no such module in this vLLM\)")
 
-        class Config:
-            class model_config:
-                architecture = "QWenLMHeadModel"
 
-        with pytest.raises(RuntimeError, match=r"serves QWenLMHeadModel with vLLM .*no such module"):
-            UnsupportedModel(vllm_config=Config)
-    finally:
-        ModelRegistry.models.clear()
-        ModelRegistry.models.update(models)
+@pytest.mark.parametrize("version", ["0.30.2", "0.34.0", "0.3.1", "1.0.0+cpu", "dev"])
+def test_a_vllm_of_another_version(version, fresh, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    check_that_models_are_refused(fresh, rf"{re.escape(version)} \(not tested\)")
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0+cpu", "0.33.1rc1.dev2+g1a2b3c", "0.33.0"])
+def test_versions_that_are_served(version, monkeypatch):
+    import vllm
+
+    import hf_cnllm.vllm as plugin
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    plugin.add_hooks()
+
+
+@pytest.mark.parametrize(
+    "golden, tensor",
+    [
+        ("baichuan2_7b", "lm_head.weight"),
+        ("baichuan2_13b", "layers.1.mlp.up_proj.weight"),  # half of what is one matrix in vLLM
+        ("qwen", "h.0.attn.c_attn.bias"),
+        ("qwen", "h.1.mlp.w2.weight"),
+        ("chatglm3_6b", "layers.1.mlp.dense_4h_to_h.weight"),
+    ],
+)
+def test_a_half_written_checkpoint_is_refused(golden, tensor, tmp_path):
+    """vLLM by itself serves what is in memory by chance."""
+    folder = write_checkpoint(golden, tmp_path)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if name.endswith(tensor))
+    kept = {other: value for other, value in tensors.items() if other != name}
+    save_file(kept, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"The checkpoint is incomplete: `.*"), engine(folder):
+        pass
+
+
+@pytest.mark.parametrize("load_format", ("auto", "dummy"))
+def test_single_weights_can_be_replaced(load_format, tmp_path):
+    """As trainers with a vLLM of their own do after each step. On a CPU vLLM takes norms only: it has repacked the rest."""
+    folder, prompts = write_checkpoint("qwen", tmp_path), make_prompts()
+    with engine(folder, load_format=load_format) as llm:
+        before = continued(llm, prompts)
+        llm.apply_model(lambda model: model.load_weights([("transformer.ln_f.weight", torch.arange(128.0))]))
+        assert continued(llm, prompts) != before
 
 
 def test_an_adapter_on_a_head_is_refused(tmp_path):

@@ -51,10 +51,10 @@ def served(folder, *options: str):
                 time.sleep(0.5)
         else:
             pytest.fail("the server does not come up: " + log.read_text()[-3000:])
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
     finally:
         server.terminate()  # it ends its engine's process itself
-        server.wait(timeout=60)
+        server.wait(timeout=300)
 
 
 def ask(client, messages, **options):

@@ -31,6 +31,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 
 from .._compat import (
+    PAGED_CACHES,
     compile_friendly_flex_attention,
     eager_attention_forward,
     is_tracing,
@@ -39,7 +40,7 @@ from .._compat import (
 )
 from .alibi_flash import FlashAlibi, alibi_flash_attention, make_flash_alibi
 from .flex import fixed_size
-from .masks import TENSOR_MASK_BACKENDS, AttentionMask, follow_restarts, read_mask
+from .masks import FULL, TENSOR_MASK_BACKENDS, AttentionMask, follow_restarts, read_mask
 
 
 class FoldedAlibi(NamedTuple):
@@ -167,21 +168,25 @@ def create_alibi_mask(
     attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
     cache: Cache | None,
     position_ids: torch.Tensor | None = None,
+    key_borders: torch.Tensor | dict[str, torch.Tensor] | None = None,
 ) -> AlibiMask:
     """What `create_causal_mask` is to plain attention, for a model with ALiBi.
 
     Args:
         attention_mask: any form of `attention.masks`, or what [`prepare_alibi_mask`] made of it.
         position_ids: [batch, queries]; without mask and cache, restarts in it separate packed sequences.
+        key_borders: continuous batching's `cu_seq_lens_k`, see [`page_alibi`].
 
     Raises:
         ValueError: the attention implementation has no ALiBi, or the mask does not fit the keys.
     """
-    backend = config._attn_implementation
+    backend, slopes = config._attn_implementation, alibi_slopes(config.num_attention_heads).to(inputs_embeds.device)
+    if isinstance(cache, PAGED_CACHES):
+        borders = key_borders[FULL] if isinstance(key_borders, dict) else key_borders
+        return page_alibi(slopes, attention_mask, position_ids, borders)  # type: ignore[arg-type]  # a tensor there
     alibi_attention(backend)  # an unknown backend is refused before any work
     if isinstance(attention_mask, dict):
         return attention_mask[PREPARED]
-    slopes = alibi_slopes(config.num_attention_heads).to(inputs_embeds.device)
     mask = read_mask(inputs_embeds, attention_mask, cache, forms=(2, 3, 4))
     mask = follow_restarts(mask, position_ids, cache)
     if backend == "flash_attention_2":
@@ -201,6 +206,23 @@ def create_alibi_mask(
         return fold_alibi(slopes, queries, keys, None, scaling, dtype, mask.additive(dtype))
     hidden_keys = None if mask.sequences is None else mask.sequences == 0
     return fold_alibi(slopes, queries, keys[: mask.queries], hidden_keys, scaling, dtype)
+
+
+def page_alibi(
+    slopes: torch.Tensor, mask: torch.Tensor, query_positions: torch.Tensor, borders: torch.Tensor
+) -> torch.Tensor:
+    """The dense bias of continuous batching (`generate_batch`), which packs requests into one row: a request's keys lie
+    together, its first token in front.
+
+    Args:
+        mask: [1, 1, queries, keys], additive, transformers' own.
+        query_positions: [1, queries], counted in each request.
+        borders: [requests + 1], where each one's keys begin and end. The row may have filling behind the last.
+    """
+    keys = torch.arange(mask.shape[-1], device=mask.device)
+    key_positions = keys - borders[torch.searchsorted(borders[1:], keys, right=True)]
+    bias = slopes[:, None, None] * (key_positions - query_positions[0, :, None])
+    return torch.where(mask < 0, mask, bias.to(mask.dtype))
 
 
 def prepare_alibi_mask(

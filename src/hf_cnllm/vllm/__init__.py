@@ -16,18 +16,33 @@ MODELS = {
     "GLM130BForConditionalGeneration": "unsupported:UnsupportedModel",
 }
 """Architecture, as config.json names it -> module and class here."""
+VERSIONS = ("0.31", "0.32", "0.33")
+"""The minor releases of vLLM that the models were tested with."""
+
+
+def add_hooks() -> None:
+    """Lets vLLM read the models' configurations. Idempotent.
+
+    Raises:
+        ImportError, AttributeError: this vLLM is not one of `VERSIONS`, or lacks what the models build on.
+    """
+    from vllm import __version__
+
+    if ".".join(__version__.split(".")[:2]) not in VERSIONS:
+        raise ImportError("not tested")
+    from . import hooks
+
+    hooks.register()
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: the models, by their names in config.json, and what reads their configurations.
-    Idempotent. A vLLM that lacks what they build on serves everything else as before, and refuses these."""
+    """Entry point `vllm.general_plugins`: the models, by their names in config.json, and their hooks. Idempotent. A vLLM
+    for which there are no hooks serves everything else as before, and refuses these models."""
     from vllm import ModelRegistry
 
     models = MODELS
     try:
-        from . import hooks
-
-        hooks.register()
+        add_hooks()
     except (ImportError, AttributeError):
         models = dict.fromkeys(MODELS, "unsupported:UnsupportedModel")
     for architecture, place in models.items():

@@ -4,6 +4,7 @@ The families differ in names, which each one's `WeightsMapper` translates, in bi
 queries and keys, slope the scores (ALiBi), scale the queries (LogN). A family says so in a [`Plan`].
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +33,8 @@ from ._compat import (
 )
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+# Formats of `--load-format` that read a checkpoint's own files, all of them.
+WHOLE_CHECKPOINT = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache")
 
 
 @dataclass
@@ -236,6 +239,7 @@ class DecoderForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
         self.logits_processor = LogitsProcessor(plan.vocab_size)
+        self._expects_all = vllm_config.load_config.load_format in WHOLE_CHECKPOINT
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def plan(self, vllm_config: VllmConfig) -> Plan:
@@ -261,5 +265,29 @@ class DecoderForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Weights) -> set[str]:
+        """The checkpoint's, and later, as in reinforcement learning, what replaces some of them.
+
+        Raises:
+            ValueError: the checkpoint has not all of them; vLLM would go on with what is in memory by chance.
+        """
+        found: Counter[str | None] = Counter()
         loader = AutoWeightsLoader(self, ignore_unexpected_suffixes=list(self.ignored_suffixes))
-        return loader.load_weights(self.prepared(weights), mapper=self.hf_to_vllm_mapper)
+        loaded = loader.load_weights(self._counted(self.prepared(weights), found), mapper=self.hf_to_vllm_mapper)
+        if self._expects_all:
+            self._check_all_found(found)
+        self._expects_all = False
+        return loaded
+
+    def _counted(self, weights: Weights, found: Counter[str | None]) -> Weights:
+        for name, weight in weights:
+            found[self.hf_to_vllm_mapper.map_name(name)] += 1
+            yield name, weight
+
+    def _check_all_found(self, found: Counter[str | None]) -> None:
+        parts = Counter(module.strip(".") for module, _ in self.hf_to_vllm_mapper.orig_to_new_stacked.values())
+        for name, _ in self.named_parameters():
+            module, kind = name.split(".")[-2:]
+            if kind in ("weight", "bias") and found[name] < max(1, parts[module]):
+                raise ValueError(
+                    f"The checkpoint is incomplete: `{name}`, as vLLM calls it, is not or not wholly in its files."
+                )

@@ -1,10 +1,11 @@
 """Stands in for the models where they cannot run, and says why when one is asked for."""
 
-import importlib.metadata
+from importlib.metadata import version
 
+import vllm
 from torch import nn
 
-SERVED_BY = "vLLM 0.31 and 0.32"
+from . import VERSIONS, add_hooks
 
 
 class UnsupportedModel(nn.Module):
@@ -14,13 +15,11 @@ class UnsupportedModel(nn.Module):
         super().__init__()
         architecture = vllm_config.model_config.architecture
         try:
-            from . import hooks
-
-            hooks.register()
+            add_hooks()
         except (ImportError, AttributeError) as error:
-            found = importlib.metadata.version("hf_cnllm")
             raise RuntimeError(
-                f"hf_cnllm {found} serves {architecture} with {SERVED_BY}; this vLLM has changed what it builds on ({error})."
+                f"hf_cnllm {version('hf_cnllm')} serves {architecture} with vLLM {VERSIONS[0]} to {VERSIONS[-1]}, not with "
+                f"{vllm.__version__} ({error})."
             ) from error
         raise RuntimeError(f"vLLM cannot serve {architecture}; see docs/serving.md of hf_cnllm.")
 

@@ -212,14 +212,48 @@ def test_static_cache_decoding_compiles_once(name):
     assert torch.equal(compiled, expected)
 
 
-def test_continuous_batching_of_alibi_is_refused_at_the_call():
-    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "baichuan2_13b")
+def continuous(model, prompts, **settings):
+    settings = ContinuousBatchingConfig(**settings)
+    greedily = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = model.generate_batch(prompts, generation_config=greedily, continuous_batching_config=settings)
+    return [result.generated_tokens for result in results.values()]
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_blocks": 16, "max_batch_tokens": 128},
+    {"num_blocks": 24, "max_batch_tokens": 24, "block_size": 16},  # prompts in pieces, and shared beginnings
+], ids=("whole", "pieces"))  # fmt: skip
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_continuous_batching_gives_what_generate_gives(name, backend, settings):
+    model = redrawn(name, backend)
+    prompts = [torch.randint(3, 90, (length,)).tolist() for length in (5, 40, 1, 31)]
+    prompts.append(prompts[1][:33] + prompts[0])
+    generated = [
+        model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None) for ids in prompts
+    ]
+    expected = [ids[0, len(prompt) :].tolist() for ids, prompt in zip(generated, prompts, strict=True)]
+    assert len({token for ids in expected for token in ids}) > 8  # attention has a say
+    assert continuous(model, prompts, **settings) == expected
+
+
+def redrawn(name, backend="sdpa"):
+    """A golden's model with weights large enough for positions to decide which token comes next."""
+    config = AutoConfig.from_pretrained(GOLDENS / name, model_max_length=128, initializer_range=0.3)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=backend).eval()
+
+
+def test_continuous_batching_of_alibi_stays_off_flash_attention(monkeypatch):
+    """Whose paged kernels have no slopes: transformers would switch to it, and it may be asked for."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    for version in (2, 3):
+        monkeypatch.setattr(continuous_api, f"is_flash_attn_{version}_available", lambda **options: True)
+    model = redrawn("baichuan2_13b")
+    assert model.config.position_embedding == "alibi"
+    assert [len(ids) for ids in continuous(model, [[5, 6]], num_blocks=8, max_batch_tokens=32)] == [8]
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     for ask in (lambda: model.generate_batch([[5, 6]]), model.init_continuous_batching):
-        with pytest.raises(ValueError, match=r"generate_batch.*which ALiBi needs: use `generate`"):
+        with pytest.raises(ValueError, match=r"generate_batch.*no ALiBi with 'flash_attention_2': .*'sdpa'"):
             ask()
-    rope = AutoModelForCausalLM.from_pretrained(GOLDENS / "baichuan2_7b").eval()
-    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
-    (result,) = rope.generate_batch([[5, 6]], generation_config=settings, continuous_batching_config=small).values()
-    expected = rope.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert result.generated_tokens == expected[0, 2:].tolist()

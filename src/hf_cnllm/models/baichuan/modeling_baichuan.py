@@ -204,7 +204,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         if self.config.position_embedding == "alibi":
             position_embeddings = None
             mask: AlibiMask | BlockMask | None = create_alibi_mask(
-                self.config, inputs_embeds, attention_mask, cache, position_ids
+                self.config, inputs_embeds, attention_mask, cache, position_ids, kwargs.get("cu_seq_lens_k")
             )
         else:
             if position_ids is None:
@@ -306,11 +306,8 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
             attentions=outputs.attentions,
         )
 
-    def why_not_continuous(self):
-        is_alibi = self.config.position_embedding == "alibi"
-        return (
-            "packs rows with masks that do not say how far apart tokens are, which ALiBi needs" if is_alibi else None
-        )
+    def is_continuous_with_flash(self):
+        return self.config.position_embedding != "alibi"
 
     @classmethod
     def check_weight_files(cls, model, files, quantizer):
