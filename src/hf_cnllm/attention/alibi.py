@@ -263,11 +263,11 @@ def alibi_sdpa_attention(module, query, key, value, attention_mask, scaling, dro
         query = query * (scaling / folded.scaling)
     keys, columns = folded.key_columns.shape[2:]  # fewer keys than a static cache holds
     fill = -(head_dim + columns) % 8
-    query_columns = folded.query_columns.expand(query.shape[0], -1, -1, -1)
-    key_columns = folded.key_columns.expand(key.shape[0], key.shape[1], -1, -1)
-    query = torch.cat([query_columns, F.pad(query, (0, fill))], dim=-1)
-    key = torch.cat([key_columns, F.pad(key[:, :, :keys], (0, fill))], dim=-1)
-    value = F.pad(value[:, :, :keys], (0, columns + fill))
+    query_columns = F.pad(folded.query_columns, (fill, 0)).expand(query.shape[0], -1, -1, -1)
+    key_columns = F.pad(folded.key_columns, (fill, 0)).expand(key.shape[0], key.shape[1], -1, -1)
+    query = torch.cat([query_columns, query], dim=-1)
+    key = torch.cat([key_columns, key[:, :, :keys]], dim=-1)
+    value = F.pad(value[:, :, :keys], (0, fill + columns))
     is_causal = folded.mask is None
     output, _ = sdpa_attention_forward(
         module, query, key, value, folded.mask, dropout, folded.scaling, is_causal=is_causal, **kwargs

@@ -234,7 +234,7 @@ def two_sdpa_calls(
                 pieces.append(_causal_at_the_end(attend, q[:, :, start:end], keys, values, end - middle))
             done = end
         pieces.append(torch.zeros_like(q[:, :, done:]))
-        outputs.append(torch.cat(pieces, dim=2).transpose(1, 2))
+        outputs.append(torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1))
     if len(outputs) == 1:
         return outputs[0]
     order = torch.tensor([row for rows in layout.rows for row in rows], device=query.device)

@@ -110,11 +110,12 @@ class NormHead(nn.Linear):
         """The effective matrix [vocab_size, hidden_size], differentiable with respect to [`raw_weight`].
 
         While FSDP keeps only a shard in memory, that is, outside of forward, it is that raw shard: FSDP looks up the
-        parameters that it manages by attribute, and would train and write back whatever it found.
+        parameters that it manages by attribute, and would train and write back whatever it found. On the meta device, where
+        there is nothing to normalize, it is the parameter too.
         """
         raw = self.raw_weight
         is_shard = hasattr(raw, "full_tensor") or getattr(raw, "_fsdp_flattened", False)  # FSDP2, FSDP1
-        if is_shard or "weight" not in self._parameters or raw.untyped_storage().size() == 0:
+        if is_shard or raw.is_meta or "weight" not in self._parameters or raw.untyped_storage().size() == 0:
             return raw
         effective = normalize_rows(raw)
         return effective.as_subclass(EffectiveWeight) if type(effective) is torch.Tensor else effective

@@ -33,13 +33,10 @@ class NtkRotaryEmbedding(RotaryEmbedding):
         super().__init__(head_dim, rotary_dim, longest * blocks, base, True, torch.get_default_dtype())
 
     def _compute_cos_sin_cache(self) -> torch.Tensor:
-        positions = torch.arange(self.longest, dtype=torch.float32)
-        tables = []
-        for block in range(self.blocks):
-            inv_freq = inverse_frequencies(self.rotary_dim, self.base, ntk_alpha(2**block, 1)).to(positions.device)
-            angles = positions[:, None] * inv_freq
-            tables.append(torch.cat((angles.cos(), angles.sin()), dim=-1))
-        return torch.cat(tables)
+        alphas = [ntk_alpha(2**block, 1) for block in range(self.blocks)]
+        inv_freq = inverse_frequencies(self.rotary_dim, self.base, alphas)
+        angles = (torch.arange(self.longest, dtype=torch.float32)[:, None] * inv_freq[:, None]).flatten(0, 1)
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def query_scale(longest: int, seq_length: int, rows: torch.Tensor) -> torch.Tensor:

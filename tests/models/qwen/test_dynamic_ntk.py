@@ -26,7 +26,7 @@ def test_the_table_holds_the_originals_formula(seq_length, factor, dim):
     length = max(1, round(seq_length * factor))
     rotary = DynamicNtkRotaryEmbedding(dim, 10_000, seq_length)
     selected = rotary.inv_freq_for(torch.tensor([[length]]))
-    assert torch.equal(selected[0, 0], inverse_frequencies(dim, 10_000, ntk_alpha(length, seq_length)))
+    assert torch.equal(selected[0, 0], inverse_frequencies(dim, 10_000, [ntk_alpha(length, seq_length)])[0])
 
 
 @pytest.mark.parametrize("doublings", range(DOUBLINGS))
@@ -34,8 +34,8 @@ def test_factors_change_right_after_each_doubling(doublings):
     rotary = DynamicNtkRotaryEmbedding(16, 10_000, 32)
     limit = 32 * 2**doublings
     below, above = rotary.inv_freq_for(torch.tensor([limit, limit + 1])[:, None])
-    assert torch.equal(below[0], inverse_frequencies(16, 10_000, 2 ** (doublings + 1) - 1))
-    assert torch.equal(above[0], inverse_frequencies(16, 10_000, 2 ** (doublings + 2) - 1))
+    assert torch.equal(below[0], inverse_frequencies(16, 10_000, [2 ** (doublings + 1) - 1])[0])
+    assert torch.equal(above[0], inverse_frequencies(16, 10_000, [2 ** (doublings + 2) - 1])[0])
 
 
 def test_plain_frequencies_are_llamas():

@@ -52,11 +52,11 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, [batch, 1, length, rows, dim] for position_ids [batch, rows, length], in the dtype of
+        """cos and sin, [batch, length, 1, 1, rows, dim] for position_ids [batch, rows, length], in the dtype of
         `hidden_states`."""
         channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
         inv_freq = (1.0 / ROPE_BASE ** (channels / self.dim)).half().float()
-        angles = self.angles(position_ids.transpose(1, 2)[:, None, :, :, None], inv_freq, hidden_states.dtype)
+        angles = self.angles(position_ids.transpose(1, 2)[:, :, None, None, :, None], inv_freq, hidden_states.dtype)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
@@ -66,7 +66,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns states [batch, heads, length, head_dim], a part of each head for each row of positions."""
+    """Turns states [batch, length, heads, several, head_dim], a part of each head for each row of positions."""
     parts = states.unflatten(-1, cos.shape[-2:])
     return (parts * cos + rotate_half(parts) * sin).flatten(-2)
 
@@ -101,10 +101,12 @@ class SelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        mixed = self.query_key_value(hidden_states).view(*input_shape, -1, 3 * self.head_dim)
-        query_states, key_states, value_states = (states.transpose(1, 2) for states in mixed.chunk(3, dim=-1))
-        query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
-        key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
+        mixed = self.query_key_value(hidden_states).view(*input_shape, -1, 3, self.head_dim)
+        # A head's query and key lie side by side and turn in one go.
+        query_states, key_states = apply_rotary_pos_emb(mixed[..., :2, :], *position_embeddings).unbind(-2)
+        query_states, key_states, value_states = (
+            states.transpose(1, 2) for states in (query_states, key_states, mixed[..., 2, :])
+        )
 
         if prompt_key_values is not None:
             key_states = torch.cat((prompt_key_values[0], key_states), dim=-2)

@@ -17,7 +17,7 @@ Only powers of two matter, so the frequencies of every alpha are a small table, 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,11 @@ def ntk_alpha(length: int, seq_length: int) -> int:
     return max(2 ** math.ceil(math.log2(length / seq_length) + 1) - 1, 1)
 
 
-def inverse_frequencies(dim: int, base: float, alpha: int = 1) -> Tensor:
-    """theta of the formula above, (ceil(dim / 2),) in fp32, for `dim` rotated dimensions."""
-    if alpha != 1:
-        base = base * alpha ** (dim / (dim - 2))
-    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+def inverse_frequencies(dim: int, base: float, alphas: Sequence[int]) -> Tensor:
+    """theta of the formula above for each alpha, (len(alphas), ceil(dim / 2)) in fp32, for `dim` rotated dimensions."""
+    bases = [base if alpha == 1 else base * alpha ** (dim / (dim - 2)) for alpha in alphas]
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return 1.0 / torch.tensor(bases, dtype=torch.float32)[:, None] ** exponents
 
 
 class DynamicNtkRotaryEmbedding(nn.Module):
@@ -67,7 +67,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
     def compute_inv_freq(self) -> Tensor:
         """(1 or DOUBLINGS + 1, dim / 2): row n is for prompts of at most 2^n S tokens."""
         rows = 1 if self.seq_length is None or self.dim <= 2 else DOUBLINGS + 1
-        return torch.stack([inverse_frequencies(self.dim, self.base, ntk_alpha(2**row, 1)) for row in range(rows)])
+        return inverse_frequencies(self.dim, self.base, [ntk_alpha(2**row, 1) for row in range(rows)])
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
