@@ -20,9 +20,11 @@ class AddedToken(NamedTuple):
 
 
 def added_tokens_in_raw_text(backend: Tokenizer) -> tuple[AddedToken, ...] | None:
-    """The added tokens that the backend looks for now, or None if it does not do so in the text as it is."""
+    """The added tokens that the backend looks for now, or None if there is more to it than to find them in the text as it is."""
     tokens = backend.get_added_tokens_decoder().items()
-    if any(token.normalized or token.single_word for _, token in tokens):
+    if any(
+        token.normalized or token.single_word or token.content != token.content.strip(_SPACE) for _, token in tokens
+    ):
         return None
     if backend.encode_special_tokens:
         return None if any(not token.special for _, token in tokens) else ()

@@ -146,7 +146,9 @@ class SentencePieceLibrary:
 
     def agrees(self, backend: Tokenizer) -> bool:
         """Whether the backend, which does not truncate, still has the vocabulary's rules, as far as a probe tells."""
-        return backend.encode(PROBE, add_special_tokens=False).ids == self._probe_ids
+        return (
+            self._rules == _rules(backend) and backend.encode(PROBE, add_special_tokens=False).ids == self._probe_ids
+        )
 
     @cached_property
     def _probe_ids(self) -> list[int]:
