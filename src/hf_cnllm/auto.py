@@ -335,6 +335,11 @@ def family_of(config: PreTrainedConfig) -> Family | None:
     return next((family for family in FAMILIES if isinstance(config, family.config)), None)
 
 
+def is_prefix_lm(config: PreTrainedConfig) -> bool:
+    """Whether models of a configuration fill blanks, from which their tokens' positions follow: GLM, GLM-130B and ChatGLM-6B."""
+    return hasattr(config, "has_kinds_of_blanks")
+
+
 def family_with(architecture: str) -> Family:
     """The row that has an architecture of that name."""
     return next(family for family in FAMILIES if architecture in family.architectures)

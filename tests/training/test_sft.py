@@ -204,7 +204,7 @@ QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "cont
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ("", [], "the file holds no conversation"),
+        ("", [], "there is no row"),
         ('{"messages": [', [], "line 1: not valid JSON"),
         ({"messages": [{"role": "user"}, ANSWER]}, [], "line 1: field 'messages[0].content' must be"),
         ({"messages": [ANSWER]}, [], "line 1: field 'messages[0].role' must be 'user' or 'system'"),

@@ -58,6 +58,34 @@ def read_conversations(path: str | Path, **options: Any) -> list[Row]:
     return rows
 
 
+def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "train") -> list[Row]:
+    """What `read` makes of the rows of files, and of `datasets` by their name or folder.
+
+    Raises:
+        ConversationError: `read` refuses a row, or there is none; file and line, or data set and row, are named.
+        OSError: there is no such file or data set.
+    """
+    rows: list[Row] = []
+    for name in names:
+        count = len(rows)
+        for place, value in _rows_of(name, split):
+            try:
+                rows.append(read(value))
+            except ConversationError as error:
+                raise ConversationError(f"{name}, {place}: {error}") from None
+        if len(rows) == count:
+            raise ConversationError(f"{name}: there is no row")
+    return rows
+
+
+def _rows_of(name: str, split: str) -> Iterable[tuple[str, Any]]:
+    if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
+        return ((f"line {number}", value) for number, value in read_json_rows(name))
+    from datasets import load_dataset
+
+    return ((f"row {number}", value) for number, value in enumerate(load_dataset(name, split=split)))
+
+
 def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(number of the line, value) of each row of a file of JSON lines, or of one list; blank lines are skipped.
 

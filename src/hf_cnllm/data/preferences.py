@@ -14,10 +14,9 @@ messages, and `chosen` and `rejected`, or `completion` and `label`, each answer 
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from .conversations import Row, read_json_rows
+from .conversations import Row, read_rows
 from .formats import ROLES, ConversationError, to_messages
 
 SIDES = ("chosen", "rejected")
@@ -84,33 +83,8 @@ def read_question(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
 
 
 def read_preferences(names: Iterable[str], read: Reader, split: str = "train") -> list[Row]:
-    """The rows of files, and of `datasets` by their name or folder, by one of the readers above.
-
-    Raises:
-        ConversationError: a row is none; file and line, or data set and row, and field are named.
-        OSError: there is no such file or data set.
-    """
-    rows = []
-    for name in names:
-        is_file = Path(name).is_file() or Path(name).suffix in (".json", ".jsonl")
-        for place, value in _file_rows(name) if is_file else _set_rows(name, split):
-            try:
-                rows.append(read(value))
-            except ConversationError as error:
-                raise ConversationError(f"{name}, {place}: {error}") from None
-    if not rows:
-        raise ConversationError(f"{', '.join(names)}: there is no row")
-    return rows
-
-
-def _file_rows(path: str) -> Iterable[tuple[str, Any]]:
-    return ((f"line {number}", value) for number, value in read_json_rows(path))
-
-
-def _set_rows(name: str, split: str) -> Iterable[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    return ((f"row {number}", value) for number, value in enumerate(load_dataset(name, split=split)))
+    """The rows of files, and of `datasets` by their name or folder, by one of the readers above; raises as [`read_rows`]."""
+    return read_rows(names, read, split)
 
 
 def _rest(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

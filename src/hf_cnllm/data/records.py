@@ -5,19 +5,22 @@ alone, not on the number of workers, so that neither does the output.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+COMPRESSED = (".gz", ".zst")  # these files cannot be cut
+SUFFIXES = (*(kind + packing for kind in (".jsonl", ".txt") for packing in ("", *COMPRESSED)), ".parquet")
 SHARD_BYTES = 64 << 20
 MAX_LINE_BYTES = 16 << 20
+ROWS_AT_ONCE = 64  # of Parquet
 
 
 class Piece(NamedTuple):
-    """The lines of a file that begin in `[start, end)`; all of it where `end` is None."""
+    """The lines (of Parquet, the row groups) of a file that begin in `[start, end)`; all of it where `end` is None."""
 
     path: str
     name: str  # as it was given, for ids of records that have none
@@ -52,7 +55,7 @@ def find_files(place: Path) -> list[Path]:
 
 
 def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Cuts large files at every `shard_bytes` (gzip cannot be cut) and puts small ones together, by input.
+    """Cuts large files at every `shard_bytes` (compressed ones cannot be cut) and puts small ones together, by input.
 
     Raises:
         FileNotFoundError, ValueError: as `find_files`; or a file is named twice.
@@ -68,7 +71,7 @@ def plan_shards(inputs: Sequence[Path], shard_bytes: int = SHARD_BYTES) -> list[
                 raise ValueError(f"{place}: {path} is named twice")
             seen.add(resolved)
             size = path.stat().st_size
-            step = max(size, 1) if path.name.endswith(".gz") else shard_bytes
+            step = max(size, 1) if path.name.endswith(COMPRESSED) else shard_bytes
             for start in range(0, max(size, 1), step):
                 end = min(start + step, size)
                 if pieces and end - start > room:
@@ -135,29 +138,88 @@ def parse_record(line: bytes, name: str, offset: int) -> dict[str, Any] | str:
     except UnicodeDecodeError:
         return "undecodable"
     record: Any = {"id": f"{name}:{offset}", "text": text}
-    if name.removesuffix(".gz").endswith(".jsonl"):
+    if ".jsonl" in Path(name).suffixes[-2:]:
         record = parse_object(text)
         if isinstance(record, str):
             return record
-        if record.get("id") is None:
-            record = {"id": f"{name}:{offset}", **{key: value for key, value in record.items() if key != "id"}}
+    return _named(record, f"{name}:{offset}")
+
+
+def _named(record: dict[str, Any], place: str) -> dict[str, Any] | str:
+    if record.get("id") is None:
+        record = {"id": place, **{key: value for key, value in record.items() if key != "id"}}
     if not isinstance(record.get("text"), str):
         return "without_text"
     return record if record["text"].strip() else "blank"
 
 
+def _as_json(value: Any) -> str:
+    """Dates and decimal numbers; bytes have no form in JSON."""
+    if isinstance(value, bytes):
+        raise TypeError("bytes are no JSON")
+    return str(value)
+
+
+def _records_of_lines(piece: Piece, limit: int) -> Iterator[dict[str, Any] | str]:
+    with _open(piece.path) as stream:
+        for offset, line in read_lines(stream, piece.start, piece.end, limit):
+            yield "too_long" if line is None else parse_record(line, piece.name, offset)
+
+
+def _open(path: str) -> IO[bytes]:
+    if path.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"))
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+
+
+def _records_of_rows(piece: Piece, limit: int) -> Iterator[dict[str, Any] | str]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(piece.path) as file:
+        first = 0  # row of the group
+        for group in range(file.num_row_groups if file.metadata.num_columns else 0):
+            about = file.metadata.row_group(group)
+            column = about.column(0)
+            begin = column.dictionary_page_offset or column.data_page_offset
+            if piece.start <= begin and (piece.end is None or begin < piece.end):
+                rows = (
+                    batch.slice(number, 1)
+                    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group])
+                    for number in range(batch.num_rows)
+                )
+                for number, row in enumerate(rows, first):
+                    yield _parse_row(row, f"{piece.name}:{number}", limit)
+            first += about.num_rows
+
+
+def _parse_row(row: Any, place: str, limit: int) -> dict[str, Any] | str:
+    try:
+        text = json.dumps(row.to_pylist()[0], default=_as_json)
+    except UnicodeDecodeError:
+        return "undecodable"
+    except (TypeError, ValueError):
+        return "not_json"
+    found = _named(json.loads(text, parse_constant=lambda name: None), place)  # no number is null
+    return "too_long" if not isinstance(found, str) and len(found["text"].encode()) > limit else found
+
+
 def read_piece(piece: Piece, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[dict[str, Any] | str]:
-    """The records of a piece, or why there is none: `skipped_…`, or `cut_short:FILE`, `damaged:FILE` where gzip ends too soon
-    or is none; what comes before that is read."""
-    with (gzip.open if piece.path.endswith(".gz") else open)(piece.path, "rb") as stream:
-        try:
-            for offset, line in read_lines(stream, piece.start, piece.end, max_line_bytes):
-                found = "too_long" if line is None else parse_record(line, piece.name, offset)
-                yield f"skipped_{found}" if isinstance(found, str) else found
-        except EOFError:
-            yield f"cut_short:{piece.name}"
-        except (zlib.error, gzip.BadGzipFile):
-            yield f"damaged:{piece.name}"
+    """The records of a piece, or why there is none: `skipped_…`, or `cut_short:FILE`, `damaged:FILE` where a compressed file ends
+    too soon or is none; what comes before that is read."""
+    read = _records_of_rows if piece.path.endswith(".parquet") else _records_of_lines
+    try:
+        for found in read(piece, max_line_bytes):
+            yield f"skipped_{found}" if isinstance(found, str) else found
+    except EOFError:
+        yield f"cut_short:{piece.name}"
+    except (zlib.error, gzip.BadGzipFile):
+        yield f"damaged:{piece.name}"
+    except (OSError, ValueError) as error:  # pyarrow's are known by what they say
+        if getattr(error, "errno", None) is not None:
+            raise
+        yield f"{'cut_short' if 'Truncated' in str(error) else 'damaged'}:{piece.name}"
 
 
 def read_texts(inputs: Sequence[Path]) -> Iterator[str]:

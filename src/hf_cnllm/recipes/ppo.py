@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.data.conversations import encode_conversations, read_conversations, reply_end_ids
 from hf_cnllm.training.critic import Critic, adapter_of_classifier
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
@@ -46,7 +47,7 @@ def read_ptx_rows(tokenizer: Any, model: Any, paths: Sequence[str], ends: Sequen
             found, _ = encode_conversations(tokenizer, read_conversations(path), ends, max_length)
             rows += [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in found]
             continue
-        if hasattr(model.config, "has_kinds_of_blanks") and hasattr(model, "positions_of_prompt"):
+        if is_prefix_lm(model.config):
             raise ValueError(f"{path}: a prefix language model learns no plain text; give --ptx_data conversations")
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             ids = tokenizer(line)["input_ids"][:max_length]

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.recipes.sft import set_z_loss_weight, with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
-    is_prefix_lm,
     load_config,
     load_model,
     make_trainer,

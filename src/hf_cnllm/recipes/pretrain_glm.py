@@ -17,11 +17,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.data.blank_infilling import MIX, ControlTokens, DataCollatorForBlankInfilling, infill
 from hf_cnllm.recipes.sft import with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
-    is_prefix_lm,
     load_config,
     load_model,
     make_trainer,

@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from ..auto import is_prefix_lm
+
 # What transformers and the families call the layer behind the backbone of a sequence classifier.
 HEADS = ("score", "classifier_head")
 
@@ -59,7 +61,7 @@ def inputs_of(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> dict[str
     """Models that number tokens themselves do so from the first column; those with positions in the text find them."""
     inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
     backbone = getattr(model, "base_model", model)
-    counts = not hasattr(backbone.config, "has_kinds_of_blanks")
+    counts = not is_prefix_lm(backbone.config)
     if counts and "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return inputs

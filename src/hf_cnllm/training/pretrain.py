@@ -44,11 +44,6 @@ def load_config(arguments: PretrainArguments) -> Any:
     return AutoConfig.from_pretrained(arguments.config_name or arguments.model)
 
 
-def is_prefix_lm(config: Any) -> bool:
-    """Whether a model of this configuration fills blanks: GLM and ChatGLM-6B."""
-    return hasattr(config, "has_kinds_of_blanks")
-
-
 def load_model(arguments: PretrainArguments, options: ModelConfig, config: Any, kind: Any, seed: int) -> Any:
     """A new model of the configuration, or the checkpoint, in fp32 unless the options say otherwise: what is trained in 16 bits
     without master weights loses small steps."""

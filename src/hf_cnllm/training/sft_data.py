@@ -4,6 +4,7 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from ..data.conversations import (
     QUESTION,
     Row,
     encode_conversations,
-    read_conversations,
+    read_rows,
     reply_end_ids,
 )
-from ..data.formats import ConversationError, map_conversations
+from ..data.formats import ConversationError, to_messages
 from ..data.ghost_attention import learn_last_answer
 from ..tokenization.chat_sections import ChatTokenizer
 from ..tokenization.templates import FORMS, read_template
@@ -42,23 +43,10 @@ def load_rows(names: Iterable[str], split: str = "train", **options: Any) -> lis
         options: as of `to_messages`.
 
     Raises:
-        ConversationError: a row is no conversation; file and line, or data set and row, and field are named.
+        ConversationError: a row is no conversation, or there is none; file and line, or data set and row, are named.
         OSError: there is no such file or data set.
     """
-    rows: list[Row] = []
-    for name in names:
-        if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
-            rows += read_conversations(name, **options)
-            continue
-        from datasets import load_dataset
-
-        try:
-            rows += map_conversations(load_dataset(name, split=split), **options)
-        except ConversationError as error:
-            raise ConversationError(f"{name}, {error}") from None
-    if not rows:
-        raise ConversationError(f"{', '.join(names)}: there is no conversation")
-    return rows
+    return read_rows(names, partial(to_messages, **options), split)
 
 
 def use_template(tokenizer: Any, template: str | None) -> None:

@@ -1,6 +1,7 @@
 """ChatGLM-6B (GLM, arXiv 2103.10360): a prefix language model with 2-D rotary positions and a scaled residual stream."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,11 +115,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
-        backend = self.config._attn_implementation
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        if isinstance(attention_mask, PrefixLMLayout):
-            attention_interface = prefix_lm_attention(backend, attention_interface)
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = self.attention_function(query_states, attention_mask)(
             self,
             query_states,
             key_states,
@@ -130,6 +127,14 @@ class SelfAttention(nn.Module):
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.dense(attn_output), attn_weights
+
+    def attention_function(self, query_states: torch.Tensor, attention_mask: Any) -> Callable:
+        """transformers' of the configured backend, or what stands in for it at this mask."""
+        backend = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        if isinstance(attention_mask, PrefixLMLayout):
+            return prefix_lm_attention(backend, attention_interface)
+        return attention_interface
 
 
 class GLU(nn.Module):

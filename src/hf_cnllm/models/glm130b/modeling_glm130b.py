@@ -5,9 +5,13 @@ over whole heads, a residual scale that knows the number of layers, GeGLU, dropo
 configuration has all that those layers read, which no type says.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import GenerationMixin
 
 from ..chatglm import modeling_chatglm as chatglm
@@ -25,15 +29,61 @@ class RotaryEmbedding(chatglm.RotaryEmbedding):
         return angles.half().float() if dtype == torch.float16 else angles
 
 
+class RowParallelLinear(nn.Linear):
+    """A layer that ranks hold columns of: the original sums up their products, in the weights' dtype, and adds the bias to
+    the sum. In half precision that is another number than one rounding of both gives."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = F.linear(input, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
+def attention_of_matrices(
+    module: "SelfAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with the original's roundings in half precision: queries are divided by layer + 1, scores are rounded, and
+    softmax, of scores times layer + 1, is single precision.
+
+    Fused kernels do not round scores. Their results are as far from the original's as its own are from single precision.
+    """
+    coefficient = module.layer_idx + 1
+    scores = torch.matmul(query / (coefficient / scaling), key.transpose(2, 3)).float() * coefficient
+    if isinstance(attention_mask, BlockMask):
+        attention_mask = create_mask(attention_mask.mask_mod, *attention_mask.shape, device=query.device)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(dim=-1).to(query.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
 class SelfAttention(chatglm.SelfAttention):
     def __init__(self, config: GLM130BConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
+        self.dense = RowParallelLinear(config.hidden_size, config.hidden_size)
         self.attention_dropout = config.attention_dropout
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, *args, **kwargs):
         attn_output, attn_weights = super().forward(*args, **kwargs)
         return self.output_dropout(attn_output), attn_weights
+
+    def attention_function(self, query_states: torch.Tensor, attention_mask: Any) -> Callable:
+        """In half precision the original's, where scores may as well be a matrix: by eager, with a mask that is one, and on a
+        CPU, where the linear layers take the time."""
+        has_matrix = self.config._attn_implementation == "eager" or isinstance(attention_mask, torch.Tensor)
+        has_matrix |= isinstance(attention_mask, BlockMask) and query_states.device.type == "cpu"
+        if query_states.dtype == torch.float16 and has_matrix:
+            return attention_of_matrices
+        return super().attention_function(query_states, attention_mask)
 
 
 class GEGLU(nn.Module):
@@ -42,7 +92,7 @@ class GEGLU(nn.Module):
     def __init__(self, config: GLM130BConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_4h_to_h = RowParallelLinear(config.inner_hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
