@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
                     return
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
+            self.close_connection = True
         elif fault in JUNK:
             junk = JUNK[fault]
             self._send(*(junk if isinstance(junk, tuple) else (junk,)))

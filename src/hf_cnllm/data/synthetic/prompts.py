@@ -122,7 +122,8 @@ def ask_for_instances(language: str, seeds: Iterable[Task], instruction: str, is
 
 
 def _some_of_each_kind(seeds: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    classifications, others = [], []
+    classifications: list[Task] = []
+    others: list[Task] = []
     for task in seeds:
         (classifications if task.is_classification else others).append(task)
     return classifications[:EXAMPLES], others[:EXAMPLES]
