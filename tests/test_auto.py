@@ -1,6 +1,7 @@
 """Registration: the auto classes give this package's classes, and no code file of a checkpoint is ever imported."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,87 @@ for model in models:
 def test_importing_prints_nothing_and_leaves_other_packages_until_they_are_used():
     done = subprocess.run([sys.executable, "-c", LATE_PEFT], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# What comes with models, of transformers' and of ours; peft and trl come with nothing.
+HEAVY = ("torch._dynamo", "transformers.modeling_utils", "peft", "trl", "hf_cnllm._compat.modeling")
+
+TOKENIZER_ALONE = f"""
+import sys
+from transformers import AutoTokenizer
+before = set(sys.modules)
+import hf_cnllm
+AutoTokenizer.from_pretrained(sys.argv[1])("你好", return_tensors="pt")
+added = sys.modules.keys() - before
+assert not added & {set(HEAVY)}, added & {set(HEAVY)}
+assert not [name for name in added if ".modeling_" in name], added
+"""
+
+
+def test_a_tokenizer_comes_without_models(tmp_path):
+    write_tiny_checkpoint("baichuan", tmp_path)
+    done = subprocess.run([sys.executable, "-c", TOKENIZER_ALONE, tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# What a process that has not made a model yet does with one of the names, and what it has then.
+FIRST_USES = {
+    "by the auto class": "model = transformers.AutoModelForCausalLM.from_pretrained(folder)",
+    "after transformers has replaced its own module": """
+from transformers import Trainer
+config = transformers.AutoConfig.from_pretrained(folder)
+model = getattr(sys.modules["transformers"], config.architectures[0]).from_pretrained(folder)""",
+    "in a pipeline": """
+model = transformers.pipeline("text-generation", model=folder).model""",
+    "by the class's module": """
+from hf_cnllm.models.baichuan.modeling_baichuan import BaichuanForCausalLM
+model = BaichuanForCausalLM.from_pretrained(folder)""",
+    "unpickled": """
+model = pickle.loads((pathlib.Path(folder) / "model.pkl").read_bytes())""",
+    "by a star": """
+from hf_cnllm import *
+model = BaichuanForCausalLM.from_pretrained(folder)
+assert {name for name in dir(hf_cnllm)} >= set(hf_cnllm.__all__)""",
+    "by a subclass": """
+class Mine(transformers.BaichuanForCausalLM): ...
+assert issubclass(Mine, hf_cnllm.BaichuanForCausalLM) and Mine is not hf_cnllm.BaichuanForCausalLM
+model = Mine.__base__.from_pretrained(folder)""",
+    "after questions about the class": """
+found = transformers.BaichuanForCausalLM
+assert pickle.loads(pickle.dumps(found)) is hf_cnllm.BaichuanForCausalLM
+assert issubclass(found, transformers.PreTrainedModel) and inspect.isclass(found)
+assert issubclass(hf_cnllm.BaiChuanForCausalLM, found) and issubclass(found, hf_cnllm.BaichuanForCausalLM)
+model = found(transformers.AutoConfig.from_pretrained(folder))
+assert isinstance(model, found)""",
+}
+FIRST_USE = """
+import inspect, pathlib, pickle, sys
+import transformers
+import hf_cnllm
+assert "hf_cnllm.models.baichuan.modeling_baichuan" not in sys.modules
+folder = sys.argv[1]
+{use}
+real = sys.modules["hf_cnllm.models.baichuan.modeling_baichuan"].BaichuanForCausalLM
+assert type(model) is real is hf_cnllm.BaichuanForCausalLM is hf_cnllm.models.baichuan.BaichuanForCausalLM
+assert transformers.AutoModelForCausalLM._model_mapping[type(model.config)] is real
+assert transformers.BaichuanForCausalLM is sys.modules["transformers"].BaichuanForCausalLM is real
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    write_tiny_checkpoint("baichuan", folder)
+    (folder / "model.pkl").write_bytes(pickle.dumps(AutoModelForCausalLM.from_pretrained(folder)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", FIRST_USES)
+def test_a_class_is_there_whatever_uses_it_first(use, saved):
+    code = FIRST_USE.format(use=FIRST_USES[use])
+    done = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_is_there_once():

@@ -1,6 +1,6 @@
 """What hf_cnllm relies on in transformers, tried out: a release that breaks it ends in an error, never in a wrong token.
 
-transformers promises nothing about the insides that `_compat.py` touches, and a renamed keyword can vanish in somebody's
+transformers promises nothing about the insides that `_compat` touches, and a renamed keyword can vanish in somebody's
 `**kwargs` without an error. So when the installed release is newer than the newest tested, the first model or tokenizer
 that is made runs [`broken_promises`]: signatures, and the real functions on tensors of a few numbers, `generate`
 included. It takes a few hundredths of a second. The same check is a test, and part of `hf-cnllm doctor`.
@@ -28,34 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import _compat
-from ._compat import CACHE, INSTALLED, NEWEST_TESTED, PIP_INSTALL, TESTED
+from ._compat import CACHE, CACHE_NAMES, LateEncodings, PushToHubMixin, logging, modeling
 from .models.validation import take_cache
-
-
-class UnsupportedTransformersError(RuntimeError):
-    """The installed transformers has changed what this package builds on."""
-
-
-@functools.cache
-def check_transformers() -> None:
-    """Called when a model or tokenizer is made; looks once, and only at a transformers newer than the newest tested.
-
-    Raises:
-        UnsupportedTransformersError: naming what changed, the tested versions and the command that installs one of them.
-    """
-    if INSTALLED <= NEWEST_TESTED:
-        return
-    if broken := broken_promises():
-        raise UnsupportedTransformersError(
-            f"transformers {INSTALLED} has changed what hf_cnllm builds on: {'; '.join(broken)}. "
-            f"hf_cnllm works with {TESTED}: {PIP_INSTALL}"
-        )
-    warnings.warn(
-        f"transformers {INSTALLED} is newer than {NEWEST_TESTED}, the newest that hf_cnllm was tested with. What it builds "
-        "on has been checked and still holds.",
-        stacklevel=2,
-    )
 
 
 def broken_promises() -> list[str]:
@@ -67,8 +41,8 @@ def broken_promises() -> list[str]:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """A model may be built on the meta device, in half precision, or inside of anything else: not so the check."""
-    level, dtype = _compat.logging.get_verbosity(), torch.get_default_dtype()
-    _compat.logging.set_verbosity_error()
+    level, dtype = logging.get_verbosity(), torch.get_default_dtype()
+    logging.set_verbosity_error()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
@@ -76,7 +50,7 @@ def _undisturbed() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-        _compat.logging.set_verbosity(level)
+        logging.set_verbosity(level)
 
 
 def _outcome(promise: Callable[[], Iterator[str]]) -> list[str]:
@@ -120,7 +94,7 @@ METHODS: tuple[tuple[Any, ...], ...] = (
         "old_lm_head new_lm_head old_lm_head_dim old_num_tokens added_num_tokens transposed",
         "_get_resized_lm_head",
     ),
-    (_compat.PushToHubMixin, "_upload_modified_files", "working_dir repo_id", "push_to_hub"),
+    (PushToHubMixin, "_upload_modified_files", "working_dir repo_id", "push_to_hub"),
     (PreTrainedModel, "_upload_modified_files", "working_dir repo_id", "save_pretrained"),
     (PreTrainedTokenizerFast, "_encode_plus", "text text_pair add_special_tokens", "__call__"),
     (PreTrainedTokenizerFast, "_decode", "token_ids skip_special_tokens", "decode"),
@@ -163,7 +137,7 @@ class _ProbeConfig(PreTrainedConfig):
 
 def _noted(name: str) -> Callable:
     """A hook of `generate` as `_compat` overrides it, which notes besides that it was called."""
-    hook = getattr(_compat.GenerationHooks, name)
+    hook = getattr(modeling.GenerationHooks, name)
 
     @functools.wraps(hook)
     def noted(self, *args, **kwargs):
@@ -173,7 +147,7 @@ def _noted(name: str) -> Callable:
     return noted
 
 
-class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
+class _Probe(modeling.GenerationHooks, PreTrainedModel, GenerationMixin):
     """Answers token 1, keeps a cache, and notes which of its hooks `generate` calls."""
 
     config_class = _ProbeConfig
@@ -193,10 +167,10 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def prepare_cache(self, arguments, is_assisted):
-        if isinstance(arguments.get(CACHE), _compat.Cache):
+        if isinstance(arguments.get(CACHE), modeling.Cache):
             self.calls.append("_prepare_cache_for_generation")
 
-    @_compat.takes_cache
+    @modeling.takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
         cache = take_cache(cache, kwargs)
         batch, length = input_ids.shape
@@ -205,7 +179,7 @@ class _Probe(_compat.GenerationHooks, PreTrainedModel, GenerationMixin):
             cache.update(torch.zeros(batch, 1, length, 2), torch.zeros(batch, 1, length, 2), 0, kwargs=kwargs)
         logits = torch.zeros(batch, 1, 4)
         logits[..., 1] = 1
-        return _compat.CausalLMOutputWithPast(logits=logits, cache=cache)
+        return modeling.CausalLMOutputWithPast(logits=logits, cache=cache)
 
 
 def _generation() -> Iterator[str]:
@@ -223,9 +197,9 @@ def _generation() -> Iterator[str]:
             yield f"`generate` no longer hands its cache to every step (its lengths were {probe.lengths})"
         if output.tolist() != [[*row, 1, 1, 1] for row in prompt.tolist()]:
             yield f"`generate` answers {output.tolist()}"
-    for name in _compat.CACHE_NAMES:
+    for name in CACHE_NAMES:
         probe = _Probe(_ProbeConfig()).eval()
-        given = _compat.DynamicCache(config=_ProbeConfig())
+        given = modeling.DynamicCache(config=_ProbeConfig())
         probe.generate(prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, **{name: given})
         if probe.lengths[0] < 0:
             yield f"`generate` drops `{name}`"
@@ -258,7 +232,7 @@ def _raise_asked(config: PreTrainedConfig) -> None:
 
 def _batches_ask_for_their_encodings() -> Iterator[str]:
     encoding = Tokenizer(WordLevel({"a": 0}, unk_token="a")).encode("a")
-    batch = _compat.LateEncodings({}, lambda: [encoding])
+    batch = LateEncodings({}, lambda: [encoding])
     if batch.tokens() != ["a"] or batch.encodings != [encoding]:
         yield "BatchEncoding no longer keeps its encodings in _encodings"
 
@@ -266,7 +240,7 @@ def _batches_ask_for_their_encodings() -> Iterator[str]:
 # --- layers, masks, attention, outputs --------------------------------------------------------------------------------
 
 
-class _ProbeLayer(_compat.GradientCheckpointingLayer):
+class _ProbeLayer(modeling.GradientCheckpointingLayer):
     def forward(self, hidden_states, cache=None, **kwargs):
         return cache
 
@@ -276,7 +250,7 @@ def _checkpointed_layers_drop_the_cache() -> Iterator[str]:
     layer.gradient_checkpointing = True
     layer.__dict__["_gradient_checkpointing_func"] = lambda function, *args, **kwargs: function(*args)
     with torch.enable_grad():
-        kept = layer.train()(torch.zeros(1), cache=_compat.DynamicCache())
+        kept = layer.train()(torch.zeros(1), cache=modeling.DynamicCache())
     if kept is not None:
         yield "GradientCheckpointingLayer keeps the cache while it checkpoints"
 
@@ -293,7 +267,7 @@ def _masks() -> Iterator[str]:
         ("create_sliding_window_causal_mask", {}, causal.triu(-1)),
     )
     for name, functions, expected in cases:
-        mask = getattr(_compat, name)(config, inputs, padding, None, **functions)
+        mask = getattr(modeling, name)(config, inputs, padding, None, **functions)
         if not isinstance(mask, torch.Tensor) or not torch.equal(mask[0, 0, 1:], (expected & (padding != 0))[1:]):
             yield " with ".join([f"{name} gives another mask", *functions])
 
@@ -307,15 +281,15 @@ def _attention_functions() -> Iterator[str]:
     expected = (scores.softmax(-1) @ value).transpose(1, 2)
     bias = torch.zeros(1, 1, 4, 4).masked_fill(~visible, torch.finfo(torch.float32).min)
     for backend, mask in (("eager", bias), ("sdpa", None)):
-        function = _compat.ALL_ATTENTION_FUNCTIONS.get_interface(backend, _compat.eager_attention_forward)
+        function = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(backend, modeling.eager_attention_forward)
         output, _ = function(module, query, key, value, mask, dropout=0.0, scaling=0.3)
         if not torch.allclose(output, expected, atol=1e-5):
             yield f"the {backend} attention function computes something else"
 
 
 def _outputs_hold_the_cache() -> Iterator[str]:
-    for output_class in (_compat.BaseModelOutputWithPast, _compat.CausalLMOutputWithPast):
-        cache = _compat.DynamicCache()
+    for output_class in (modeling.BaseModelOutputWithPast, modeling.CausalLMOutputWithPast):
+        cache = modeling.DynamicCache()
         output = output_class(cache=cache)
         if output.cache is not cache or output[CACHE] is not cache:
             yield f"{output_class.__name__} does not hold the cache as `{CACHE}`"

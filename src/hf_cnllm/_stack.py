@@ -1,5 +1,7 @@
 """Whether the installed libraries fit each other, by what they say themselves. Imports none of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -38,6 +40,18 @@ def unmet_requirements() -> list[str]:
                 needs = f"{asking} {installed_version(asking)} needs {name}{wanted}"
                 unmet[f'{name} {found} is installed, but {needs}: pip install "{name}{wanted}"'] = None
     return list(unmet)
+
+
+@contextmanager
+def naming_what_does_not_fit() -> Iterator[None]:
+    """Around imports: an error also says which of the installed libraries do not fit each other, for half an upgrade is the
+    usual reason."""
+    try:
+        yield
+    except Exception as error:
+        if unmet := unmet_requirements():
+            raise ImportError(f"{error} ({'; '.join(unmet)})") from error
+        raise
 
 
 def _applies(requirement: Requirement) -> bool:

@@ -3,19 +3,26 @@ and `demo`, the model cards and the benchmark.
 
 After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give these classes for the original checkpoints,
 whether or not a script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to
-the checkpoint's code files, for tokenizers when they are found by their class name.
+the checkpoint's code files, for tokenizers when they are found by their class name. Models are registered by their names,
+and imported when one is first used; see `stand_ins.py`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ._compat import name_in_transformers
 from .models import baichuan, chatglm, glm, glm130b, qwen
 from .models.adapter_targets import add_peft_targets
 from .models.glm.configuration_glm import SavedGLMConfig
+from .stand_ins import imported, put
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODELS = f"{__package__}.models"
 
 
 class Shape(NamedTuple):
@@ -51,7 +58,8 @@ class Family(NamedTuple):
     """One row."""
 
     config: type[PreTrainedConfig]  # its `model_type` is the key
-    models: dict[str, type[PreTrainedModel]]  # name of the auto class -> model class
+    module: str  # of the model classes, which are imported from it when they are asked for
+    model_names: dict[str, str]  # name of the auto class -> name of the model class
     tokenizers: tuple[type, ...]  # found by their class names
     lines: dict[str, Line]
     line_of: Callable[[Any], str]  # the name of a configuration's line
@@ -59,16 +67,19 @@ class Family(NamedTuple):
     architecture_of: Callable[[Any], str]  # the name of a configuration's architecture
     trained_length: Callable[[Any], int]  # tokens of prompt and answer that the model was trained on
     decisions: dict[str, Callable[[Any], Any]]  # what `info` tells about a configuration
-    refusals: dict[str, str] = {}  # name of an auto class that it lacks -> what to use, if not one of `models`
-    variants: tuple[
-        type[PreTrainedConfig], ...
-    ] = ()  # classes of single architectures; the models' `for_config` tells whose
+    refusals: dict[str, str] = {}  # name of an auto class that it lacks -> what to use, if not one of `model_names`
+    variants: dict[type[PreTrainedConfig], str] = {}  # class of a single architecture -> module of its model classes
     saved_as: tuple[type[PreTrainedConfig], ...] = ()  # what reads a `model_type` that only saved files have
+
+    @property
+    def models(self) -> dict[str, type["PreTrainedModel"]]:
+        """Name of the auto class -> model class."""
+        return {auto_class: imported(self.module, name) for auto_class, name in self.model_names.items()}
 
     @property
     def generates_with(self) -> str:
         """The (first) auto class that gives the model with its output head."""
-        return next(name for name in self.models if name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"))
+        return next(name for name in self.model_names if name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"))
 
     def make_config(self, architecture: str, shape: Shape, **overrides: Any) -> PreTrainedConfig:
         """The configuration of a model of that architecture and shape, with ids of control tokens at the vocabulary's end
@@ -173,12 +184,13 @@ def _known_control_tokens(config: Any, names: tuple[str, ...] = GLM_CONTROL_TOKE
 FAMILIES: tuple[Family, ...] = (
     Family(
         config=baichuan.BaichuanConfig,
-        models={
-            "AutoModel": baichuan.BaichuanModel,
-            "AutoModelForCausalLM": baichuan.BaichuanForCausalLM,
-            "AutoModelForSequenceClassification": baichuan.BaichuanForSequenceClassification,
-            "AutoModelForTokenClassification": baichuan.BaichuanForTokenClassification,
-            "AutoModelForQuestionAnswering": baichuan.BaichuanForQuestionAnswering,
+        module=f"{MODELS}.baichuan.modeling_baichuan",
+        model_names={
+            "AutoModel": "BaichuanModel",
+            "AutoModelForCausalLM": "BaichuanForCausalLM",
+            "AutoModelForSequenceClassification": "BaichuanForSequenceClassification",
+            "AutoModelForTokenClassification": "BaichuanForTokenClassification",
+            "AutoModelForQuestionAnswering": "BaichuanForQuestionAnswering",
         },
         tokenizers=(baichuan.BaichuanTokenizer, baichuan.BaiChuanTokenizer),
         lines={
@@ -212,12 +224,16 @@ FAMILIES: tuple[Family, ...] = (
     # AutoModel gives the generation model, as the checkpoints' own `auto_map` does.
     Family(
         config=chatglm.ChatGLMConfig,
-        variants=(chatglm.ChatGLM1Config, chatglm.ChatGLM2Config),
-        models={
-            "AutoModel": chatglm.ChatGLMForConditionalGeneration,
-            "AutoModelForCausalLM": chatglm.ChatGLMForConditionalGeneration,
-            "AutoModelForSeq2SeqLM": chatglm.ChatGLMForConditionalGeneration,
-            "AutoModelForSequenceClassification": chatglm.ChatGLMForSequenceClassification,
+        module=f"{MODELS}.chatglm.modeling_chatglm_auto",
+        variants={
+            chatglm.ChatGLM1Config: f"{MODELS}.chatglm.modeling_chatglm",
+            chatglm.ChatGLM2Config: f"{MODELS}.chatglm.modeling_chatglm2",
+        },
+        model_names={
+            "AutoModel": "ChatGLMForConditionalGeneration",
+            "AutoModelForCausalLM": "ChatGLMForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "ChatGLMForConditionalGeneration",
+            "AutoModelForSequenceClassification": "ChatGLMForSequenceClassification",
         },
         tokenizers=(chatglm.ChatGLMTokenizer,),
         lines={
@@ -249,11 +265,12 @@ FAMILIES: tuple[Family, ...] = (
     # GLM-4 has the same `model_type`: the configuration hands it over.
     Family(
         config=glm.GLMConfig,
+        module=f"{MODELS}.glm.modeling_glm",
         saved_as=(SavedGLMConfig,),
-        models={
-            "AutoModel": glm.GLMModel,
-            "AutoModelForSeq2SeqLM": glm.GLMForConditionalGeneration,
-            "AutoModelForMultipleChoice": glm.GLMForMultipleChoice,
+        model_names={
+            "AutoModel": "GLMModel",
+            "AutoModelForSeq2SeqLM": "GLMForConditionalGeneration",
+            "AutoModelForMultipleChoice": "GLMForMultipleChoice",
         },
         refusals={
             "AutoModelForCausalLM": "GLM is no causal language model, it fills blanks: load it with AutoModelForSeq2SeqLM, and "
@@ -281,11 +298,12 @@ FAMILIES: tuple[Family, ...] = (
     # AutoModel gives the generation model, as in ChatGLM-6B; no checkpoint has an `auto_map`.
     Family(
         config=glm130b.GLM130BConfig,
-        models={
-            "AutoModel": glm130b.GLM130BForConditionalGeneration,
-            "AutoModelForSeq2SeqLM": glm130b.GLM130BForConditionalGeneration,
-            "AutoModelForCausalLM": glm130b.GLM130BForConditionalGeneration,
-            "AutoModelForMultipleChoice": glm130b.GLM130BForMultipleChoice,
+        module=f"{MODELS}.glm130b.modeling_glm130b",
+        model_names={
+            "AutoModel": "GLM130BForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "GLM130BForConditionalGeneration",
+            "AutoModelForCausalLM": "GLM130BForConditionalGeneration",
+            "AutoModelForMultipleChoice": "GLM130BForMultipleChoice",
         },
         tokenizers=(glm130b.GLM130BTokenizer,),
         lines={"glm130b": Line("GLM-130B", "GLM-130B License", "2210.02414", "glm-130b-license", "glm130b")},
@@ -303,11 +321,12 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         config=qwen.QWenConfig,
-        models={
-            "AutoModel": qwen.QWenModel,
-            "AutoModelForCausalLM": qwen.QWenLMHeadModel,
-            "AutoModelForSequenceClassification": qwen.QWenForSequenceClassification,
-            "AutoModelForTokenClassification": qwen.QWenForTokenClassification,
+        module=f"{MODELS}.qwen.modeling_qwen",
+        model_names={
+            "AutoModel": "QWenModel",
+            "AutoModelForCausalLM": "QWenLMHeadModel",
+            "AutoModelForSequenceClassification": "QWenForSequenceClassification",
+            "AutoModelForTokenClassification": "QWenForTokenClassification",
         },
         tokenizers=(qwen.QWenTokenizer,),
         lines={
@@ -360,7 +379,7 @@ TRIED = (
 def _refusal(family: Family, auto_class: str, config_class: type[PreTrainedConfig]) -> type:
     """Stands for the model class that a family lacks: loading it says which auto classes there are."""
     title = next(iter(family.lines.values())).title
-    sentence = f"{title} has no model for {auto_class}: it has {', '.join(family.models)}."
+    sentence = f"{title} has no model for {auto_class}: it has {', '.join(family.model_names)}."
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError(family.refusals.get(auto_class, sentence))
@@ -377,6 +396,16 @@ class TokenizerFoundByName(PreTrainedConfig):
     model_type = "hf_cnllm_tokenizer"
 
 
+class _InAutoClass(NamedTuple):
+    """The place of a model class in an auto class."""
+
+    auto_class: str
+    config_class: type[PreTrainedConfig]
+
+    def __call__(self, model_class: Any, in_place_of: Any) -> None:
+        getattr(transformers, self.auto_class).register(self.config_class, model_class, exist_ok=True)
+
+
 def register() -> None:
     """Registers every family with transformers' auto classes and PEFT's default targets, and its models by their names.
     Idempotent."""
@@ -385,19 +414,17 @@ def register() -> None:
         AutoConfig.register(model_type, family.config, exist_ok=True)
         for config_class in family.saved_as:
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto_class, model_class in family.models.items():
-            getattr(transformers, auto_class).register(family.config, model_class, exist_ok=True)
-            for config_class in family.variants:
-                of_architecture = model_class.for_config(config_class)  # type: ignore[attr-defined]
-                getattr(transformers, auto_class).register(config_class, of_architecture, exist_ok=True)
-        for auto_class in (name for name in TRIED if name not in family.models):
-            for config_class in (family.config, *family.variants):
+        modules = {family.config: family.module, **family.variants}
+        for config_class, module in modules.items():
+            for auto_class, name in family.model_names.items():
+                put(_InAutoClass(auto_class, config_class), module, name, config_class=config_class)
+            for auto_class in (name for name in TRIED if name not in family.model_names):
                 refusal = _refusal(family, auto_class, config_class)
                 getattr(transformers, auto_class).register(config_class, refusal, exist_ok=True)
         for tokenizer_class in reversed(family.tokenizers):
             AutoTokenizer.register(TokenizerFoundByName, tokenizer_class=tokenizer_class, exist_ok=True)
         add_peft_targets(model_type, family.config.adapter_targets)
-    for package in (baichuan, chatglm, glm, glm130b, qwen):
-        for public in (getattr(package, name) for name in package.__all__):
-            if issubclass(public, PreTrainedModel):
-                name_in_transformers(public)
+    for family, package in zip(FAMILIES, (baichuan, chatglm, glm, glm130b, qwen), strict=True):
+        for name in package.__all__:
+            if name not in vars(package):  # but in the module of its models
+                put(name_in_transformers, family.module, name)

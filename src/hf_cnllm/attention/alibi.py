@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import (
+from .._compat.modeling import (
     PAGED_CACHES,
     compile_friendly_flex_attention,
     eager_attention_forward,

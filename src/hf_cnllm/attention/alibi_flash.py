@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._compat import get_target_dtype
+from .._compat.modeling import get_target_dtype
 from .masks import AttentionMask, Stretches, find_sequences
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, BloomModel, BloomPreTrainedModel, Cache
 
-from .._compat import BloomAttention, dropout_add, sdpa_attention_forward
+from .._compat.modeling import BloomAttention, dropout_add, sdpa_attention_forward
 from .alibi import FoldedAlibi, alibi_sdpa_attention, alibi_slopes, fold_alibi
 from .masks import AttentionMask, as_additive
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 
-from .. import _compat
-from .._compat import (
+from .._compat import modeling
+from .._compat.modeling import (
     PAGED_CACHES,
     and_masks,
     causal_mask_function,
@@ -35,6 +35,7 @@ from .._compat import (
     sliding_window_overlay,
 )
 from .flex import fixed_size, make_block_mask
+from .layer_types import FULL, SLIDING
 
 # The number of keys that the queries of every sequence see.
 EVERYONES = -1
@@ -335,7 +336,7 @@ def create_causal_mask(
         ValueError: the mask does not fit, or the backend cannot follow it.
     """
     if isinstance(cache, PAGED_CACHES):
-        return _compat.create_causal_mask(config, inputs_embeds, attention_mask, None, position_ids)  # it is ready
+        return modeling.create_causal_mask(config, inputs_embeds, attention_mask, None, position_ids)  # it is ready
     mask = read_mask(inputs_embeds, attention_mask, cache, learned_keys)
     return make_mask(config, inputs_embeds, mask, cache, position_ids)
 
@@ -372,10 +373,10 @@ def make_mask(
     if flash and sequences is None and cache is not None and mask.keys != mask.past + mask.queries:
         # Flash attention would see the free room of a static cache.
         sequences = torch.ones(mask.batch, int(mask.past) + mask.queries, dtype=torch.bool, device=mask.device)
-    make = _compat.create_causal_mask
+    make = modeling.create_causal_mask
     if window is not None:
         config = _OneWindow(backend, window)  # type: ignore[assignment]
-        make = _compat.create_sliding_window_causal_mask
+        make = modeling.create_sliding_window_causal_mask
     made = make(
         config,
         inputs_embeds,
@@ -397,9 +398,6 @@ def make_mask(
 # layers shorter windows (Qwen report, arXiv 2309.16609); Longformer (arXiv 2004.05150) is the idea's source. Caches keep
 # the largest size in every windowed layer, so all of them have the same geometry; smaller windows are cut out by their
 # masks, or by the kernel's own window.
-
-FULL = "full_attention"
-SLIDING = "sliding_attention"
 
 
 def mask_name(config: PreTrainedConfig, layer_idx: int) -> str:

@@ -32,7 +32,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import (
+from .._compat.modeling import (
     ALL_ATTENTION_FUNCTIONS,
     eager_attention_forward,
     is_flash_attention_requested,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import ForCausalLMLoss, ForMaskedLMLoss, slice_logits_to_keep
+from .._compat.modeling import ForCausalLMLoss, ForMaskedLMLoss, slice_logits_to_keep
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .lazy_logits import lazy_logits
 from .norm_head import NormHead

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .._compat import ALL_ATTENTION_FUNCTIONS, IS_COPY, TokenizerHooks
+from .._compat import IS_COPY, TokenizerHooks, keep_names_in_transformers
 from ..hub.publishing import needs_package
 from .adapter_targets import AdapterTargets, add_peft_targets
 
@@ -36,6 +36,7 @@ class CheckpointConfigMixin(TokenizerHooks):
         for backbone, model in GENERATION_MODELS.items():
             if self.architectures == [backbone]:
                 self.architectures = [model]
+        keep_names_in_transformers()
 
     @classmethod
     def from_json_file(cls, json_file):
@@ -71,7 +72,7 @@ class CheckpointConfigMixin(TokenizerHooks):
             )
         for key in ("attn_implementation", "_attn_implementation"):
             name = config_dict.get(key)
-            if not (name is None or name == "eager" or (isinstance(name, str) and name in ALL_ATTENTION_FUNCTIONS)):
+            if name not in (None, "eager") and not _is_attention_function(name):
                 raise ValueError(
                     f"This config.json asks for the attention kernel {name!r} (`{key}`), and a checkpoint names no code to "
                     "load. Remove the key; if you trust the kernel, pass attn_implementation=... to from_pretrained."
@@ -154,6 +155,12 @@ class CheckpointConfigMixin(TokenizerHooks):
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
+
+
+def _is_attention_function(name: Any) -> bool:
+    from .._compat.modeling import ALL_ATTENTION_FUNCTIONS  # with what models need: few files name one
+
+    return isinstance(name, str) and name in ALL_ATTENTION_FUNCTIONS
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
-from .._compat import AdapterHooks, LoadingHooks
-from .._contract import check_transformers
+from .._compat import check_transformers
+from .._compat.modeling import AdapterHooks, LoadingHooks
 from ..hub.publishing import PublishingMixin
 from ..hub.saving import is_first_process
 from ..hub.weight_files import check_indexes, check_weight_files
+from ..stand_ins import take_places
 
 # Heads that PEFT names for every classification, whatever they are called.
 ADDED_BY_PEFT = {"score", "classifier", "qa_outputs"}
@@ -21,6 +22,10 @@ UNFINISHED = ".unfinished"  # what the older index is called while a save goes o
 
 class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
     """Put in front of `PreTrainedModel`."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        take_places(cls)
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         check_transformers()

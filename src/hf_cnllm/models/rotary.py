@@ -3,7 +3,7 @@
 The half-split form, where dimension i turns with dimension i + d/2, is transformers' own Llama code.
 """
 
-from .._compat import LlamaRotaryEmbedding, apply_rotary_pos_emb, rotate_half
+from .._compat.modeling import LlamaRotaryEmbedding, apply_rotary_pos_emb, rotate_half
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):

@@ -6,16 +6,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-from .._compat import (
-    INSTALLED,
-    OLD_CACHE_NAME,
-    PAGED_CACHES,
-    PIP_INSTALL,
-    TESTED,
-    PagedAttentionCache,
-    pop_cache,
-    update_as_others,
-)
+from .._compat import INSTALLED, OLD_CACHE_NAME, PIP_INSTALL, TESTED
+from .._compat.modeling import PAGED_CACHES, PagedAttentionCache, pop_cache, update_as_others
 from ..attention.masks import is_readable
 
 # What embedding tables take.

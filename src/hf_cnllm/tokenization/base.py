@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
-from .._contract import check_transformers
+from .._compat import check_transformers
 from ..hub.publishing import TokenizerPublishingMixin
 from .folder import (
     Folder,

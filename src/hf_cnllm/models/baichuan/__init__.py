@@ -1,14 +1,19 @@
+from typing import TYPE_CHECKING
+
+from ...stand_ins import later
 from .configuration_baichuan import BaichuanConfig
-from .modeling_baichuan import (
-    BaiChuanForCausalLM,
-    BaichuanForCausalLM,
-    BaichuanForQuestionAnswering,
-    BaichuanForSequenceClassification,
-    BaichuanForTokenClassification,
-    BaichuanModel,
-    BaichuanPreTrainedModel,
-)
 from .tokenization_baichuan import BaiChuanTokenizer, BaichuanTokenizer
+
+if TYPE_CHECKING:
+    from .modeling_baichuan import (
+        BaiChuanForCausalLM,
+        BaichuanForCausalLM,
+        BaichuanForQuestionAnswering,
+        BaichuanForSequenceClassification,
+        BaichuanForTokenClassification,
+        BaichuanModel,
+        BaichuanPreTrainedModel,
+    )
 
 __all__ = [
     "BaiChuanForCausalLM",
@@ -22,3 +27,5 @@ __all__ = [
     "BaichuanPreTrainedModel",
     "BaichuanTokenizer",
 ]
+
+__getattr__, __dir__ = later(__name__, "modeling_baichuan", __all__)

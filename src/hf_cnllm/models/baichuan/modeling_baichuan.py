@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
-from ..._compat import (
+from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
     SKIP_KEYS_DEVICE_PLACEMENT,

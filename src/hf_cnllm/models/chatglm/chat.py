@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 
-from ..._compat import CACHE, pop_cache
+from ..._compat import CACHE
+from ..._compat.modeling import pop_cache
 from ..chat import as_messages, by_name, generated_tokens, iterate_tokens, streamed_tokens
 from .tool_calls import ToolCallError, read_answer
 

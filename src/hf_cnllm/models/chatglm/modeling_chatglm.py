@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 
-from ..._compat import (
+from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
     BaseModelOutputWithPast,

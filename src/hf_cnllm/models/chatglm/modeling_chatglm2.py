@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import BatchEncoding, Cache, DynamicCache, GenerationMixin
 
-from ..._compat import (
+from ..._compat import logging
+from ..._compat.modeling import (
     ALL_ATTENTION_FUNCTIONS,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -20,7 +21,6 @@ from ..._compat import (
     eager_attention_forward,
     find_packed_sequence_indices,
     is_tracing,
-    logging,
     merge_with_config_defaults,
     slice_logits_to_keep,
     takes_cache,

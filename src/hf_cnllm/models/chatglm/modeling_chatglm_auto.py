@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
-from ..._compat import (
+from ..._compat.modeling import (
     SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     GenerationHooks,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..._compat import HfQuantizer, QuantizationConfigMixin, registers_quantization
+from ..._compat.modeling import HfQuantizer, QuantizationConfigMixin, registers_quantization
 from ...hub.weight_files import FLOATS, INTEGERS, stored_tensors
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows, refuse_unfit_weights
 

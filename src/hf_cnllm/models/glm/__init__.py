@@ -1,6 +1,11 @@
+from typing import TYPE_CHECKING
+
+from ...stand_ins import later
 from .configuration_glm import GLMConfig
-from .modeling_glm import GLMForConditionalGeneration, GLMForMultipleChoice, GLMModel, GLMPreTrainedModel
 from .tokenization_glm import GLMBertTokenizer, GLMChineseTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
+
+if TYPE_CHECKING:
+    from .modeling_glm import GLMForConditionalGeneration, GLMForMultipleChoice, GLMModel, GLMPreTrainedModel
 
 __all__ = [
     "GLMBertTokenizer",
@@ -13,3 +18,5 @@ __all__ = [
     "GLMPreTrainedModel",
     "GLMRobertaTokenizer",
 ]
+
+__getattr__, __dir__ = later(__name__, "modeling_glm", __all__)

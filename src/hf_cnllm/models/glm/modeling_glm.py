@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
-from ..._compat import (
+from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
     SKIP_KEYS_DEVICE_PLACEMENT,

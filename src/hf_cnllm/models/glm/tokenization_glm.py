@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from tokenizers.models import BPE
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
-from ..._contract import check_transformers
+from ..._compat import check_transformers
 from ...hub.publishing import TokenizerPublishingMixin
 from ...tokenization.base import (
     AnyIdMixin,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..._compat import CACHE, GenerationHooks
+from ..._compat import CACHE
+from ..._compat.modeling import GenerationHooks
 from ...attention.masks import TENSOR_MASK_BACKENDS
 from ...attention.prefix_lm import create_prefix_lm_mask
 from .blank_positions import NEED_POSITIONS, POSITIONS, find_positions

@@ -1,12 +1,17 @@
+from typing import TYPE_CHECKING
+
+from ...stand_ins import later
 from .configuration_qwen import QWenConfig
-from .modeling_qwen import (
-    QWenForSequenceClassification,
-    QWenForTokenClassification,
-    QWenLMHeadModel,
-    QWenModel,
-    QWenPreTrainedModel,
-)
 from .tokenization_qwen import QWenTokenizer
+
+if TYPE_CHECKING:
+    from .modeling_qwen import (
+        QWenForSequenceClassification,
+        QWenForTokenClassification,
+        QWenLMHeadModel,
+        QWenModel,
+        QWenPreTrainedModel,
+    )
 
 __all__ = [
     "QWenConfig",
@@ -17,3 +22,5 @@ __all__ = [
     "QWenPreTrainedModel",
     "QWenTokenizer",
 ]
+
+__getattr__, __dir__ = later(__name__, "modeling_qwen", __all__)

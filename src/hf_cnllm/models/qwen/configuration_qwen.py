@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..._compat import CACHE, logging
-from ...attention.masks import FULL, SLIDING
+from ...attention.layer_types import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin

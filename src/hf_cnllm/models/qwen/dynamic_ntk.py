@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..._compat import is_tracing
+from ..._compat.modeling import is_tracing
 from ...attention.masks import is_packed
 
 DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart

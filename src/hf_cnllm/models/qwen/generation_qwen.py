@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ..._compat import CACHE, GenerationHooks
+from ..._compat import CACHE
+from ..._compat.modeling import GenerationHooks
 from ...attention.masks import create_window_masks
 from .dynamic_ntk import carry_inv_freq
 

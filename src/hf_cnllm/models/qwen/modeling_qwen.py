@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
-from ..._compat import (
+from ..._compat import logging
+from ..._compat.modeling import (
     ALL_ATTENTION_FUNCTIONS,
     PAGED_CACHES,
     SKIP_KEYS_DEVICE_PLACEMENT,
@@ -25,7 +26,6 @@ from ..._compat import (
     eager_attention_forward,
     init,
     is_tracing,
-    logging,
     merge_with_config_defaults,
     slice_logits_to_keep,
     takes_cache,

@@ -1,0 +1,98 @@
+"""Classes that are registered before they are imported.
+
+The models of this package rest on all that transformers has for models, which takes longer to import than everything that a
+tokenizer needs, PyTorch included. transformers' auto classes want a class to register; they get a [`StandIn`], and the class
+itself as soon as it is defined, by whatever import.
+"""
+
+import sys
+from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import Any
+
+from ._stack import naming_what_does_not_fit
+
+Place = Callable[[Any, Any], None]
+"""Puts its first argument, a class or a stand-in, in place of the second, the class's stand-in if it has one."""
+
+
+class StandIn:
+    """Is what its class is: it can be called, derived from, pickled, and asked for by `isinstance` and `issubclass`; and it has
+    the class's attributes. Any of that imports the class, except for the name, the module and what is `known` besides."""
+
+    def __init__(self, module: str, name: str, **known: Any):
+        vars(self).update(known, __module__=module, __name__=name, __qualname__=name)
+
+    def imported(self) -> Any:
+        return imported(self.__module__, self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.imported(), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.imported()(*args, **kwargs)
+
+    @property
+    def __class__(self) -> type:
+        return type
+
+    @property
+    def __bases__(self) -> tuple[type, ...]:
+        return (self.imported(),)  # by which `issubclass` finds all of its own
+
+    def __mro_entries__(self, bases: tuple) -> tuple[type, ...]:
+        return (self.imported(),)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self.imported())
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, self.imported())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return imported, (self.__module__, self.__name__)
+
+    def __repr__(self) -> str:
+        return f"<class '{self.__module__}.{self.__name__}', not imported yet>"
+
+
+def imported(module: str, name: str) -> Any:
+    """What a module has under a name.
+
+    Raises:
+        ImportError: it cannot be imported; which of the installed libraries do not fit each other is said as well.
+    """
+    with naming_what_does_not_fit():
+        found = import_module(module)
+    return getattr(found, name)
+
+
+def later(package: str, module: str, names: Collection[str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The functions `__getattr__` and `__dir__` of a package that imports one of its modules when it is asked for any of the
+    names which it has not itself."""
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return imported(f"{package}.{module}", name)
+
+    return __getattr__, lambda: sorted({*vars(sys.modules[package]), *names})
+
+
+_places: dict[tuple[str, str], tuple[StandIn, dict[Place, None]]] = {}
+
+
+def put(place: Place, module: str, name: str, **known: Any) -> None:
+    """Puts a class of this package in a place, or its stand-in until it is defined. A second time changes nothing."""
+    if (defined := getattr(sys.modules.get(module), name, None)) is not None:
+        return place(defined, None)
+    stand_in, places = _places.setdefault((module, name), (StandIn(module, name, **known), {}))
+    places[place] = None
+    place(stand_in, stand_in)
+
+
+def take_places(defined: type) -> None:
+    """Puts a class that was just defined wherever there is a stand-in of it."""
+    stand_in, places = _places.pop((defined.__module__, defined.__qualname__), (None, {}))
+    for place in places:
+        place(defined, stand_in)
