@@ -85,6 +85,7 @@ STUDIES = {
     "length_extrapolation": "--steps 2 --length 16 --eval-tokens 512",
     "stability": "--steps 10 --rates 1e-3 10 --seeds 0 --hidden-size 32",
     "scaling_law": "--widths 8 16 24 32 --tokens-per-parameter 0.3 --eval-tokens 4096",
+    "blank_infilling": "--steps 2 --seeds 0 --words 8 --vocabulary 300 --length 48 --hidden-size 16",
     "efficiency": "--lengths 64 128 --hidden-size 64 --vocabulary 2000 --train-tokens 32 --rounds 1",
 }
 
@@ -98,6 +99,10 @@ def test_a_study_writes_table_numbers_and_plot(study, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     if study == "stability":
         assert {name for name, runs in results.items() if runs[-1]["diverged"]} >= {"plain head", "plain head + max-z"}
+    if study == "blank_infilling":
+        assert {name for name, (run,) in results["models"].items() if 1 < run["perplexity"] < 600} == set(
+            results["models"]
+        )
     if study == "efficiency":
         assert results["int4_gb"]["ChatGLM2-6B"]["8192"] < 6 < results["int4_gb"]["ChatGLM-6B"]["8192"]
 
