@@ -92,12 +92,12 @@ def train(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, text: torch.Tensor, length: int, tokens: int) -> float:
-    """Nats a byte over all predictions in stretches of `length`, about `tokens` of them."""
+def mean_loss(model: PreTrainedModel, text: torch.Tensor, length: int, tokens: int, batch_tokens: int = 8192) -> float:
+    """Nats a prediction in stretches of `length` bytes or tokens, about `tokens` altogether and `batch_tokens` at a time."""
     stretches = text[: max(1, tokens // length) * length].long().view(-1, length)
     losses = [
         model(batch.to(model.device), labels=batch.to(model.device), use_cache=False).loss.item() * len(batch)
-        for batch in stretches.split(max(1, 8192 // length))
+        for batch in stretches.split(max(1, batch_tokens // length))
     ]
     return math.fsum(losses) / len(stretches)
 

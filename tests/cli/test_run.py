@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.resources import files
 
 import pytest
 
@@ -109,6 +110,7 @@ def test_nothing_to_run_is_answered_with_the_usage(words, capsys):
 
 
 OURS = "--module hf_cnllm run"
+TASKS = files("hf_cnllm.evaluation") / "tasks"
 FSDP2, TP = (config_file(name, "accelerate") for name in ("fsdp2.yaml", "tp.yaml"))
 
 
@@ -123,6 +125,9 @@ FSDP2, TP = (config_file(name, "accelerate") for name in ("fsdp2.yaml", "tp.yaml
         ("accelerate", "launch --config_file=tp.yaml -m x", f"launch --module --config_file={TP} -m hf_cnllm run -m x"),
         ("accelerate", "env", "env"),
         ("accelerate-launch", "x.py", f"{OURS} x.py"),
+        ("lm_eval", "--include_path hf_cnllm --model hf", f"--include_path {TASKS} --model hf"),
+        ("lm-eval", "ls tasks --include_path=hf_cnllm", f"ls tasks --include_path={TASKS}"),
+        ("lm_eval", "--include_path mine --tasks hf_cnllm", "--include_path mine --tasks hf_cnllm"),
         ("torchrun", "--nproc-per-node 2 x.py -- a", "--module --nproc-per-node 2 hf_cnllm run x.py a"),
         ("torchrun", "--no-python x.sh", "--no-python x.sh"),
         ("trl", "dpo --output_dir run", f"dpo --output_dir run {OURS}"),

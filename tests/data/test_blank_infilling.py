@@ -239,6 +239,17 @@ def test_seeds(tokenizer):
     assert not torch.equal(first[0]["input_ids"], first[1]["input_ids"])
 
 
+def test_spans_follow_in_order_unless_they_are_shuffled(tokenizer):
+    def starts(shuffle_spans):
+        collator = DataCollatorForBlankInfilling(tokenizer, 512, {"token": 1}, shuffle_spans=shuffle_spans)
+        batch = collator([{"input_ids": [20] * 200}] * 4)
+        blank = batch["position_ids"][:, 1] == 1
+        return [positions[first].tolist() for positions, first in zip(batch["position_ids"][:, 0], blank, strict=True)]
+
+    assert all(len(row) > 3 and row == sorted(row) for row in starts(False))
+    assert not any(row == sorted(row) for row in starts(True))
+
+
 def test_shifted_labels_are_the_same_targets(tokenizer):
     rows = [
         DataCollatorForBlankInfilling(tokenizer, max_length=96, seed=3, shift_labels=shift)([{"text": TEXTS[0]}])

@@ -19,7 +19,7 @@ NOT_RUN = {
     "of a model at hand": 7,
     "needs another engine": 2,
     "needs several GPUs": 1,
-    "needs a package of an extra": 2,
+    "needs a package of an extra": 3,
     "needs a GPU, bf16 being TRL's default": 1,
     "pushes to the Hub": 1,
     "needs the files of a release": 1,

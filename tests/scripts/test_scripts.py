@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
@@ -85,6 +87,7 @@ STUDIES = {
     "length_extrapolation": "--steps 2 --length 16 --eval-tokens 512",
     "stability": "--steps 10 --rates 1e-3 10 --seeds 0 --hidden-size 32",
     "scaling_law": "--widths 8 16 24 32 --tokens-per-parameter 0.3 --eval-tokens 4096",
+    "blank_infilling": "--steps 2 --seeds 0 --words 8 --vocabulary 300 --length 48 --hidden-size 16",
     "efficiency": "--lengths 64 128 --hidden-size 64 --vocabulary 2000 --train-tokens 32 --rounds 1",
 }
 
@@ -98,8 +101,30 @@ def test_a_study_writes_table_numbers_and_plot(study, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     if study == "stability":
         assert {name for name, runs in results.items() if runs[-1]["diverged"]} >= {"plain head", "plain head + max-z"}
+    if study == "blank_infilling":
+        assert {name for name, (run,) in results["models"].items() if 1 < run["perplexity"] < 600} == set(
+            results["models"]
+        )
     if study == "efficiency":
         assert results["int4_gb"]["ChatGLM2-6B"]["8192"] < 6 < results["int4_gb"]["ChatGLM-6B"]["8192"]
+
+
+def test_perplexity_by_length(checkpoint, tmp_path):
+    text = "人工智能正在改变世界。Hello, world. " * 20
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    words = [checkpoint, "--data", tmp_path / "text.txt", "--output", tmp_path / "out", "--lengths"]
+    done = script("perplexity.py", *words, 16, 48)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False)["input_ids"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+    for length in (16, 48):
+        stretches = ids[: len(ids) // length * length].view(-1, length)
+        with torch.no_grad():
+            loss = model(stretches, labels=stretches).loss
+        assert found[str(length)] == pytest.approx(loss.exp().item(), rel=1e-3)
+    done = script("perplexity.py", *words, 10_000)
+    assert done.returncode == 2 and "tokens, so each must be from 2 to" in done.stderr
 
 
 def test_the_law_is_found_in_its_own_values():

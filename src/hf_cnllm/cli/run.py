@@ -2,8 +2,8 @@
 
 `hf-cnllm run trl sft …` runs a console script of an installed package, `hf-cnllm run -m lm_eval …` a module and
 `hf-cnllm run train.py …` a file, each in this process and as if started without us: `sys.argv`, exit codes, signals and
-errors are the tool's own. Launchers that start further processes are told to start them through here too, and the models of
-`transformers serve` stop where a reply of a chat ends.
+errors are the tool's own. Launchers that start further processes are told to start them through here too, lm-eval finds this
+package's tasks, and the models of `transformers serve` stop where a reply of a chat ends.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .._compat import name_in_transformers
 from ..auto import FAMILIES
 from ..data.conversations import reply_end_ids
+from ..evaluation import TASKS
 from ..recipes import config_file
 
 
@@ -132,12 +133,25 @@ def _before_the_script(parser: argparse.ArgumentParser, arguments: list[str]) ->
 
 def _our_config_file(options: list[str]) -> list[str]:
     """With the path of an accelerate configuration of this package where there is its name, as in `--config_file fsdp2.yaml`."""
+    return _with_path(options, "--config_file", lambda name: config_file(name, "accelerate"))
+
+
+def _with_path(options: list[str], option: str, path_of: Callable[[str], str]) -> list[str]:
+    """With `path_of` the value of an option, as in `--option value` or `--option=value`."""
     words = []
     for before, word in zip(["", *options], options, strict=False):
-        flag, equals, name = word.rpartition("=")
-        is_named = before == "--config_file" or flag == "--config_file"
-        words.append(flag + equals + config_file(name, "accelerate") if is_named else word)
+        flag, equals, value = word.rpartition("=")
+        is_value = before == option or flag == option
+        words.append(flag + equals + path_of(value) if is_value else word)
     return words
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------------------------
+
+
+def _lm_eval(arguments: list[str]) -> list[str]:
+    """`--include_path hf_cnllm` is the folder of this package's tasks."""
+    return _with_path(arguments, "--include_path", lambda name: str(TASKS) if name == "hf_cnllm" else name)
 
 
 # --- transformers serve -----------------------------------------------------------------------------------------------
@@ -169,6 +183,8 @@ LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {  # what is done first
     "accelerate": _accelerate,
     "accelerate-launch": _accelerate_launch,
     "accelerate.commands.launch": _accelerate_launch,
+    "lm-eval": _lm_eval,
+    "lm_eval": _lm_eval,
     "torch.distributed.run": _torchrun,
     "torchrun": _torchrun,
     "transformers": _transformers,

@@ -237,6 +237,7 @@ class DataCollatorForBlankInfilling:
         shift_labels: False for GLM, whose loss takes labels as they are; True for ChatGLM-6B, whose loss shifts them.
         pad_to_multiple_of: round the batch's length up.
         seed: of the randomness. The workers of a DataLoader have their own, which follow from this one and torch's.
+        shuffle_spans: whether the spans of a text follow in random order, as GLM is trained; else from left to right.
 
     Returns (when called with a list of texts) tensors:
         `input_ids`, `attention_mask` (1 for tokens, 0 for padding, which is on the right) and `labels`,
@@ -253,6 +254,7 @@ class DataCollatorForBlankInfilling:
     shift_labels: bool = False
     pad_to_multiple_of: int | None = None
     seed: int = 0
+    shuffle_spans: bool = True
 
     def __post_init__(self):
         self.control = ControlTokens.of(self.tokenizer)
@@ -303,7 +305,8 @@ class DataCollatorForBlankInfilling:
             spans = sample_token_spans(len(tokens), rng, self.mask_rate)
         elif objective == "document":
             spans = sample_document_span(len(tokens), rng)
-        return objective, make_example(tokens, spans, self.control.masks[objective], self.control, rng)
+        order = rng if self.shuffle_spans else None
+        return objective, make_example(tokens, spans, self.control.masks[objective], self.control, order)
 
     def pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Rows as one batch, padded on the right."""
