@@ -40,6 +40,20 @@ def test_no_equivalent(golden, target, reasons, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_llama_has_no_divided_positions_in_half_turned_heads(checkpoint, tmp_path, capsys):
+    line = refused(capsys, checkpoint("chatglm2-32k"), tmp_path / "out", "llama")
+    assert "`rope_ratio`" in line and "--to glm" in line and not (tmp_path / "out").exists()
+
+
+def test_a_bias_that_only_llama_has_stays_zero(exported, tmp_path, capsys):
+    shutil.copytree(exported("chatglm2-llama"), tmp_path / "trained")
+    tensors = load_file(tmp_path / "trained" / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.bias"][3] = 0.5
+    save_file(tensors, tmp_path / "trained" / "model.safetensors")
+    line = refused(capsys, tmp_path / "trained", tmp_path / "out", "original")
+    assert "model.layers.1.self_attn.o_proj.bias was trained" in line and not (tmp_path / "out").exists()
+
+
 def test_an_export_is_no_checkpoint_of_these_families(exported, tmp_path, capsys):
     assert "LlamaConfig of transformers" in refused(capsys, exported("baichuan"), tmp_path / "out", "llama")
 
