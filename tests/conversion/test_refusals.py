@@ -97,6 +97,10 @@ def with_an_index_that_leads_out(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x"}}))
 
 
+def with_settings(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -107,6 +111,10 @@ def with_an_index_that_leads_out(folder):
         (with_a_missing_shard, "lacks model-00001-of-00002.safetensors"),
         (with_an_index_that_leads_out, "outside of the checkpoint's folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+        (with_settings("generation_config.json", '{"do_sample": tr'), "generation_config.json is damaged"),
+        (with_settings("generation_config.json", "[1]"), "generation_config.json is damaged: it is no object"),
+        (with_settings("generation_config.json", '{"eos_token_id": "</s>"}'), "`eos_token_id` is '</s>'"),
+        (with_settings("tokenizer_config.json", '{"model_max'), "tokenizer_config.json is damaged"),
     ],
 )
 def test_a_damaged_source(change, reason, checkpoint, tmp_path, capsys):
