@@ -168,7 +168,7 @@ def gguf(session: nox.Session) -> None:
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]")
+    session.install("-c", "constraints.txt", "-e", ".[dev,export,quantize]", "openvino")
     tests = ("tests/integrations", "tests/conversion", "tests/training/test_quantized_training.py")
     session.run("pytest", "-m", "not sweep", *tests, *session.posargs, env=OFFLINE)
 

@@ -37,7 +37,7 @@ def logits_with(folder, adapter):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", ["baichuan", "qwen", "chatglm2", "chatglm2-mha"])
+@pytest.mark.parametrize("name", ["baichuan", "qwen", "chatglm2", "chatglm2-mha", "chatglm2-llama"])
 def test_lora(name, config, checkpoint, exported, tmp_path):
     expected = adapted(checkpoint(name), CONFIGS[config], tmp_path / "adapter")
     words = [tmp_path / "adapter", tmp_path / "out", "--to", KINDS[name].target, "--base", exported(name)]

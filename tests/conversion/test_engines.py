@@ -36,11 +36,22 @@ def test_transformers_serve(name, checkpoint, exported, server):
     assert completion.choices[0].message.content == expected and length
 
 
+def with_onnx_runtime(file, inputs):
+    runtime = pytest.importorskip("onnxruntime", reason="the lane `integrations` installs it")
+    return runtime.InferenceSession(file).run(None, inputs)[0]
+
+
+def with_openvino(file, inputs):
+    openvino = pytest.importorskip("openvino", reason="the lane `integrations` installs it")
+    exactly = {"INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.compile_model(file, "CPU", exactly)(inputs)[0]
+
+
+@pytest.mark.parametrize("engine", [with_onnx_runtime, with_openvino])
 @pytest.mark.parametrize("name", CHATS)
-def test_onnx(name, exported, checkpoint, tmp_path):
-    """docs/export.md's lines, and ONNX Runtime, at sizes that the example did not have."""
+def test_onnx(name, engine, exported, checkpoint, tmp_path):
+    """docs/export.md's lines, and what reads ONNX, at sizes that the example did not have."""
     pytest.importorskip("onnxscript", reason="the lane `integrations` installs it")
-    runtime = pytest.importorskip("onnxruntime")
     model = AutoModelForCausalLM.from_pretrained(exported(name)).eval().requires_grad_(False)
     ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -52,7 +63,7 @@ def test_onnx(name, exported, checkpoint, tmp_path):
         dynamic_shapes={"input_ids": free, "attention_mask": free, "use_cache": None},
         dynamo=True,
     )
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    (logits, *_) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+    inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    logits = engine(tmp_path / "model.onnx", inputs)
     expected = AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()(ids).logits
     assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4

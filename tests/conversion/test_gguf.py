@@ -26,6 +26,8 @@ KINDS = {
     "baichuan2": Kind("baichuan2_small", "baichuan-rope", "llama", BAICHUAN2),
     "baichuan2-13b": Kind("baichuan2_small", "baichuan-alibi", "baichuan", BAICHUAN2 | {"num_hidden_layers": 40}),
     "qwen": Kind("qwen", "qwen", "qwen2", IDS),
+    "chatglm2": Kind("chatglm2_small", "chatglm2", "llama", {"add_qkv_bias": True}),
+    "chatglm3": Kind("chatglm3_small", "chatglm2", "llama", {"add_qkv_bias": True}),
 }
 # What its converter leaves out of a `baichuan` file.
 OVERRIDES = {"baichuan2-13b": {"tokenizer.ggml.add_space_prefix": False}}

@@ -40,6 +40,20 @@ def test_no_equivalent(golden, target, reasons, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_llama_has_no_divided_positions_in_half_turned_heads(checkpoint, tmp_path, capsys):
+    line = refused(capsys, checkpoint("chatglm2-32k"), tmp_path / "out", "llama")
+    assert "`rope_ratio`" in line and "--to glm" in line and not (tmp_path / "out").exists()
+
+
+def test_a_bias_that_only_llama_has_stays_zero(exported, tmp_path, capsys):
+    shutil.copytree(exported("chatglm2-llama"), tmp_path / "trained")
+    tensors = load_file(tmp_path / "trained" / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.bias"][3] = 0.5
+    save_file(tensors, tmp_path / "trained" / "model.safetensors")
+    line = refused(capsys, tmp_path / "trained", tmp_path / "out", "original")
+    assert "model.layers.1.self_attn.o_proj.bias was trained" in line and not (tmp_path / "out").exists()
+
+
 def test_an_export_is_no_checkpoint_of_these_families(exported, tmp_path, capsys):
     assert "LlamaConfig of transformers" in refused(capsys, exported("baichuan"), tmp_path / "out", "llama")
 
@@ -83,6 +97,10 @@ def with_an_index_that_leads_out(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x"}}))
 
 
+def with_settings(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -93,6 +111,10 @@ def with_an_index_that_leads_out(folder):
         (with_a_missing_shard, "lacks model-00001-of-00002.safetensors"),
         (with_an_index_that_leads_out, "outside of the checkpoint's folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+        (with_settings("generation_config.json", '{"do_sample": tr'), "generation_config.json is damaged"),
+        (with_settings("generation_config.json", "[1]"), "generation_config.json is damaged: it is no object"),
+        (with_settings("generation_config.json", '{"eos_token_id": "</s>"}'), "`eos_token_id` is '</s>'"),
+        (with_settings("tokenizer_config.json", '{"model_max'), "tokenizer_config.json is damaged"),
     ],
 )
 def test_a_damaged_source(change, reason, checkpoint, tmp_path, capsys):

@@ -14,7 +14,9 @@ pytest.importorskip("vllm.version")  # not `vllm` alone: pytest's path could lea
 from vllm_engine.engine import continued, engine
 
 
-@pytest.mark.parametrize("name", ["baichuan", "baichuan2", "qwen", "chatglm2", "chatglm2-32k", "chatglm3"])
+@pytest.mark.parametrize(
+    "name", ["baichuan", "baichuan2", "qwen", "chatglm2", "chatglm2-32k", "chatglm3", "chatglm2-llama"]
+)
 def test_greedy(name, tmp_path):
     kind = KINDS[name]._replace(dtype=torch.float32)
     write_checkpoint(kind, tmp_path / "source", std=0.15, head_dim=HEAD_DIM)

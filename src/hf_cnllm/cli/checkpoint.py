@@ -1,6 +1,5 @@
 """What a command was given: a folder or a name on the Hub, of a checkpoint or of an adapter. Reads configurations only."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..auto import FAMILIES, Family, family_of
+from ..hub.json_files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIGS = ("config.json", ADAPTER_CONFIG)
@@ -89,7 +89,7 @@ def base_of_adapter(folder: Path) -> str:
         ValueError: it does not say, or names a folder that there is not.
     """
     file = folder / ADAPTER_CONFIG
-    base = _as_object(file).get("base_model_name_or_path")
+    base = read_object(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{file} does not say what the adapter is for (`base_model_name_or_path`). {_NAME_IT}")
     if _is_path(base) and not Path(base).is_dir():
@@ -138,7 +138,7 @@ def _read_config(name: str, folder: Path | None) -> Mapping[str, Any]:
             inside = sorted(str(file.parent) for file in folder.glob("*/*config.json") if file.name in CONFIGS)
             hint = f"; these are: {', '.join(dict.fromkeys(inside))}" if inside else ""
             raise FileNotFoundError(f"{name} is no checkpoint: it has neither {' nor '.join(CONFIGS)}{hint}")
-        return _as_object(folder / "config.json")
+        return read_object(folder / "config.json")
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
     except OSError as error:
@@ -147,13 +147,3 @@ def _read_config(name: str, folder: Path | None) -> Mapping[str, Any]:
         else:
             why = f"could not be had from the Hub ({' '.join(str(error).split())[:300]})"
         raise FileNotFoundError(f"there is no folder {name}, and a checkpoint of that name {why}") from error
-
-
-def _as_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it is no object with keys. Download it again.")
-    return content

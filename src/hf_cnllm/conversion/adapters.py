@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..hub.json_files import read_object
 from ..hub.saving import staged_folder
 from .roads import moved, road_of
 from .weights import normalized, write_tensors
@@ -39,7 +40,7 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
     """
     road = road_of(config, target)
     _check_base(base, target, road.config(config))
-    settings = json.loads((adapter / "adapter_config.json").read_bytes())
+    settings = read_object(adapter / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise ValueError(
             f"{adapter} is of the type {settings.get('peft_type')!r}, and only LoRA has a form there: {MERGE}"
@@ -79,7 +80,7 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
 
 def _check_base(base: Path, target: str, expected: Any) -> None:
     file = base / "config.json"
-    found = json.loads(file.read_bytes()) if file.is_file() else {}
+    found = read_object(file) if file.is_file() else {}
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if any(found.get(name) != getattr(expected, name) for name in names):
         raise ValueError(

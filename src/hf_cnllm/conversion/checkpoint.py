@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import family_of
+from ..hub.json_files import read_object
 from ..hub.saving import staged_folder
 from ..hub.weight_files import INDEXES, size_of
 from ..vllm.served import stop_ids
@@ -32,6 +33,7 @@ from .weights import (
 
 ORIGINAL = "original"  # folder in an export with what is needed to go back; engines leave one of this name alone
 LEFT_OVER = "left_over.safetensors"  # there: tensors that the export lacks, or has in another form
+SETTINGS = ("generation_config.json", "tokenizer_config.json")
 KEPT = {".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt", ""}  # suffixes of files that are no weights
 
 
@@ -50,6 +52,8 @@ def export_checkpoint(folder: Path, output: Path, target: str, progress: Progres
     """
     config = AutoConfig.from_pretrained(folder)
     road = road_of(config, target)
+    for file in filter(Path.is_file, (folder / name for name in SETTINGS)):
+        read_object(file)  # which names a damaged one
     source = read_source(folder, empty_model(config))
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     planned, kept = to_target(road, config, source)
@@ -85,7 +89,7 @@ def restore_checkpoint(folder: Path, output: Path, progress: Progress = lambda s
             f"{folder} has no {ORIGINAL}/config.json, which exports have: copy that folder there if this was trained from one"
         )
     config = AutoConfig.from_pretrained(kept)
-    model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    model_type = read_object(folder / "config.json").get("model_type")
     roads = (road for road in ROADS if road.target == model_type and isinstance(config, road.source))
     if (road := next(roads, None)) is None:
         raise ValueError(f"{folder} is of the model_type {model_type!r}, and not an export of what is in {ORIGINAL}")
@@ -170,12 +174,14 @@ def _drop_unset_lengths(file: Path) -> None:
 def _write_generation_config(folder: Path, config: Any, stops: list[int], file: Path) -> None:
     """As it was, but for answers ending where the family's chats end them: engines know nothing of the chats."""
     found = folder / file.name
-    values = json.loads(found.read_bytes()) if found.is_file() else {}
+    values = read_object(found) if found.is_file() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if (index := getattr(config, name)) is not None:
             values.setdefault(name, index)
-    ends = values.get("eos_token_id")
-    ends = [*([] if ends is None else [ends] if isinstance(ends, int) else ends), *stops]
-    if ends := list(dict.fromkeys(ends)):
+    given = values.get("eos_token_id")
+    ends = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"{found}: `eos_token_id` is {given!r}, and must be a token's number or a list of them")
+    if ends := list(dict.fromkeys([*ends, *stops])):
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

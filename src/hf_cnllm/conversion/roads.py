@@ -229,7 +229,7 @@ STILL = 1e16  # slows a turn down so that no position turns a channel by what fp
 def _llama_of_chatglm(config: Any) -> LlamaConfig:
     """ChatGLM2 turns half of a head's channels, Llama all. With the base squared, the first half of Llama's frequencies are
     ChatGLM2's, base^(-i / pairs), and Llama 3's scaling, which divides the frequencies below a bound, stops the others."""
-    base, pairs, length = rope_parameters(config)["rope_theta"], config.head_dim // 4, config.seq_length
+    base, pairs, length = rope_parameters(config)["rope_theta"], config.head_dim // 4, config.seq_length // 2
     # What is between base^(1 - 1 / pairs), the longest wave of ChatGLM2, and base, the shortest of the others.
     shorter, longer = (2 * math.pi * base ** (1 - quarters / (4 * pairs)) for quarters in (3, 1))
     rope = {
