@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_cnllm.loss import causal_lm
 from hf_cnllm.loss.causal_lm import causal_lm_loss, chunked_causal_lm_loss, reference_causal_lm_loss
 
 VOCAB = 37
@@ -127,12 +128,13 @@ def in_fp64(*tensors):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.05])
 @pytest.mark.parametrize("normalize", [False, True], ids=["linear", "norm"])
-def test_chunked_equals_reference(normalize, z_loss_weight, bias, dtype):
+def test_chunked_equals_reference(normalize, z_loss_weight, bias, dtype, monkeypatch):
     hidden_states, weight, bias, labels = make_head_batch(dtype=dtype, bias=bias)
     labels[:, 2:6] = -100
     options = {"normalize": normalize, "z_loss_weight": z_loss_weight, "scale": 3.0}
     expected = loss_and_gradients(reference_causal_lm_loss, *in_fp64(hidden_states, weight, bias), labels, **options)
-    for chunk_size in (1, 7, 512):
+    for chunk_size, rows_at_a_time in ((1, 7), (7, 1), (512, 8192)):
+        monkeypatch.setattr(causal_lm, "ROWS_AT_A_TIME", rows_at_a_time)
         actual = loss_and_gradients(
             chunked_causal_lm_loss, hidden_states, weight, bias, labels, chunk_size=chunk_size, **options
         )

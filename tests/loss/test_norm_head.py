@@ -38,6 +38,11 @@ def test_the_parameter_is_raw_and_the_attribute_effective(head):
     assert type(head.weight * 2) is torch.Tensor
 
 
+def test_on_the_meta_device_the_attribute_is_the_parameter():
+    head = NormHead(8, 11, device="meta")  # as while loading, which reads it for every shape it compares
+    assert head.weight is head.raw_weight
+
+
 @pytest.mark.parametrize(
     "write",
     [

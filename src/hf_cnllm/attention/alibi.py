@@ -199,8 +199,8 @@ def create_alibi_mask(
     dtype = torch.get_autocast_dtype(mask.device.type) if autocast else inputs_embeds.dtype
     is_little = not is_tracing(inputs_embeds) and mask.queries * mask.keys <= DENSE_PAIRS
     if backend == "eager" or mask.queries == 1 or is_little:
-        bias = slopes[:, None, None] * (keys - queries[:, None])
-        return bias.to(dtype)[None] + mask.additive(dtype)
+        bias = (slopes[:, None, None] * (keys - queries[:, None])).to(dtype)[None]
+        return bias if mask.hides_nothing else bias + mask.additive(dtype)
     scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
     if not _is_padding_only(mask):
         return fold_alibi(slopes, queries, keys, None, scaling, dtype, mask.additive(dtype))

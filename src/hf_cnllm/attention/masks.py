@@ -76,6 +76,12 @@ class AttentionMask:
     def key_positions(self) -> torch.Tensor:
         return torch.arange(self.keys, device=self.device)
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether this is one query of each row that sees every key, as in decoding without padding."""
+        is_free = self.sequences is None and self.complete is None
+        return is_free and self.queries == 1 and isinstance(self.past, int) and self.keys == self.past + 1
+
     def additive(self, dtype: torch.dtype) -> torch.Tensor:
         """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look: unlike −inf, it leaves a row
         finite that may look nowhere, as all padding does here."""

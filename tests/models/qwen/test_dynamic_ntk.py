@@ -26,7 +26,8 @@ def test_the_table_holds_the_originals_formula(seq_length, factor, dim):
     length = max(1, round(seq_length * factor))
     rotary = DynamicNtkRotaryEmbedding(dim, 10_000, seq_length)
     selected = rotary.inv_freq_for(torch.tensor([[length]]))
-    assert torch.equal(selected[0, 0], inverse_frequencies(dim, 10_000, [ntk_alpha(length, seq_length)])[0])
+    base = 10_000 * ntk_alpha(length, seq_length) ** (dim / (dim - 2))
+    assert torch.equal(selected[0, 0], 1.0 / (base ** (torch.arange(0, dim, 2).float() / dim)))
 
 
 @pytest.mark.parametrize("doublings", range(DOUBLINGS))
