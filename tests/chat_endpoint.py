@@ -35,9 +35,13 @@ class Chat:
     chance: random.Random = field(default_factory=lambda: random.Random(0))
     seen: Counter = field(default_factory=Counter)  # prompts, and faults
     requests: list[dict] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    arrived: threading.Condition = field(default_factory=threading.Condition)
     ended: threading.Event = field(default_factory=threading.Event)
     url: str = ""
+
+    def wait_for_requests(self, number: int, timeout: float = 300) -> None:
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.requests) >= number, timeout), len(self.requests)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,10 +54,11 @@ class Handler(BaseHTTPRequestHandler):
         chat: Chat = self.server.chat
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = asked["messages"][0]["content"]
-        with chat.lock:
+        with chat.arrived:
             fault = chat.chance.choice(list(chat.faults)) if chat.chance.random() < chat.share else None
             chat.seen.update([prompt, *([fault] if fault else [])])
             chat.requests.append(asked | {"authorization": self.headers["Authorization"]})
+            chat.arrived.notify_all()
         if fault is None:
             text, finish = chat.reply(prompt)
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}

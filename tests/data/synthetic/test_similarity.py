@@ -20,13 +20,13 @@ class Words:
         return words(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(ENGLISH, max_size=4), ENGLISH, THRESHOLDS)
 def test_english_is_similar_where_rouge_score_says_so(texts, text, threshold):
     agrees(rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), texts, text, threshold)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(MIXED, max_size=4), MIXED, THRESHOLDS)
 def test_chinese_is_similar_where_rouge_score_says_so_of_its_words(texts, text, threshold):
     agrees(rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words()), texts, text, threshold)

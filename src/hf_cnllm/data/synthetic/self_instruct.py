@@ -74,9 +74,7 @@ class Settings:
     max_requests: int = 1000  # for tasks
     rouge: float = 0.7
     max_tokens: int = 2048  # of a reply
-    temperature: float = (
-        1.0  # that tasks are sampled at; kinds and instances are the most probable ones, as in the paper
-    )
+    temperature: float = 1.0  # of tasks; kinds and instances are the most probable ones, as in the paper
     top_p: float = 1.0
     attempts: int = 3
     seed: int = 0
@@ -130,12 +128,11 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
                 ]
             else:
                 tasks = _make_instances(settings, seeds, drafts, asker, ledger, kinds)
+            reasons = [None if task.instances else "no_instance" for task in tasks]
             whole = [
                 task
-                for number, task in enumerate(tasks)
-                if ledger.decide(
-                    "tasks", f"tasks/{number}", task.instruction, None if task.instances else "no_instance"
-                )
+                for number, (task, reason) in enumerate(zip(tasks, reasons, strict=True))
+                if ledger.decide("tasks", f"tasks/{number}", task.instruction, reason)
             ]
             statistics = {
                 "requests": asker.statistics(),
