@@ -242,7 +242,7 @@ def build_ice_backend(model: SentencePieceModel, do_lower_case: bool = False, re
     return backend
 
 
-def symbols_as_text(backend: Tokenizer, rules: normalizers.Sequence) -> normalizers.Normalizer:
+def symbols_as_text(backend: Tokenizer, rules: Any) -> normalizers.Normalizer:
     """Makes ChatGLM-6B's `backend` take the names of the white-space symbols, `<n>` say, for text, together with the normalizer that
     it returns in place of `rules`."""
     steps = list(rules)
