@@ -285,12 +285,15 @@ def test_threads_of_the_library(monkeypatch, parallelism, threads):
     assert set(used) == {threads}
 
 
-def test_workers():
-    """Of a DataLoader, which are forked from a process whose tokenizer has threads behind it."""
+@pytest.mark.parametrize("options", [{}, {"return_offsets_mapping": True}], ids=str)
+def test_workers(options):
+    """Of a DataLoader, which are forked from a process whose backend has threads."""
     tokenizer = load("chatglm1_small")
     texts = [f"{TIE} {MARKED} {number}" for number in range(8)]
-    expected = tokenizer(texts)["input_ids"]
-    loader = DataLoader(
-        texts, batch_size=4, num_workers=2, collate_fn=lambda batch: tokenizer(batch)["input_ids"], timeout=60
-    )
+    expected = tokenizer(texts, return_offsets_mapping=True)["input_ids"]
+
+    def encode(batch):
+        return tokenizer(batch, **options)["input_ids"]
+
+    loader = DataLoader(texts, batch_size=4, num_workers=2, collate_fn=encode, timeout=60)
     assert [row for batch in loader for row in batch] == expected

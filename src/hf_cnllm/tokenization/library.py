@@ -9,7 +9,7 @@ has offsets, added tokens, words, pairs and truncation as ever.
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 from tokenizers import NormalizedString, PreTokenizedString, Token, Tokenizer
 from tokenizers.models import Unigram
+from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from .charsmap import APART, BORDER
-from .sentencepiece import WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
+from .sentencepiece import SPACE, WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
 
 PROBE = "Ａ b"  # what others make of it: lower case, no NFKC, no ▁ in front, …
 SHORTEST_PART = 500  # characters; BPE's queue of merges is the slower the longer it is
@@ -33,6 +34,7 @@ class SentencePieceLibrary:
     Args:
         read: gives the vocabulary. It goes into pickles, so it must not depend on files.
         prepare: what the original does to a text before the library gets it.
+        written: the replacements that this is, in their order.
         lost: characters that the backend's normalizer uses as marks, so that it does not do what the library does.
         model: what `read` gives, if that is known.
     """
@@ -42,10 +44,11 @@ class SentencePieceLibrary:
         read: Callable[[], SentencePieceModel],
         backend: Tokenizer,
         prepare: Callable[[str], str] = str,
+        written: Mapping[str, str] | None = None,
         lost: Sequence[str] = (),
         model: SentencePieceModel | None = None,
     ):
-        self.read, self.prepare, self.lost = read, prepare, (APART, BORDER, *lost)
+        self.read, self.prepare, self.written, self.lost = read, prepare, written or {}, (APART, BORDER, *lost)
         self.decides = isinstance(backend.model, Unigram)  # whether its ids, not the backend's, are the tokenizer's
         self._rules = _rules(backend)
         if model is not None:
@@ -104,6 +107,13 @@ class SentencePieceLibrary:
         proto.trainer_spec.byte_fallback = False
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
+    @cached_property
+    def rules(self) -> dict[str, str]:
+        """For single characters that are not in the name of a symbol, and do not vanish (places in the text would)."""
+        rules = self.model.charsmap.characters if self.model.charsmap else {}
+        exempt = {*self.model.symbols, *map(chr, range(0x20, 0x7F))}
+        return {char: to for char, to in rules.items() if to and char not in exempt}
+
     # ---- ids ----
 
     def takes(self, text: str) -> bool:
@@ -161,14 +171,23 @@ class SentencePieceLibrary:
         if not self.decides or _rules(backend) != self._rules:
             return backend
         other = Tokenizer(backend.model)
-        if backend.normalizer is not None:
-            other.normalizer = backend.normalizer
+        other.normalizer = self.normalizer_like(backend.normalizer)
         other.pre_tokenizer = PreTokenizer.custom(self)
         if backend.post_processor is not None:
             other.post_processor = backend.post_processor
         other.encode_special_tokens = backend.encode_special_tokens
         other.add_tokens(list(backend.get_added_tokens_decoder().values()))
         return other
+
+    def normalizer_like(self, rules: Any, are_symbols_text: bool = False) -> Any:
+        """`rules`, which are the vocabulary's own, at less cost: most texts have nothing that most of the steps look for.
+
+        Args:
+            are_symbols_text: what `rules` do with the user-defined symbols in a text.
+        """
+        if rules is None or rules.normalize_str(PROBE) != self._normalizer.normalize(PROBE):
+            return rules
+        return Normalizer.custom(_Shortcut(self, rules, "<" if are_symbols_text else None))
 
     def pre_tokenize(self, text: PreTokenizedString) -> None:
         """For `tokenizers`: splits the text's sections into words as the backend does, and gives each word its tokens."""
@@ -230,6 +249,36 @@ class SentencePieceLibrary:
             first = int(self.model.texts[index][3:5], 16)
             lengths[index] = next((size for size, least in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if first >= least), 1)
         return lengths
+
+
+class _Shortcut:
+    """A normalizer for `tokenizers`."""
+
+    def __init__(self, library: SentencePieceLibrary, rules: Any, foreign: str | None):
+        self.library, self.rules, self.foreign = library, rules, foreign
+
+    def normalize(self, section: Any) -> None:
+        library, text = self.library, section.normalized
+        spaced = library.prepare(text)
+        changes = {char: library.rules[char] for char in set(text) & library.rules.keys()}
+        form = spaced
+        for char, to in changes.items():
+            form = form.replace(char, to)
+        form = SPACE * library.model.add_dummy_prefix + form.replace(" ", SPACE)
+        has_foreign = self.foreign is not None and self.foreign in text
+        if has_foreign or not library.takes(text) or library._normalizer.normalize(spaced) != form:
+            self.rules.normalize(section)
+            return
+        if spaced != text:
+            for space, name in library.written.items():
+                if space in text:
+                    section.replace(space, name)
+                    text = text.replace(space, "\0")
+        for char, to in changes.items():
+            section.replace(char, to)
+        if library.model.add_dummy_prefix:
+            section.prepend(SPACE)
+        section.replace(" ", SPACE)
 
 
 def joined(rows: list[list[int]]) -> list[int]:

@@ -32,6 +32,7 @@ from .vocabulary_chatglm import (
     STAND_INS,
     TOKENIZER_MODEL,
     VERSIONS,
+    WHITE_SPACE,
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
@@ -189,7 +190,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         elif not (self.do_lower_case or self.remove_space):
             read = partial(read_ice_model, num_image_tokens=self.num_image_tokens)
             self.library = SentencePieceLibrary.of_file(
-                vocab_file, backend, read, prepare=write_white_space, lost=STAND_INS, model=model
+                vocab_file, backend, read, prepare=write_white_space, written=WHITE_SPACE, lost=STAND_INS, model=model
             )
 
     @property
@@ -468,7 +469,10 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
         plain = super()._without_control_tokens(control)
-        return symbols_as_text(plain) if self._version.vocab_file == ICE_TEXT else plain
+        if self._version.vocab_file == ICE_TEXT and self._tokenizer.normalizer:
+            rules = symbols_as_text(plain, self._tokenizer.normalizer)
+            plain.normalizer = self.library.normalizer_like(rules, are_symbols_text=True) if self.library else rules
+        return plain
 
     def read_messages(self, conversation: Any) -> list[dict[str, Any]]:
         return (as_chatglm3_messages if self.generation == "chatglm3" else plain_messages)(conversation)

@@ -242,13 +242,13 @@ def build_ice_backend(model: SentencePieceModel, do_lower_case: bool = False, re
     return backend
 
 
-def symbols_as_text(backend: Tokenizer) -> Tokenizer:
-    """Makes ChatGLM-6B's `backend` take the names of the white-space symbols, `<n>` say, for text; returns it."""
-    steps = list(backend.normalizer)
+def symbols_as_text(backend: Tokenizer, rules: Any) -> normalizers.Normalizer:
+    """Makes ChatGLM-6B's `backend` take the names of the white-space symbols, `<n>` say, for text, together with the normalizer that
+    it returns in place of `rules`."""
+    steps = list(rules)
     # Where text still tells its own brackets from those of the symbols: break every name, and cut there afterwards.
     names = any_of([symbol[1:] for symbol in WHITE_SPACE.values()])
     steps[-2:-2] = [normalizers.Replace(Regex(f"(?<=<)(?={names})"), _BREAK)]
-    backend.normalizer = normalizers.Sequence(steps)
     others = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(_BREAK, "removed"), *others])
-    return backend
+    return normalizers.Sequence(steps)
