@@ -11,13 +11,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 pytest.importorskip("rapidfuzz", reason="needs the extra data")
 pytest.importorskip("openai", reason="needs the extra data")
 
 from chat_endpoint import JUNK, chat_endpoint
-from hf_cnllm.data.conversations import read_conversations
-from hf_cnllm.data.synthetic.chat_models import Endpoint, Failure, Reply
+from hf_cnllm.data.conversations import encode_conversations, read_conversations, reply_end_ids
+from hf_cnllm.data.synthetic.chat_models import Endpoint, Failure, Local, Reply
 from hf_cnllm.data.synthetic.journal import Journal, ModelGone
 from hf_cnllm.data.synthetic.self_instruct import STYLES, Settings, run
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
@@ -346,17 +348,8 @@ def test_a_model_that_says_nothing_of_use_comes_to_an_end(tmp_path):
 # ---- on a model of the demo ----
 
 
-def recipe(name, *words):
-    command = [sys.executable, "-m", f"hf_cnllm.recipes.{name}", *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_a_model_of_the_demo_is_asked_through_a_pipeline(tmp_path, style):
-    from hf_cnllm.data.synthetic.chat_models import Local
-
     write_tiny_checkpoint("qwen", tmp_path / "model")
     model = Local(str(tmp_path / "model"))
     statistics = make(tmp_path / "out", model, style=style, max_requests=3, max_tokens=24)
@@ -370,11 +363,19 @@ def test_a_model_of_the_demo_is_asked_through_a_pipeline(tmp_path, style):
 
 
 @pytest.mark.slow
-def test_a_model_of_the_demo_that_learned_to_answer_makes_data_that_fine_tuning_takes(tmp_path):
-    """Random weights say nothing of use. These have learned one reply to each kind of prompt."""
-    listed = ["Name two uses of an old newspaper", "Compare tea and coffee in one sentence", "给小学生解释什么是潮汐"]
+def test_a_model_of_the_demo_that_learned_the_replies_makes_the_same_data(tmp_path):
+    """Random weights say nothing of use. These have learned what a teacher replied to the same prompts."""
+    seeds = [
+        {"instruction": "Name a river of Asia", "instances": [{"output": "Mekong"}], "is_classification": False},
+        {
+            "instruction": "Is it sweet or sour?",
+            "instances": [{"input": "lemon", "output": "sour"}],
+            "is_classification": True,
+        },
+    ]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seeds))
     replies = {
-        "instructions": "\n".join(f"{number}. {text}" for number, text in enumerate(listed, start=9)),
+        "instructions": "3. Compare tea and coffee in one sentence\n4. Draw a map of the town\n5. Is the animal wild or tame?",
         "classification": "No",
         "instances": "Example 1\nInput: today\nOutput: It is a fine day.",
     }
@@ -383,43 +384,34 @@ def test_a_model_of_the_demo_that_learned_to_answer_makes_data_that_fine_tuning_
         def answer(self, requests):
             for request in requests:
                 text = replies[request.key.partition("/")[0]]
-                learned.append({"prompt": request.prompt, "response": text})
+                messages = [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": text}]
+                learned.append({"messages": messages})
                 yield request, Reply(text)
 
     learned = []
-    options = {"languages": ("en",), "max_requests": 8, "tasks": 10}
+    options = {
+        "seeds": tmp_path / "seeds.jsonl",
+        "languages": ("en",),
+        "max_requests": 1,
+        "max_tokens": 96,
+        "temperature": 0,
+    }
     make(tmp_path / "taught", Teacher(), **options)
-    (tmp_path / "learn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in learned * 6))
     write_tiny_checkpoint("baichuan", tmp_path / "model")
-    words = [
-        "--learning_rate",
-        "3e-3",
-        "--num_train_epochs",
-        "4",
-        "--max_length",
-        "2048",
-        "--per_device_train_batch_size",
-        "4",
-    ]
-    done = recipe(
-        "sft",
-        "--model",
-        tmp_path / "model",
-        "--data",
-        tmp_path / "learn.jsonl",
-        "--output",
-        tmp_path / "learned",
-        *words,
-    )
-    assert done.returncode == 0, done.stderr
-    words = ["--languages", "en", "--max-requests", "4", "--tasks", "3", "--max-tokens", "128", "--temperature", "0"]
-    done = recipe("self_instruct", "--model", tmp_path / "learned", "--output", tmp_path / "out", *words)
-    assert done.returncode == 0, done.stderr + done.stdout
-    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    examples, _ = encode_conversations(tokenizer, learned, reply_end_ids(tokenizer, model.generation_config))
+    batch = DataCollatorForSeq2Seq(tokenizer)(examples)
+    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.inf
+    for _ in range(200):
+        if loss < 0.01:
+            break
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "model")
+    statistics = make(tmp_path / "out", Local(str(tmp_path / "model")), **options)
     balances(tmp_path / "out", statistics)
-    assert statistics["tasks"]["kept"] == 3 and statistics["instructions"]["discarded"]["similar"] == 9
-    data = tmp_path / "out" / "instructions.jsonl"
-    done = recipe(
-        "sft", "--model", tmp_path / "learned", "--data", data, "--output", tmp_path / "next", "--max_steps", "1"
-    )
-    assert done.returncode == 0, done.stderr
+    assert statistics["tasks"]["kept"] == 2 and statistics["instructions"]["discarded"] == {"forbidden_word": 1}
+    assert results(tmp_path / "out") == results(tmp_path / "taught")
