@@ -1,6 +1,7 @@
 """An OpenAI-compatible endpoint that answers by a function of the prompt, and goes wrong as real ones do, by chance or always."""
 
 import json
+import os
 import random
 import socket
 import struct
@@ -76,6 +77,7 @@ class Handler(BaseHTTPRequestHandler):
                     return
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
             self.close_connection = True
         elif fault in JUNK:
             junk = JUNK[fault]

@@ -2,10 +2,6 @@
 point. Whatever is read of replies is taken, or discarded and counted."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +13,7 @@ pytest.importorskip("openai", reason="needs the extra data")
 
 from chat_endpoint import JUNK, chat_endpoint
 from hf_cnllm.data.conversations import read_conversations
-from hf_cnllm.data.synthetic.chat_models import Endpoint, Failure, Reply
+from hf_cnllm.data.synthetic.chat_models import Endpoint, Failure, Local, Reply
 from hf_cnllm.data.synthetic.journal import Journal, ModelGone
 from hf_cnllm.data.synthetic.self_instruct import STYLES, Settings, run
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
@@ -222,28 +218,6 @@ def test_more_tasks_go_on_behind_the_end(tmp_path):
     make(tmp_path / "out", Page(most=0), tasks=60)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 9, 30])
-def test_a_killed_run_goes_on(tmp_path, after):
-    make(tmp_path / "whole")
-    with chat_endpoint(reply, ["500", "no json", "reset"], share=0.3) as chat:
-        command = [sys.executable, "-m", "hf_cnllm.recipes.self_instruct", "--model", "m", "--base-url", chat.url]
-        command += ["--output", str(tmp_path / "out"), "--tasks", "20", "--attempts", "50", "--retries", "0"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        with subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
-        ) as process:
-            chat.wait_for_requests(after)
-            process.send_signal(signal.SIGKILL)
-        before = Counter((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines())
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert results(tmp_path / "out") == results(tmp_path / "whole")
-    lines = Counter((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines())
-    replies = [json.loads(line)["key"] for line in lines if b'"reply"' in line]
-    assert len(replies) == len(set(replies)) and len(before - lines) <= 1, "half a line at most"
-
-
 # ---- what cannot be ----
 
 
@@ -346,17 +320,8 @@ def test_a_model_that_says_nothing_of_use_comes_to_an_end(tmp_path):
 # ---- on a model of the demo ----
 
 
-def recipe(name, *words):
-    command = [sys.executable, "-m", f"hf_cnllm.recipes.{name}", *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_a_model_of_the_demo_is_asked_through_a_pipeline(tmp_path, style):
-    from hf_cnllm.data.synthetic.chat_models import Local
-
     write_tiny_checkpoint("qwen", tmp_path / "model")
     model = Local(str(tmp_path / "model"))
     statistics = make(tmp_path / "out", model, style=style, max_requests=3, max_tokens=24)
@@ -367,59 +332,3 @@ def test_a_model_of_the_demo_is_asked_through_a_pipeline(tmp_path, style):
     (tmp_path / "out" / "journal.jsonl").write_bytes(b"".join(written.splitlines(keepends=True)[:2]))
     make(tmp_path / "out", model, style=style, max_requests=3, max_tokens=24)
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == written, "a reply does not depend on those before"
-
-
-@pytest.mark.slow
-def test_a_model_of_the_demo_that_learned_to_answer_makes_data_that_fine_tuning_takes(tmp_path):
-    """Random weights say nothing of use. These have learned one reply to each kind of prompt."""
-    listed = ["Name two uses of an old newspaper", "Compare tea and coffee in one sentence", "给小学生解释什么是潮汐"]
-    replies = {
-        "instructions": "\n".join(f"{number}. {text}" for number, text in enumerate(listed, start=9)),
-        "classification": "No",
-        "instances": "Example 1\nInput: today\nOutput: It is a fine day.",
-    }
-
-    class Teacher(Page):
-        def answer(self, requests):
-            for request in requests:
-                text = replies[request.key.partition("/")[0]]
-                learned.append({"prompt": request.prompt, "response": text})
-                yield request, Reply(text)
-
-    learned = []
-    options = {"languages": ("en",), "max_requests": 8, "tasks": 10}
-    make(tmp_path / "taught", Teacher(), **options)
-    (tmp_path / "learn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in learned * 6))
-    write_tiny_checkpoint("baichuan", tmp_path / "model")
-    words = [
-        "--learning_rate",
-        "3e-3",
-        "--num_train_epochs",
-        "4",
-        "--max_length",
-        "2048",
-        "--per_device_train_batch_size",
-        "4",
-    ]
-    done = recipe(
-        "sft",
-        "--model",
-        tmp_path / "model",
-        "--data",
-        tmp_path / "learn.jsonl",
-        "--output",
-        tmp_path / "learned",
-        *words,
-    )
-    assert done.returncode == 0, done.stderr
-    words = ["--languages", "en", "--max-requests", "4", "--tasks", "3", "--max-tokens", "128", "--temperature", "0"]
-    done = recipe("self_instruct", "--model", tmp_path / "learned", "--output", tmp_path / "out", *words)
-    assert done.returncode == 0, done.stderr + done.stdout
-    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
-    balances(tmp_path / "out", statistics)
-    assert statistics["tasks"]["kept"] == 3 and statistics["instructions"]["discarded"]["similar"] == 9
-    data = tmp_path / "out" / "instructions.jsonl"
-    done = recipe(
-        "sft", "--model", tmp_path / "learned", "--data", data, "--output", tmp_path / "next", "--max_steps", "1"
-    )
-    assert done.returncode == 0, done.stderr
