@@ -78,21 +78,25 @@ def test_ctrl_c(command, capsys):
     assert cli.main(["try"]) == cli.INTERRUPTED and "interrupted" in capsys.readouterr().err
 
 
-def test_termination_runs_the_clean_up_and_the_handler_is_put_back(command):
+@pytest.mark.parametrize("ending", cli.ENDINGS)
+def test_termination_runs_the_clean_up_and_the_handler_is_put_back(ending, command):
     cleaned = []
 
     def run(args: argparse.Namespace) -> int:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ending)
             signal.pause()
         finally:
             cleaned.append(True)
 
     command.run = run
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["try"])
-    assert exit.value.code == cli.TERMINATED and cleaned and signal.getsignal(signal.SIGTERM) is before
+    inherited = signal.signal(ending, signal.SIG_DFL)  # nohup ignores SIGHUP
+    try:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["try"])
+        assert exit.value.code == 128 + ending and cleaned and signal.getsignal(ending) is signal.SIG_DFL
+    finally:
+        signal.signal(ending, inherited)
 
 
 def test_help_names_every_command_and_imports_none():

@@ -148,15 +148,10 @@ def test_stopped_in_the_middle(error, checkpoint, tmp_path, monkeypatch, capsys)
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_a_file_that_grows_too_large(checkpoint, tmp_path, capsys):
+def test_a_file_that_grows_too_large(checkpoint, tmp_path, capsys, files_up_to):
     """What safetensors makes of it is an error of the disk."""
-    resource = pytest.importorskip("resource", reason="Windows has no limits")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
-    try:
+    with files_up_to(9_000):
         line = refused(capsys, checkpoint("qwen"), tmp_path / "out", "qwen2")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "could not be written" in line and not list(tmp_path.iterdir())
 
 

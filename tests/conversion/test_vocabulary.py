@@ -49,6 +49,13 @@ def test_ids_of_the_recorded_texts(name, tmp_path):
     assert compared > 240
 
 
+def test_no_room_for_the_vocabulary(tmp_path, files_up_to):
+    """tokenizers' own error, which is of no class that tells, is one of the disk."""
+    tokenizer = TokenizerGolden("qwen_small").load(QWenTokenizer)
+    with files_up_to(9_000), pytest.raises(OSError, match=r"tokenizer.json could not be written \(File too large"):
+        write_vocabulary(tokenizer, "Qwen2Tokenizer", tmp_path)
+
+
 def test_templates_need_nothing_of_this_package(tmp_path):
     tokenizer = TokenizerGolden("chatglm3_small").load(ChatGLMTokenizer)
     write_vocabulary(tokenizer, "PreTrainedTokenizerFast", tmp_path)

@@ -33,10 +33,11 @@ COMMANDS = {
     ),
 }
 
-USER_ERROR, OUR_ERROR, INTERRUPTED, TERMINATED = 2, 3, 130, 143
+USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 3, 130
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 EXIT_CODES = (
     "exit codes: 0 done; 1 a check did not hold; 2 something that you can mend (a value, a file, a missing package); "
-    "3 a mistake of the program; 130 stopped by Ctrl-C; 143 terminated"
+    "3 a mistake of the program; 130 stopped by Ctrl-C; 143 terminated; 129 its terminal was closed"
 )
 
 
@@ -86,12 +87,15 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _clean_up_when_terminated() -> Iterator[None]:
-    """Turn SIGTERM into an exit that runs `finally` blocks, as Ctrl-C does, so that nothing half-written stays."""
+    """Turn SIGTERM and the end of a terminal into an exit that runs `finally` blocks, as Ctrl-C does, so that nothing
+    half-written stays. What is ignored, as nohup has it, stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    heard = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

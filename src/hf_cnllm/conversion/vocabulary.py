@@ -37,6 +37,9 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
     Args:
         tokenizer: of the original.
         tokenizer_class: what reads it.
+
+    Raises:
+        OSError: the disk is full, or a file cannot be written.
     """
     rules, template, control = (
         tokenizer.backend_tokenizer.to_str(),
@@ -64,7 +67,12 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
         clean_up_tokenization_spaces=False,
         **named,
     )
-    exported.save_pretrained(folder)
+    try:
+        exported.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"tokenizer.json could not be written ({error})") from error  # tokenizers has no class for that
     file = folder / "tokenizer_config.json"
     settings: dict[str, Any] = json.loads(file.read_bytes())
     settings |= {"tokenizer_class": tokenizer_class, "add_bos_token": tokenizer.add_bos_token}
