@@ -4,18 +4,28 @@ python -m hf_cnllm.recipes.prepare_corpus --input crawl/ books.jsonl.gz --output
 python -m hf_cnllm.recipes.prepare_corpus --input crawl/ --output corpus --workers 8 \\
     --stages exact,language,heuristics,paragraph,minhash,pii --tokenizer Qwen/Qwen-7B
 
-`--input` are files and folders of .jsonl ({"id", "text", …}) and .txt (a document a line), also .gz. Documents that are left are in
-`documents/*.jsonl` of the output folder, counts in `statistics.json`, their picture in `funnel.png`, and with `--tokenizer` packed rows
-of token ids in `tokens/*.parquet`. A run that was interrupted goes on when the same command is given again. docs/data_pipelines.md
+`--input` are files and folders of .jsonl ({"id", "text", …}) and .txt (a document a line), also .gz and .zst, and of .parquet. Documents
+that are left are in `documents/*.jsonl` of the output folder, counts in `statistics.json`, their picture in `funnel.png`, and with
+`--tokenizer` packed rows of token ids in `tokens/*.parquet`. A run that was interrupted goes on when the same command is given again. docs/data_pipelines.md
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from hf_cnllm.recipes import SettingsParser
 from hf_cnllm.training.recipe import run_recipe
+
+
+def as_value(word: str) -> Any:
+    """A number, a switch or an object of JSON; else the word itself."""
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     stages = ",".join(default["stages"])
     add("stages", f"any of {', '.join(STAGES)}, in this order or another (default: {stages})", default=stages)
     add("executor", "who runs the tasks", choices=list(EXECUTORS))
-    add("executor-options", "of datatrove's executor; slurm needs time=… partition=…", nargs="+", metavar="NAME=VALUE")
+    add(
+        "executor-options",
+        "of datatrove's executor, as JSON or words; slurm needs time=24:00:00 partition=NAME (of a job, as sbatch's), and "
+        """takes cpus_per_task=1 mem_per_cpu_gb=2 qos=normal env_command='module load …' sbatch_args='{"account": "…"}' …""",
+        nargs="+",
+        metavar="NAME=VALUE",
+    )
     add("workers", "tasks at a time; -1 for all")
     add("shard-bytes", "larger files are cut into tasks of that size; gzip is not")
     add("max-line-bytes", "longer lines are skipped")
@@ -58,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.stages = [name for name in arguments.stages.split(",") if name]
     options = dict(option.partition("=")[::2] for option in arguments.executor_options)
-    arguments.executor_options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
+    arguments.executor_options = {name: as_value(value) for name, value in options.items()}
     return arguments
 
 

@@ -6,7 +6,7 @@ python -m hf_cnllm.recipes.train_tokenizer --input corpus/documents --output voc
 python -m hf_cnllm.recipes.train_tokenizer --input medicine.txt --output extended --vocab-size 130000 --style baichuan \\
     --extend baichuan-inc/Baichuan2-7B-Base
 
-`--input` are files and folders of .jsonl ({"text", …}) and .txt (a text a line), also .gz. The output folder is one that
+`--input` are files and folders of .jsonl ({"text", …}) and .txt (a text a line), also .gz and .zst, and of .parquet. The output folder is one that
 `AutoTokenizer` loads; with `--extend` it is a checkpoint. `compression.json` in it has bytes per token, by domain. docs/data_pipelines.md
 """
 

@@ -1,38 +1,23 @@
-"""The corpus pipeline on Slurm and Ray: the same bytes as on one machine. Slurm's commands are stood in for by scripts that run at
-once what they are handed."""
+"""The corpus pipeline on Slurm and Ray: the same bytes as on one machine, also after a task that failed."""
 
+import json
 import os
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("datatrove", reason="needs the extra data")
 
+from datatrove.executor import LocalPipelineExecutor
+
 from hf_cnllm.data.corpus import Settings, run
+from hf_cnllm.data.corpus.executors import EXECUTORS, run_in_turn
 
+from . import slurm_stand_in
 from .corpora import planted, write_records
-
-SBATCH = """#!/bin/bash
-# sbatch --export=ALL,RUN_OFFSET=0 [--dependency=afterok:…] FILE
-for word in "$@"; do
-  case "$word" in --export=*) export "${word##*,}" ;; esac
-done
-file="${@: -1}"
-last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$file")
-echo "$@" >> "$SLURM_STAND_IN_LOG"
-for task in $(seq 0 "${last:-0}"); do
-  SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=7 SLURM_NODELIST=node bash "$file" > "$SLURM_STAND_IN_LOG.$$.$task" 2>&1 || exit 1
-done
-echo "Submitted batch job $$"
-"""
-SRUN = """#!/bin/bash
-while [[ "$1" == -* ]]; do
-  [[ "$1" == -n ]] && shift
-  shift
-done
-exec "$@"
-"""
+from .slurm_stand_in import run_jobs
 
 
 def contents(folder):
@@ -49,20 +34,71 @@ def whole(tmp_path):
     return settings
 
 
-@pytest.mark.slow
-def test_slurm_is_handed_passes_that_depend_on_each_other(whole, tmp_path, monkeypatch):
-    binaries = tmp_path / "bin"
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Slurm's commands on the path; gives the folder of their queue."""
+    binaries, queue = tmp_path / "bin", tmp_path / "queue"
     binaries.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", "#!/bin/bash\necho node\n")):
-        (binaries / name).write_text(text)
+    queue.mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        (binaries / name).write_text(f'#!/bin/bash\nexec {sys.executable} {slurm_stand_in.__file__} {name} "$@"\n')
         (binaries / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_STAND_IN_LOG", str(tmp_path / "log"))
-    options = {"time": "1:00:00", "partition": "cpu"}
+    monkeypatch.setenv("SLURM_STAND_IN", str(queue))
+    return queue
+
+
+SLURM = {"time": "1:00:00", "partition": "cpu"}
+
+
+@pytest.mark.slow
+def test_slurm_is_handed_passes_that_depend_on_each_other(whole, tmp_path, slurm):
+    settings = Settings(**whole, output=tmp_path / "out", executor="slurm", executor_options=SLURM)
+    assert run(settings) is None and not (tmp_path / "out" / "documents").exists(), "submitted, and no more"
+    assert set(run_jobs(slurm).values()) == {"ok"}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert run(settings)["output"]["documents"] == 25 and not list(slurm.glob("???.json")), (
+        "nothing is submitted again"
+    )
+
+
+@pytest.mark.slow
+def test_a_task_that_slurm_lost_loses_nothing(whole, tmp_path, slurm):
+    """With an array for each task, of which Slurm's dependencies name the last: the next pass begins, and must see for itself."""
+    options = {**SLURM, "max_array_size": 1}
     settings = Settings(**whole, output=tmp_path / "out", executor="slurm", executor_options=options)
-    run(settings)  # submits; the stand-in is done before it returns
-    jobs = [line for line in (tmp_path / "log").read_text().splitlines() if "afterok" in line]
-    assert len(jobs) >= 3, "every pass but the first waits for another"
+    run(settings)
+    passes = sorted({json.loads(path.read_text())["name"] for path in slurm.glob("*.json")})
+    ends = run_jobs(slurm, fails=(passes[1], 0))
+    of_pass = {name: [end for job, end in ends.items() if job.endswith(name)] for name in passes}
+    assert set(of_pass[passes[0]]) == {"ok"} and of_pass[passes[1]][:2] == ["failed", "ok"]
+    assert not {"ok"} & set(of_pass[passes[2]]) and not (tmp_path / "out" / "statistics.json").exists()
+    run(settings)
+    again = [json.loads(path.read_text())["name"] for path in sorted(slurm.glob("???.json"))]
+    assert passes[0] not in again and again.count(passes[1]) == 2, "its lost task, and the sum of its counts"
+    assert set(run_jobs(slurm).values()) == {"ok"}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+class Swallowing(LocalPipelineExecutor):
+    """Like Ray's, whose `run` ends well when tasks did not."""
+
+    fails = True
+
+    def run(self):
+        for rank in self.get_incomplete_ranks():
+            if rank == 1 and "publish" not in str(self.logging_dir) and self.fails:
+                continue
+            deepcopy(self)._run_for_rank(rank)
+
+
+def test_tasks_that_failed_unheard_end_the_run(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "ray", (run_in_turn, Swallowing, ()))
+    settings = Settings(**whole, output=tmp_path / "out", executor="ray")
+    with pytest.raises(ChildProcessError, match="1 of 2 tasks failed"):
+        run(settings)
+    monkeypatch.setattr(Swallowing, "fails", False)
+    run(settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import setup_default_logger
 from filelock import FileLock
 
@@ -94,20 +95,54 @@ def _pool(work: Path, workers: int) -> ProcessPoolExecutor:
 
 
 def run_in_turn(kind: type, passes: Sequence[Any], work: Path, workers: int, **options: Any) -> Iterator[Any]:
-    """Runs one pass after another by the executor's own `run`."""
+    """Runs one pass after another by the executor's own `run`, which ends well when tasks did not.
+
+    Raises:
+        ChildProcessError: some did not.
+    """
     for each in passes:
         executor = kind(each.pipeline, each.tasks, workers, logging_dir=str(work / LOGS / each.name), **options)
         if executor.get_incomplete_ranks():
             executor.run()
+            if failed := len(executor.get_incomplete_ranks()):
+                raise ChildProcessError(
+                    f"{each.name}: {failed} of {each.tasks} tasks failed, see {work / LOGS / each.name}; the same command goes on"
+                )
             yield each
+
+
+class AfterPass(PipelineStep):
+    """Refuses to begin before all tasks of a pass have ended well. Slurm's dependencies name the last of a pass's arrays, so when a
+    task in another one fails, they are kept; and files that are not there would be read as empty ones.
+
+    Args:
+        logs: the pass's folder.
+        tasks: how many it has.
+    """
+
+    type, name = "⏳ - ORDER", "order/pass before"
+
+    def __init__(self, logs: str, tasks: int) -> None:
+        super().__init__()
+        self.logs, self.tasks = logs, tasks
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
+        done = len(list(Path(self.logs, "completions").glob("*")))
+        if done < self.tasks:
+            raise RuntimeError(
+                f"{self.logs}: {done} of {self.tasks} tasks have ended well; give the same command again"
+            )
+        return data
 
 
 def submit(kind: type, passes: Sequence[Any], work: Path, workers: int, **options: Any) -> Iterator[Any]:
     """Hands all passes to Slurm, each to begin when the one before has ended well."""
-    last = None
+    last, order = None, []
     for each in passes:
-        names = {"job_name": each.name, "logging_dir": str(work / LOGS / each.name)}
-        last = kind(each.pipeline, each.tasks, workers=workers, depends=last, **names, **options)
+        logs = str(work / LOGS / each.name)
+        names = {"job_name": each.name, "logging_dir": logs}
+        last = kind([*order, *each.pipeline], each.tasks, workers=workers, depends=last, **names, **options)
+        order = [AfterPass(logs, each.tasks)]
     last.run()
     yield from ()
 
