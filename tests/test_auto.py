@@ -128,6 +128,9 @@ model = transformers.pipeline("text-generation", model=folder).model""",
     "by the class's module": """
 from hf_cnllm.models.baichuan.modeling_baichuan import BaichuanForCausalLM
 model = BaichuanForCausalLM.from_pretrained(folder)""",
+    "by the module as an attribute": """
+assert not hasattr(hf_cnllm.models.baichuan, "modeling_nothing")
+model = hf_cnllm.models.baichuan.modeling_baichuan.BaichuanForCausalLM.from_pretrained(folder)""",
     "unpickled": """
 model = pickle.loads((pathlib.Path(folder) / "model.pkl").read_bytes())""",
     "by a star": """

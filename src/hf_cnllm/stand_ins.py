@@ -8,6 +8,7 @@ itself as soon as it is defined, by whatever import.
 import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from ._stack import naming_what_does_not_fit
@@ -69,12 +70,14 @@ def imported(module: str, name: str) -> Any:
 
 def later(package: str, module: str, names: Collection[str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The functions `__getattr__` and `__dir__` of a package that imports one of its modules when it is asked for any of the
-    names which it has not itself."""
+    names which it has not itself, and every module when it is asked for that."""
 
     def __getattr__(name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return imported(f"{package}.{module}", name)
+        if name in names:
+            return imported(f"{package}.{module}", name)
+        if find_spec(f"{package}.{name}"):
+            return import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return __getattr__, lambda: sorted({*vars(sys.modules[package]), *names})
 
