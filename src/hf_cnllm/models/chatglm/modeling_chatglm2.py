@@ -65,18 +65,20 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each (batch, length, 1, dim) with every frequency twice, in the dtype of `hidden_states`."""
+        """cos and sin, each (batch, length, 1, dim) with every frequency twice, in the dtype of `hidden_states`; sin is negative
+        where a pair's second channel turns into its first."""
         channels = torch.arange(0, self.dim, 2, dtype=torch.float32, device=hidden_states.device)
         inv_freq = 1.0 / self.base ** (channels / self.dim)
         angles = (position_ids[..., None, None].float() / self.position_divisor) * inv_freq
-        angles = angles.repeat_interleave(2, dim=-1)
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        cos, sin = angles.cos().repeat_interleave(2, dim=-1), angles.sin()
+        sin = torch.stack((-sin, sin), dim=-1).flatten(-2)
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the first channels of states [batch, length, heads, head_dim], as many as `cos` and `sin` have."""
     turned, rest = states.tensor_split((cos.shape[-1],), dim=-1)
-    across = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    across = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.cat((turned * cos + across * sin, rest), dim=-1)
 
 
