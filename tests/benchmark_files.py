@@ -9,7 +9,7 @@ BENCHMARKS = {"ceval": "val", "cmmlu": "test", "mmlu": "test", "gsm8k": "test"}
 SUBJECT = {
     "ceval": {"subject": "law", "title": "法学"},
     "cmmlu": {"subject": "college_law", "title": "大学法律"},
-    "mmlu": {"subject": "college_law"},
+    "mmlu": {"subject": "professional_law"},
     "gsm8k": {},
 }
 COLUMNS = {

@@ -22,7 +22,7 @@ def test_questions_are_read(benchmark, tmp_path):
         assert asked["answer"] == [f"So {n} + 1.\n#### {n + 1}" for n in range(6)]
         return
     assert asked["answer"] == ["A", "B", "C", "D", "A", "B"] and asked["D"][0] == "None"
-    assert {*asked["title"]} == {SUBJECT[benchmark].get("title", "college law")}
+    assert {*asked["title"]} == {SUBJECT[benchmark].get("title", "professional law")}
     assert len(splits["dev"]) == 6 and splits["dev"]["question"][0].startswith("dev 0")
 
 

@@ -19,7 +19,7 @@ SUBJECTS = {"ceval": 52, "cmmlu": 67, "mmlu": 57, "gsm8k": 1}
 ONE = {
     "ceval": ("law", "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n", "", "\n答案：", ""),
     "cmmlu": ("college_law", "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "\n答案是：", ""),
-    "mmlu": ("college_law", "The following are multiple choice questions (with answers) about college law.\n\n", "", "\nAnswer:", " "),
+    "mmlu": ("professional_law", "The following are multiple choice questions (with answers) about professional law.\n\n", "", "\nAnswer:", " "),
 }  # fmt: skip
 
 
