@@ -14,6 +14,7 @@ from hf_cnllm.conversion import weights
 
 
 def refused(capsys, folder, output, target):
+    capsys.readouterr()  # what writing the checkpoint said
     assert main(["export", str(folder), str(output), "--to", target]) == USER_ERROR
     assert not list(output.parent.glob(f".{output.name}-*"))
     (line,) = capsys.readouterr().err.splitlines()
