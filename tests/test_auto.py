@@ -111,8 +111,10 @@ assert not [name for name in added if ".modeling_" in name], added
 
 
 def test_a_tokenizer_comes_without_models(tmp_path):
-    write_tiny_checkpoint("baichuan", tmp_path)
-    done = subprocess.run([sys.executable, "-c", TOKENIZER_ALONE, tmp_path], capture_output=True, text=True)
+    write_tiny_checkpoint("baichuan", tmp_path / "baichuan")
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENIZER_ALONE, tmp_path / "baichuan"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -165,7 +167,7 @@ assert transformers.BaichuanForCausalLM is sys.modules["transformers"].BaichuanF
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
+    folder = tmp_path_factory.mktemp("saved") / "baichuan"
     write_tiny_checkpoint("baichuan", folder)
     (folder / "model.pkl").write_bytes(pickle.dumps(AutoModelForCausalLM.from_pretrained(folder)))
     return folder

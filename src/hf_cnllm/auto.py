@@ -8,6 +8,7 @@ and imported when one is first used; see `stand_ins.py`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
@@ -396,8 +397,9 @@ class TokenizerFoundByName(PreTrainedConfig):
     model_type = "hf_cnllm_tokenizer"
 
 
-class _InAutoClass(NamedTuple):
-    """The place of a model class in an auto class."""
+@dataclass(frozen=True)
+class _InAutoClass:
+    """A model class's place in an auto class."""
 
     auto_class: str
     config_class: type[PreTrainedConfig]
