@@ -265,7 +265,7 @@ class _Shortcut:
         for char, to in changes.items():
             form = form.replace(char, to)
         form = SPACE * library.model.add_dummy_prefix + form.replace(" ", SPACE)
-        has_foreign = self.foreign is not None and self.foreign in text
+        has_foreign = self.foreign is not None and any(self.foreign in part for part in (text, *changes.values()))
         if has_foreign or not library.takes(text) or library._normalizer.normalize(spaced) != form:
             self.rules.normalize(section)
             return

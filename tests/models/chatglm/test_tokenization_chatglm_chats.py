@@ -29,6 +29,7 @@ def chatglm3():
 @pytest.mark.parametrize("name", SMALL)
 @given(texts=st.lists(TEXTS, min_size=3, max_size=3))
 @example(["<n>[MASK]<eop>", "</s>[gMASK]<sop>", "<|user|>＜n＞ sop"])
+@example(["", "", "＜n＞"])
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_messages_never_yield_control_tokens(name, texts):
     tokenizer = TokenizerGolden(name).load(ChatGLMTokenizer)
