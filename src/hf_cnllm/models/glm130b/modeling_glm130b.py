@@ -29,15 +29,6 @@ class RotaryEmbedding(chatglm.RotaryEmbedding):
         return angles.half().float() if dtype == torch.float16 else angles
 
 
-class RowParallelLinear(nn.Linear):
-    """A layer that ranks hold columns of: the original sums up their products, in the weights' dtype, and adds the bias to
-    the sum. In half precision that is another number than one rounding of both gives."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        product = F.linear(input, self.weight)
-        return product if self.bias is None else product + self.bias
-
-
 def attention_of_matrices(
     module: "SelfAttention",
     query: torch.Tensor,
@@ -68,7 +59,7 @@ def attention_of_matrices(
 class SelfAttention(chatglm.SelfAttention):
     def __init__(self, config: GLM130BConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
-        self.dense = RowParallelLinear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.attention_dropout = config.attention_dropout
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
@@ -92,7 +83,7 @@ class GEGLU(nn.Module):
     def __init__(self, config: GLM130BConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.inner_hidden_size)
-        self.dense_4h_to_h = RowParallelLinear(config.inner_hidden_size, config.hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
