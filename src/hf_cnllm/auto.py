@@ -355,7 +355,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
     return next((family for family in FAMILIES if isinstance(config, family.config)), None)
 
 
-def is_prefix_lm(config: PreTrainedConfig) -> bool:
+def is_prefix_lm(config: Any) -> bool:
     """Whether models of a configuration fill blanks, from which their tokens' positions follow: GLM, GLM-130B and ChatGLM-6B."""
     return hasattr(config, "has_kinds_of_blanks")
 

@@ -101,7 +101,7 @@ def test_a_model_is_scored(benchmark, data, tmp_path, monkeypatch):
         "--metadata",
         json.dumps({"data": str(data)}),
     ]
-    words += ["--device", "cpu", "--limit", "2", "--num_fewshot", "1", "--output_path", str(tmp_path / "out")]
+    words += ["--device", "cpu", "--limit", "4", "--num_fewshot", "1", "--output_path", str(tmp_path / "out")]
     assert not main(["run", "lm_eval", *words])
     (path,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 COMPRESSED = (".gz", ".zst")  # these files cannot be cut
 SUFFIXES = (*(kind + packing for kind in (".jsonl", ".txt") for packing in ("", *COMPRESSED)), ".parquet")
@@ -166,7 +166,7 @@ def _records_of_lines(piece: Piece, limit: int) -> Iterator[dict[str, Any] | str
             yield "too_long" if line is None else parse_record(line, piece.name, offset)
 
 
-def _open(path: str) -> IO[bytes]:
+def _open(path: str) -> Any:
     if path.endswith(".zst"):
         import pyarrow
 

@@ -45,7 +45,7 @@ def sbatch(words: list[str]) -> None:
     everything, *variables = (given.export or "ALL").split(",")
     assert everything == "ALL"
     queue = Path(os.environ["SLURM_STAND_IN"])
-    number = len(list(queue.glob("*.json"))) + 100
+    number = len(list(queue.iterdir())) + 100
     job = {
         "script": script,
         "name": directives["job-name"],
@@ -81,7 +81,7 @@ def run_jobs(queue: Path, fails: tuple[str, int] | None = None) -> dict[str, str
     names: dict[str, str] = {}
     for path in sorted(queue.glob("*.json")):
         number, job = path.stem, json.loads(path.read_text())
-        path.rename(path.with_suffix(".done.json"))
+        path.rename(path.with_suffix(".done"))
         names[number] = f"{number} {job['name']}"
         conditions = [condition.split(":") for condition in job["dependency"].split(",") if condition]
         if any(ends[other] != "ok" and (kind == "afterok" or ends[other] == "never") for kind, other in conditions):

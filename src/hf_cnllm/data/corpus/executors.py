@@ -137,7 +137,8 @@ class AfterPass(PipelineStep):
 
 def submit(kind: type, passes: Sequence[Any], work: Path, workers: int, **options: Any) -> Iterator[Any]:
     """Hands all passes to Slurm, each to begin when the one before has ended well."""
-    last, order = None, []
+    last = None
+    order: list[PipelineStep] = []
     for each in passes:
         logs = str(work / LOGS / each.name)
         names = {"job_name": each.name, "logging_dir": logs}
