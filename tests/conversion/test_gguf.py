@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exportable import BAICHUAN2, IDS, Kind, write_checkpoint
 from hf_cnllm.conversion.checkpoint import export_checkpoint
+from tokenizer_goldens import TokenizerGolden
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="the lane `gguf` installs llama-cpp-python")
 pytestmark = pytest.mark.slow
@@ -29,6 +30,8 @@ KINDS = {
     "chatglm2": Kind("chatglm2_small", "chatglm2", "llama", {"add_qkv_bias": True}),
     "chatglm3": Kind("chatglm3_small", "chatglm2", "llama", {"add_qkv_bias": True}),
 }
+# Whose recorded texts all have the original's ids, and whether that one reads special tokens from them: docs/serving.md.
+RECORDED = {"baichuan2": True, "baichuan2-13b": True, "chatglm2": False, "chatglm3": False}
 # What its converter leaves out of a `baichuan` file.
 OVERRIDES = {"baichuan2-13b": {"tokenizer.ggml.add_space_prefix": False}}
 
@@ -62,3 +65,8 @@ def test_the_tokens_of_transformers(name, precision, tmp_path):
         engine.reset()
         found = engine.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
         assert [token for token, _ in zip(found, range(NEW_TOKENS), strict=False)] == expected
+    if name in RECORDED:
+        cases = [case for case in TokenizerGolden(kind.vocabulary)["strings"] if case["text"]]
+        texts = {case["text"]: case["ids"] for case in cases if isinstance(case["ids"], list)}
+        options = {"add_bos": False, "special": RECORDED[name]}
+        assert {text: engine.tokenize(text.encode(), **options) for text in texts} == texts and len(texts) > 240
