@@ -34,6 +34,8 @@ RESULTS = ("instructions.jsonl", "tasks.jsonl", "discarded.jsonl")
 class Page:
     """A model whose replies are those of `replies`; its answers come last first."""
 
+    name = "m"
+
     def __init__(self, most=None):
         self.asked, self.most = Counter(), most
 
@@ -225,7 +227,7 @@ def test_more_tasks_go_on_behind_the_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 9, 30])
+@pytest.mark.parametrize("after", [1, 30])
 def test_a_killed_run_goes_on(tmp_path, after):
     make(tmp_path / "whole")
     with chat_endpoint(reply, ["500", "no json", "reset"], share=0.3) as chat:
@@ -238,8 +240,9 @@ def test_a_killed_run_goes_on(tmp_path, after):
             chat.wait_for_requests(after)
             process.send_signal(signal.SIGKILL)
         before = Counter((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines())
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+        with closing(Endpoint("m", chat.url, retries=0)) as model:
+            make(tmp_path / "out", model, attempts=50)
+    assert process.returncode == -signal.SIGKILL
     assert results(tmp_path / "out") == results(tmp_path / "whole")
     lines = Counter((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines())
     replies = [json.loads(line)["key"] for line in lines if b'"reply"' in line]
@@ -287,6 +290,8 @@ def test_a_wrong_key_or_name_is_one_error(tmp_path, status):
         ({"tasks": 0}, "--tasks must be at least 1"),
         ({"max_requests": 0}, "--max-requests must be at least 1"),
         ({"temperature": -1}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"top_p": float("nan")}, "--top-p"),
         ({"rouge": 0}, "--rouge"),
         ({"seeds": Path("nowhere.jsonl")}, "nowhere.jsonl"),
     ],
@@ -301,6 +306,18 @@ def test_another_run_s_folder_is_refused(tmp_path):
     make(tmp_path / "out", tasks=1)
     with pytest.raises(ValueError, match="run with other rouge"):
         make(tmp_path / "out", tasks=1, rouge=0.5)
+    other = Page(most=0)
+    other.name = "another"
+    with pytest.raises(ValueError, match="run with other model"):
+        make(tmp_path / "out", other, tasks=1)
+
+
+@pytest.mark.parametrize("content", ["", "{half", "[]", "\ufffd"])
+def test_a_damaged_record_of_the_run_is_named(tmp_path, content):
+    make(tmp_path / "out", tasks=1)
+    (tmp_path / "out" / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged.*new folder"):
+        make(tmp_path / "out", Page(most=0), tasks=1)
 
 
 def test_a_journal_of_other_prompts_or_of_junk_is_refused(tmp_path):
@@ -403,8 +420,8 @@ def test_a_model_of_the_demo_that_learned_the_replies_makes_the_same_data(tmp_pa
     examples, _ = encode_conversations(tokenizer, learned, reply_end_ids(tokenizer, model.generation_config))
     batch = DataCollatorForSeq2Seq(tokenizer)(examples)
     optimizer, loss = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.inf
-    for _ in range(200):
-        if loss < 0.01:
+    for _ in range(60):
+        if loss < 0.03:
             break
         loss = model(**batch).loss
         loss.backward()
