@@ -185,9 +185,23 @@ def test_nothing_left_is_one_error(tmp_path, content):
         (b'["\xff"]', {}, "not UTF-8"),
         (b"{}", {"languages": ("fr",)}, "--language-model"),
         (b"{}", {"max_length": 0}, "--max-length must be at least 1"),
+        (b"{}", {"language_threshold": float("nan")}, "--language-threshold must be from 0 to 1"),
     ],
 )
 def test_what_cannot_be_is_one_error(tmp_path, content, changes, message):
     with pytest.raises(ValueError, match=message):
         cleaned(tmp_path, content, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_list_that_lines_could_not_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_cnllm.data.sharegpt.MAX_LINE_BYTES", 100)
+    rounds = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is good."}]
+    long = [{"from": "human", "value": "long " * 30}, rounds[1]]
+    ids = [0, 0, "\ud83d", "kept", None, ""]
+    rows = [{"id": name, "conversations": rounds} for name in ids] + [{"conversations": long}]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    statistics = run(Settings([tmp_path / "in.json"], tmp_path / "out"))
+    assert statistics["discarded"] == {"double_id": 1, "undecodable": 1, "too_long": 1}
+    made = [json.loads(line)["id"] for line in (tmp_path / "out" / "conversations.jsonl").read_bytes().splitlines()]
+    assert made == ["0", "kept", "in.json:5", "in.json:6"]

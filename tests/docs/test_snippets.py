@@ -16,7 +16,7 @@ NOT_RUN = {
     "measures for minutes": 1,
     "trains for minutes": 1,
     "needs vLLM": 1,
-    "of a model at hand": 7,
+    "of a model at hand": 8,
     "needs another engine": 2,
     "needs several GPUs": 1,
     "needs a package of an extra": 3,

@@ -56,3 +56,17 @@ def test_an_answer_is_a_letter(tmp_path):
     path.write_text(path.read_text(encoding="utf-8") + "q,1,2,3,4,E\n", encoding="utf-8")
     with pytest.raises(ValueError, match="the answer 'E', which is none of A, B, C, D"):
         read("mmlu", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "line", "message"),
+    [
+        ("mmlu", "one, two,A,B,C,D,A,D", "more cells than there are columns"),
+        ("gsm8k", '{"question": null, "answer": 3}', "expected"),
+    ],
+)
+def test_a_line_of_another_form_is_named(benchmark, line, message, tmp_path):
+    path = write_benchmark(benchmark, tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"line \d+.*{message}"):
+        read(benchmark, tmp_path)

@@ -147,7 +147,7 @@ def _read_turns(field: str, row: Mapping[str, Any]) -> Iterator[Placed]:
     if not isinstance(turns, list) or not turns:
         raise ConversationError(f"field '{field}' must be a list with at least one message")
     if row.get("system") not in NOTHING:
-        yield "system", {"role": "system", "content": _text(row, "system")}
+        yield "system", {"role": "system", "content": read_text(row, "system")}
     for index, turn in enumerate(turns):
         place = f"{field}[{index}]"
         if not isinstance(turn, Mapping):
@@ -163,7 +163,7 @@ def _read_pair(
     """A question, with its `query` on a line of its own, and its answer, after the rounds in `history`. Stanford's file has
     both once more, in its prompt, as `text`."""
     if row.get("system") not in NOTHING:
-        yield "system", {"role": "system", "content": _text(row, "system")}
+        yield "system", {"role": "system", "content": read_text(row, "system")}
     rounds = row.get(history) or []
     if not isinstance(rounds, list):
         raise ConversationError(f"field '{history}' must be a list of [question, answer], got {_shown(rounds)}")
@@ -173,11 +173,11 @@ def _read_pair(
             raise ConversationError(f"field '{place}' must be [question, answer], got {_shown(pair)}")
         sides = {f"{place}[{side}]": value for side, value in enumerate(pair)}
         for role, side in zip(("user", "assistant"), sides, strict=True):
-            yield side, {"role": role, "content": _text(sides, side)}
-    question = _text(row, prompt)
+            yield side, {"role": role, "content": read_text(sides, side)}
+    question = read_text(row, prompt)
     if query is not None and row.get(query) not in NOTHING:
-        question += "\n" + _text(row, query)
-    answer = _text(row, response)
+        question += "\n" + read_text(row, query)
+    answer = read_text(row, response)
     if text in row and not all(part in str(row[text]) for part in (row[prompt], answer)):
         raise ConversationError(f"field '{text}' must hold '{prompt}' and '{response}' if it is there")
     yield prompt, {"role": "user", "content": question}
@@ -236,7 +236,9 @@ def _read_turn(turn: Mapping[str, Any], place: str) -> Iterator[Message]:
         yield {"role": "assistant", "content": "", "tool_calls": [call], **loss}
         yield {"role": "tool", "content": _data_as_text(turn, "observation", place)}
     elif role == "tool":
-        links = {name: _text(turn, name, place) for name in ("name", "tool_call_id") if turn.get(name) not in NOTHING}
+        links = {
+            name: read_text(turn, name, place) for name in ("name", "tool_call_id") if turn.get(name) not in NOTHING
+        }
         yield {"role": role, "content": _data_as_text(turn, text_field, place), **links}
     elif role == "assistant":
         calls = _calls(turn, text_field if named == "function_call" else "tool_calls", place)
@@ -327,11 +329,11 @@ def _call(call: Any, place: str) -> dict[str, Any]:
         arguments = _from_json(function, "arguments", place)
     if not isinstance(arguments, Mapping):
         raise ConversationError(f"field '{place}arguments' must be an object, got {_shown(arguments)}")
-    link = {"id": _text(call, "id", place)} if call.get("id") not in NOTHING else {}
+    link = {"id": read_text(call, "id", place)} if call.get("id") not in NOTHING else {}
     return {
         **link,
         "type": "function",
-        "function": {"name": _text(function, "name", place), "arguments": dict(arguments)},
+        "function": {"name": read_text(function, "name", place), "arguments": dict(arguments)},
     }
 
 
@@ -346,11 +348,11 @@ def _content(turn: Mapping[str, Any], name: str, place: str) -> str:
     """A text, or the texts of a list of `{"type": "text", "text": ...}`."""
     content = turn.get(name)
     if not isinstance(content, list):
-        return _text(turn, name, place)
+        return read_text(turn, name, place)
     for index, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise ConversationError(f"field '{place}{name}[{index}]' must be of the type text, got {_shown(part)}")
-    return _text({name: "".join(_text(part, "text", f"{place}{name}.") for part in content)}, name, place)
+    return read_text({name: "".join(read_text(part, "text", f"{place}{name}.") for part in content)}, name, place)
 
 
 def _data_as_text(turn: Mapping[str, Any], name: str, place: str) -> str:
@@ -358,18 +360,18 @@ def _data_as_text(turn: Mapping[str, Any], name: str, place: str) -> str:
     if name not in turn:
         raise ConversationError(f"field '{place}{name}' is missing: what the tool gave back")
     if isinstance(turn[name], str):
-        return turn[name] and _text(turn, name, place, may_be_blank=True)
+        return turn[name] and read_text(turn, name, place, may_be_blank=True)
     return json.dumps(turn[name], ensure_ascii=False)
 
 
 def _from_json(row: Mapping[str, Any], name: str, place: str = "") -> Any:
     try:
-        return parse_json(_text(row, name, place))
+        return parse_json(read_text(row, name, place))
     except ValueError as error:
         raise ConversationError(f"field '{place}{name}' must be JSON, got {_shown(row[name])} ({error})") from None
 
 
-def _text(row: Mapping[str, Any], name: str, place: str = "", may_be_blank: bool = False) -> str:
+def read_text(row: Mapping[str, Any], name: str, place: str = "", may_be_blank: bool = False) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not (may_be_blank or value.strip()):
         raise ConversationError(

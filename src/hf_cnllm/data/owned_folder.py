@@ -30,6 +30,16 @@ def full_disk_named(output: Path) -> Iterator[None]:
         raise OSError(f"the disk of {output} is full; make room and give the same command again") from error
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_bytes())
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is damaged, and with it what run the folder is of: choose a new folder")
+    return before
+
+
 @contextmanager
 def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     """Takes the folder for a run, and keeps others out while it lasts.
@@ -54,7 +64,7 @@ def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         with full_disk_named(output), FileLock(output / LOCK_FILE, timeout=0):
             if record.exists():
-                before = json.loads(record.read_text(encoding="utf-8"))
+                before = _read_record(record)
                 changed = [name for name in sorted(identity) if before.get(name) != identity[name]]
                 if changed:
                     raise ValueError(

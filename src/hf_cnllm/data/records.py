@@ -113,6 +113,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
+def is_utf8(text: str) -> bool:
+    """Half a surrogate pair can be written as an escape of JSON, but not as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_object(text: str) -> dict[str, Any] | str:
     """The object that a line of JSON holds, or why it is skipped."""
     if not text.strip():
@@ -121,10 +130,8 @@ def parse_object(text: str) -> dict[str, Any] | str:
         record = json.loads(text, parse_constant=_refuse_constant)
         if not isinstance(record, dict):
             return "not_an_object"
-        if "\\u" in text:  # half a surrogate pair can be written as an escape, but not as UTF-8
-            json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return "undecodable"
+        if "\\u" in text and not is_utf8(json.dumps(record, ensure_ascii=False)):
+            return "undecodable"
     except (ValueError, RecursionError):
         return "not_json"
     return record

@@ -15,7 +15,7 @@ from .conversations import as_template_takes, read_json_rows
 from .formats import ROLES, Conversation, ConversationError
 from .languages import LanguageRule
 from .owned_folder import full_disk_named
-from .records import MAX_LINE_BYTES, parse_object, read_lines
+from .records import MAX_LINE_BYTES, is_utf8, parse_object, read_lines
 
 ROWS_FILE, DISCARDED_FILE, STATISTICS_FILE = "conversations.jsonl", "discarded.jsonl", "statistics.json"
 SENDERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -97,10 +97,7 @@ def clean(row: Any, rule: LanguageRule, changes: Counter[str]) -> Conversation:
         if message["role"] == "assistant":
             try:
                 content = html_to_markdown(message["content"])
-            except (
-                RecursionError,
-                AssertionError,
-            ) as error:  # the latter of html.parser, at some unfinished declarations
+            except (RecursionError, AssertionError) as error:  # the latter: of html.parser, at unfinished declarations
                 raise Discarded("broken_html") from error
             changes["html_answers"] += content is not message["content"]
             message["content"] = content
@@ -122,10 +119,10 @@ def _messages(row: Any) -> Iterator[dict[str, str]]:
             raise Discarded("unknown_sender")
         if not isinstance(text, str):
             raise Discarded("no_text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Discarded("undecodable") from None
+        if len(text) > MAX_LINE_BYTES:  # in a list, whose rows are no lines
+            raise Discarded("too_long")
+        if not is_utf8(text):
+            raise Discarded("undecodable")
         yield {"role": role, "content": text}
 
 
@@ -200,6 +197,8 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
     rule = LanguageRule(settings.languages, settings.language_model, settings.language_threshold)
     if settings.max_length < 1:
         raise ValueError(f"--max-length must be at least 1, got {settings.max_length}")
+    if not 0 <= settings.language_threshold <= 1:
+        raise ValueError(f"--language-threshold must be from 0 to 1, got {settings.language_threshold}")
     check_new_folder(settings.output)
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("input", "discarded", "changed", "output")}
     seen: set[str] = set()
@@ -211,12 +210,14 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
             for path in settings.input:
                 for number, row in read_rows(path):
                     place = f"{path.name}:{number}"
-                    name = str(row.get("id") or place) if isinstance(row, Mapping) else place
+                    name = _name(row, place)
                     counts["input"]["rows"] += 1
                     changes: Counter[str] = Counter()
                     try:
                         if isinstance(row, str):
                             raise Discarded(row)
+                        if not is_utf8(name):
+                            raise Discarded("undecodable")
                         messages = clean(row, rule, changes)
                         if name in seen:
                             raise Discarded("double_id")
@@ -238,6 +239,12 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
         text = json.dumps(statistics, ensure_ascii=False, indent=2) + "\n"
         (folder / STATISTICS_FILE).write_text(text, encoding="utf-8")
     return statistics
+
+
+def _name(row: Any, place: str) -> str:
+    """The id of a row; what has none is named by its place."""
+    name = row.get("id") if isinstance(row, Mapping) else None
+    return place if name in (None, "") else str(name)
 
 
 def _pieces(

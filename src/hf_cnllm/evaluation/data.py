@@ -70,7 +70,7 @@ def read_splits(
     data: str | None, benchmark: str, files: Mapping[str, str], read: Callable[[Path], Iterable[Row]]
 ) -> DatasetDict:
     """The splits of one task, each from its file."""
-    if not data:
+    if not isinstance(data, str) or not data:
         raise ValueError(
             f"""where is the data? Pass --metadata '{{"data": "FOLDER"}}', the folder that {benchmark}/ lies in"""
         )
@@ -97,7 +97,10 @@ def read_csv(path: Path, header: Sequence[str] | None = None) -> Iterator[Row]:
         try:
             names = [name.lower() if len(name) > 1 else name for name in header or next(lines, [])]
             for cells in filter(None, lines):
-                yield question_of(dict(zip(names, cells, strict=False)), f"{path}, line {lines.line_num}")
+                place = f"{path}, line {lines.line_num}"
+                if any(cells[len(names) :]):
+                    raise ValueError(f"{place} has more cells than there are columns: is a comma without quotes?")
+                yield question_of(dict(zip(names, cells, strict=False)), place)
         except csv.Error as error:
             raise ValueError(f"{path}, line {lines.line_num}: {error}") from error
 
@@ -118,7 +121,9 @@ def read_json_lines(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                yield {name: str(row[name]) for name in ("question", "answer")}
+                if not all(isinstance(row[name], str) for name in ("question", "answer")):
+                    raise TypeError("no text")
+                yield {name: row[name] for name in ("question", "answer")}
             except (ValueError, KeyError, TypeError) as error:
                 message = f'{path}, line {number}: expected {{"question": …, "answer": …}}'
                 raise ValueError(message) from error

@@ -17,6 +17,8 @@ from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 class Judge:
     """Says what a function of question, first and second answer says."""
 
+    name = "m"
+
     def __init__(self, verdict):
         self.verdict, self.asked = verdict, []
 
@@ -48,7 +50,7 @@ def longer(question, first, second):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -164,9 +166,15 @@ def test_a_model_of_the_demo_is_a_judge(tmp_path):
     [
         ({"a": {}}, "there is no row in the file"),
         ({"a": {"x": "y"}}, "no question that is answered in both"),
-        ({"a": {"1": "y", 1: "z"}}, "line 2: field 'question_id' 1 is there twice"),
-        ({"a": {1: None}}, "line 1: field 'text' must be a text"),
-        ({"questions": [{"question_id": 1, "text": "?"}]}, "line 1: field 'category' must be a text"),
+        ({"a": {"1": "y", 1: "z"}}, "line 2: field 'question_id' '1' is there twice"),
+        ({"a": {1: None}}, "line 1: field 'text' must be a non-empty text, got null"),
+        ({"a": {1: "half \ud83d"}}, "line 1: field 'text' holds half a surrogate pair"),
+        ({"a": {"\ud83d": "x"}}, "line 1: field 'question_id' holds half a surrogate pair"),
+        ({"questions": [{"question_id": 1, "text": "?"}]}, "line 1: field 'category' must be a non-empty text"),
+        (
+            {"questions": [{"question_id": 1, "text": "?", "category": "all"}]},
+            "line 1: field 'category' must not be 'all'",
+        ),
         ({"max_tokens": 0}, "--max-tokens"),
     ],
 )
@@ -175,6 +183,21 @@ def test_what_cannot_be_is_said_before_the_judge_is_asked(tmp_path, changes, mes
     with pytest.raises(ValueError, match=message):
         run(settings(tmp_path, **changes), judge)
     assert not judge.asked and not (tmp_path / "out").exists()
+
+
+def test_another_judge_s_folder_is_refused(tmp_path):
+    run(settings(tmp_path), Judge(longer))
+    other = Judge(longer)
+    other.name = "another"
+    with pytest.raises(ValueError, match="run with other model"):
+        run(settings(tmp_path), other)
+    assert not other.asked
+
+
+def test_a_category_is_one_cell_of_the_table(tmp_path):
+    questions = [{"question_id": 1, "category": "a|b\nc", "text": "?"}]
+    run(settings(tmp_path, questions=questions), Judge(longer))
+    assert "| a\\|b c | 1 | 1 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_verdicts_are_read_where_there_is_one():

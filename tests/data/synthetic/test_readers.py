@@ -171,6 +171,7 @@ def instance(**changes):
         (instance(instances=[{"input": 3, "output": "x"}]), r"line 1: field 'instances\[0\].input' must be"),
         (instance(instances=[{"input": "x"}]), r"line 1: field 'instances\[0\].output' must be a non-empty text"),
         (instance(instruction=" "), "line 1: field 'instruction' must be a non-empty text"),
+        (instance(instruction="A \ud83d river"), "line 1: field 'instruction' holds half a surrogate pair"),
         (instance(is_classification=None), "line 1: field 'is_classification' must be true or false"),
     ],
 )

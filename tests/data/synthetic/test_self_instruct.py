@@ -2,17 +2,23 @@
 point. Whatever is read of replies is taken, or discarded and counted."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 pytest.importorskip("rapidfuzz", reason="needs the extra data")
 pytest.importorskip("openai", reason="needs the extra data")
 
 from chat_endpoint import JUNK, chat_endpoint
-from hf_cnllm.data.conversations import read_conversations
+from hf_cnllm.data.conversations import encode_conversations, read_conversations, reply_end_ids
 from hf_cnllm.data.synthetic.chat_models import Endpoint, Failure, Local, Reply
 from hf_cnllm.data.synthetic.journal import Journal, ModelGone
 from hf_cnllm.data.synthetic.self_instruct import STYLES, Settings, run
@@ -27,6 +33,8 @@ RESULTS = ("instructions.jsonl", "tasks.jsonl", "discarded.jsonl")
 
 class Page:
     """A model whose replies are those of `replies`; its answers come last first."""
+
+    name = "m"
 
     def __init__(self, most=None):
         self.asked, self.most = Counter(), most
@@ -218,6 +226,29 @@ def test_more_tasks_go_on_behind_the_end(tmp_path):
     make(tmp_path / "out", Page(most=0), tasks=60)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 30])
+def test_a_killed_run_goes_on(tmp_path, after):
+    make(tmp_path / "whole")
+    with chat_endpoint(reply, ["500", "no json", "reset"], share=0.3) as chat:
+        command = [sys.executable, "-m", "hf_cnllm.recipes.self_instruct", "--model", "m", "--base-url", chat.url]
+        command += ["--output", str(tmp_path / "out"), "--tasks", "20", "--attempts", "50", "--retries", "0"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        with subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
+        ) as process:
+            chat.wait_for_requests(after)
+            process.send_signal(signal.SIGKILL)
+        before = Counter((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines())
+        with closing(Endpoint("m", chat.url, retries=0)) as model:
+            make(tmp_path / "out", model, attempts=50)
+    assert process.returncode == -signal.SIGKILL
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    lines = Counter((tmp_path / "out" / "journal.jsonl").read_bytes().splitlines())
+    replies = [json.loads(line)["key"] for line in lines if b'"reply"' in line]
+    assert len(replies) == len(set(replies)) and len(before - lines) <= 1, "half a line at most"
+
+
 # ---- what cannot be ----
 
 
@@ -259,6 +290,8 @@ def test_a_wrong_key_or_name_is_one_error(tmp_path, status):
         ({"tasks": 0}, "--tasks must be at least 1"),
         ({"max_requests": 0}, "--max-requests must be at least 1"),
         ({"temperature": -1}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"top_p": float("nan")}, "--top-p"),
         ({"rouge": 0}, "--rouge"),
         ({"seeds": Path("nowhere.jsonl")}, "nowhere.jsonl"),
     ],
@@ -273,6 +306,18 @@ def test_another_run_s_folder_is_refused(tmp_path):
     make(tmp_path / "out", tasks=1)
     with pytest.raises(ValueError, match="run with other rouge"):
         make(tmp_path / "out", tasks=1, rouge=0.5)
+    other = Page(most=0)
+    other.name = "another"
+    with pytest.raises(ValueError, match="run with other model"):
+        make(tmp_path / "out", other, tasks=1)
+
+
+@pytest.mark.parametrize("content", ["", "{half", "[]", "\ufffd"])
+def test_a_damaged_record_of_the_run_is_named(tmp_path, content):
+    make(tmp_path / "out", tasks=1)
+    (tmp_path / "out" / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged.*new folder"):
+        make(tmp_path / "out", Page(most=0), tasks=1)
 
 
 def test_a_journal_of_other_prompts_or_of_junk_is_refused(tmp_path):
@@ -332,3 +377,58 @@ def test_a_model_of_the_demo_is_asked_through_a_pipeline(tmp_path, style):
     (tmp_path / "out" / "journal.jsonl").write_bytes(b"".join(written.splitlines(keepends=True)[:2]))
     make(tmp_path / "out", model, style=style, max_requests=3, max_tokens=24)
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == written, "a reply does not depend on those before"
+
+
+@pytest.mark.slow
+def test_a_model_of_the_demo_that_learned_the_replies_makes_the_same_data(tmp_path):
+    """Random weights say nothing of use. These have learned what a teacher replied to the same prompts."""
+    seeds = [
+        {"instruction": "Name a river of Asia", "instances": [{"output": "Mekong"}], "is_classification": False},
+        {
+            "instruction": "Is it sweet or sour?",
+            "instances": [{"input": "lemon", "output": "sour"}],
+            "is_classification": True,
+        },
+    ]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seeds))
+    replies = {
+        "instructions": "3. Compare tea and coffee in one sentence\n4. Draw a map of the town\n5. Is the animal wild or tame?",
+        "classification": "No",
+        "instances": "Example 1\nInput: today\nOutput: It is a fine day.",
+    }
+
+    class Teacher(Page):
+        def answer(self, requests):
+            for request in requests:
+                text = replies[request.key.partition("/")[0]]
+                messages = [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": text}]
+                learned.append({"messages": messages})
+                yield request, Reply(text)
+
+    learned = []
+    options = {
+        "seeds": tmp_path / "seeds.jsonl",
+        "languages": ("en",),
+        "max_requests": 1,
+        "max_tokens": 96,
+        "temperature": 0,
+    }
+    make(tmp_path / "taught", Teacher(), **options)
+    write_tiny_checkpoint("baichuan", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    examples, _ = encode_conversations(tokenizer, learned, reply_end_ids(tokenizer, model.generation_config))
+    batch = DataCollatorForSeq2Seq(tokenizer)(examples)
+    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.inf
+    for _ in range(60):
+        if loss < 0.03:
+            break
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "model")
+    statistics = make(tmp_path / "out", Local(str(tmp_path / "model")), **options)
+    balances(tmp_path / "out", statistics)
+    assert statistics["tasks"]["kept"] == 2 and statistics["instructions"]["discarded"] == {"forbidden_word": 1}
+    assert results(tmp_path / "out") == results(tmp_path / "taught")

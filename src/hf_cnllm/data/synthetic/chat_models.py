@@ -43,6 +43,8 @@ Outcome = Reply | Failure
 class ChatModel(Protocol):
     """What answers requests, in any order."""
 
+    name: str  # a run goes on with the same one
+
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Outcome]]: ...
 
     def close(self) -> None: ...
@@ -71,7 +73,7 @@ class Endpoint:
     ) -> None:
         from openai import AsyncOpenAI
 
-        self.model = model
+        self.name, self.timeout = model, timeout
         key = key or os.environ.get(KEY_VARIABLE) or "none"
         self.client = AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=retries)
         # The client's timeout is one for each read: a server that sends a byte now and then would never end.
@@ -99,7 +101,7 @@ class Endpoint:
             try:
                 completion = await asyncio.wait_for(
                     create(
-                        model=self.model,
+                        model=self.name,
                         messages=[{"role": "user", "content": request.prompt}],
                         max_tokens=request.max_tokens,
                         temperature=request.temperature,
@@ -109,11 +111,11 @@ class Endpoint:
                 )
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ValueError(
-                    f"{self.client.base_url} refuses the model {self.model!r} ({error}): see --base-url, --model and the "
+                    f"{self.client.base_url} refuses the model {self.name!r} ({error}): see --base-url, --model and the "
                     f"key in {KEY_VARIABLE}"
                 ) from error
-            except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError) as error:
-                return Failure("timeout", str(error))
+            except (openai.APITimeoutError, TimeoutError):
+                return Failure("timeout", f"--timeout is {self.timeout:g} s")
             except openai.APIConnectionError as error:
                 return Failure("connection", str(error.__cause__ or error))
             except openai.APIStatusError as error:
@@ -153,7 +155,8 @@ class Local:
         from ...training.sampling import tokens_out_of_place
         from ..conversations import reply_end_ids
 
-        self.pipe, self.seed = pipeline("text-generation", model=model), seed
+        self.name, self.seed = model, seed
+        self.pipe = pipeline("text-generation", model=model)
         self.ends = reply_end_ids(self.pipe.tokenizer, self.pipe.model.generation_config)
         self.suppressed = tokens_out_of_place(self.pipe.model, self.ends)
 
@@ -220,8 +223,8 @@ def opened(arguments: argparse.Namespace, seed: int = 0) -> "closing[Endpoint | 
         return closing(Local(arguments.model, seed))
     if not arguments.base_url.startswith(("http://", "https://")):
         raise ValueError(f"--base-url {arguments.base_url}: expected an address that begins with http:// or https://")
-    if arguments.timeout <= 0 or arguments.retries < 0 or arguments.at_once < 1:
-        raise ValueError("--timeout must be above 0, --retries at least 0 and --at-once at least 1")
+    if not arguments.timeout > 0 or arguments.retries < 0 or arguments.at_once < 1:
+        raise ValueError("--timeout must be a number above 0, --retries at least 0 and --at-once at least 1")
     return closing(
         Endpoint(
             arguments.model,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversations import read_json_rows
-from ..formats import ConversationError
+from ..formats import ConversationError, read_text
 from ..owned_folder import owned_folder, write_whole
 from .chat_models import ChatModel, Failure, Outcome, Request
 from .heuristics import language_of
@@ -34,6 +34,7 @@ PROMPTS = {
 ORDERS = ("as given", "swapped")
 WINNERS = ({"A": "a", "B": "b", "C": "tie"}, {"A": "b", "B": "a", "C": "tie"})  # by order
 VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+ALL = "all"  # categories together
 COLUMNS = {  # of the table -> what is counted
     "questions": "questions",
     "A wins": "a",
@@ -85,7 +86,7 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
     }
     if not pairs:
         raise ValueError(f"{settings.questions} has no question that is answered in both files of --answers")
-    with owned_folder(settings.output, _identity(settings)):
+    with owned_folder(settings.output, _identity(settings, model.name)):
         journal = Journal(settings.output / JOURNAL_FILE)
         try:
             asker = Asker(model, journal, settings.attempts, most_failures)
@@ -120,24 +121,29 @@ def _read(path: Path, fields: Sequence[str]) -> dict[str, dict[str, str]]:
     """The rows of a file by their `question_id`."""
     found: dict[str, dict[str, str]] = {}
     for number, row in read_json_rows(path):
-        place = f"{path}, line {number}"
-        if not isinstance(row, Mapping) or not isinstance(row.get("question_id"), str | int):
-            raise ConversationError(f"{place}: expected an object with the field 'question_id'")
-        for name in fields:
-            if not isinstance(row.get(name), str) or (name == "category" and not row[name].strip()):
-                raise ConversationError(f"{place}: field '{name}' must be a text")
-        if str(row["question_id"]) in found:
-            raise ConversationError(f"{place}: field 'question_id' {row['question_id']!r} is there twice")
-        found[str(row["question_id"])] = {name: row[name] for name in fields}
+        try:
+            if not isinstance(row, Mapping):
+                raise ConversationError(f"expected an object, got {type(row).__name__}")
+            name = row.get("question_id")
+            name = str(name) if isinstance(name, int) else read_text(row, "question_id")
+            texts = {field: read_text(row, field, may_be_blank=field == "text") for field in fields}
+            if name in found:
+                raise ConversationError(f"field 'question_id' {name!r} is there twice")
+            if texts.get("category") == ALL:
+                raise ConversationError(f"field 'category' must not be {ALL!r}, which is the line of the sums")
+        except ConversationError as error:
+            raise ConversationError(f"{path}, line {number}: {error}") from None
+        found[name] = texts
     if not found:
         raise ConversationError(f"{path}: there is no row in the file")
     return found
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
+def _identity(settings: Settings, model: str) -> dict[str, Any]:
     paths = {"questions": settings.questions, "answers of A": settings.answers[0], "answers of B": settings.answers[1]}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-    return {"recipe": "judge", "max_tokens": settings.max_tokens, "attempts": settings.attempts, **digests}
+    told = {"model": model, "max_tokens": settings.max_tokens, "attempts": settings.attempts}
+    return {"recipe": "judge", **told, **digests}
 
 
 def _prompt(question: str, pair: Sequence[str], order: str) -> str:
@@ -183,7 +189,7 @@ def _count(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
         counts["orders_disagree"] += row["winner"] == "tie" and verdicts != ["C", "C"]
     names = [*COLUMNS.values(), "first_twice", "second_twice"]
     totals = sum(found.values(), Counter())
-    return {name: {one: counts[one] for one in names} for name, counts in {**found, "all": totals}.items()}
+    return {name: {one: counts[one] for one in names} for name, counts in {**found, ALL: totals}.items()}
 
 
 def table(statistics: Mapping[str, Any]) -> str:
@@ -193,5 +199,6 @@ def table(statistics: Mapping[str, Any]) -> str:
     for name, counts in statistics["categories"].items():
         judged = counts["a"] + counts["b"] + counts["tie"]
         share = f"{(counts['a'] + counts['tie'] / 2) / judged:.0%}" if judged else "–"
-        lines.append(f"| {name} | {' | '.join(str(counts[one]) for one in COLUMNS.values())} | {share} |")
+        cell = " ".join(name.split()).replace("|", "\\|")
+        lines.append(f"| {cell} | {' | '.join(str(counts[one]) for one in COLUMNS.values())} | {share} |")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversations import read_json_rows
-from ..formats import ConversationError
+from ..formats import ConversationError, read_text
 from .heuristics import Instance, language_of
 
 
@@ -59,11 +59,9 @@ def _read_task(row: Any) -> Task:
         raise ConversationError("field 'instances' must be a list of objects with input and output, and not empty")
     if not isinstance(row.get("is_classification"), bool):
         raise ConversationError("field 'is_classification' must be true or false")
-    texts = {"instruction": row.get("instruction")}
+    pairs = []
     for index, one in enumerate(instances):
-        texts |= {f"instances[{index}].output": one.get("output"), f"instances[{index}].input": one.get("input") or ""}
-    for name, value in texts.items():
-        if not isinstance(value, str) or not (value.strip() or name.endswith(".input")):
-            raise ConversationError(f"field '{name}' must be a non-empty text")
-    pairs = tuple(((one.get("input") or "").strip(), one["output"].strip()) for one in instances)
-    return Task(row["instruction"].strip(), pairs, row["is_classification"])
+        place = f"instances[{index}]."
+        given = read_text(one, "input", place, may_be_blank=True) if one.get("input") is not None else ""
+        pairs.append((given.strip(), read_text(one, "output", place).strip()))
+    return Task(read_text(row, "instruction").strip(), tuple(pairs), row["is_classification"])

@@ -11,6 +11,7 @@ counted.
 import dataclasses
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -115,7 +116,7 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
         OSError: the model does not answer any more, or the disk is full. The next run goes on from there.
     """
     seeds = _check(settings)
-    with owned_folder(settings.output, _identity(settings)):
+    with owned_folder(settings.output, _identity(settings, model.name)):
         journal = Journal(settings.output / JOURNAL_FILE)
         try:
             asker, ledger = Asker(model, journal, settings.attempts, most_failures), Ledger()
@@ -155,15 +156,15 @@ def _check(settings: Settings) -> list[Task]:
         value = getattr(settings, name)
         if (len(value) if name == "languages" else value) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if settings.temperature < 0 or not 0 < settings.top_p <= 1 or not 0 < settings.rouge <= 1:
-        raise ValueError("--temperature must not be negative, --top-p and --rouge above 0 and at most 1")
+    if not (0 <= settings.temperature < math.inf and 0 < settings.top_p <= 1 and 0 < settings.rouge <= 1):
+        raise ValueError("--temperature must be a number of at least 0, --top-p and --rouge above 0 and at most 1")
     return read_seeds(settings.seeds, settings.languages)
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
+def _identity(settings: Settings, model: str) -> dict[str, Any]:
     told = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_DIFFER}
     told["seed tasks"] = hashlib.sha256(settings.seeds.read_bytes()).hexdigest()
-    return json.loads(json.dumps({"recipe": "self_instruct", **told}))
+    return json.loads(json.dumps({"recipe": "self_instruct", "model": model, **told}))
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

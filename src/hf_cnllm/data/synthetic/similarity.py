@@ -21,7 +21,7 @@ ROUNDING = 1e-9  # two different scores are further apart
 def _jieba():
     import jieba
 
-    jieba.setLogLevel("WARNING")
+    jieba.setLogLevel("CRITICAL")  # without its cache it is slower, no more
     with tempfile.TemporaryDirectory() as folder:
         # It reads a cache that anybody may have put into the system's folder for temporary files.
         cutter = jieba.Tokenizer()
