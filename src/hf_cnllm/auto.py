@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from ._compat import name_in_transformers
+from ._compat import name_in_transformers, registered
 from .models import baichuan, chatglm, glm, glm130b, qwen
 from .models.adapter_targets import add_peft_targets
 from .models.glm.configuration_glm import SavedGLMConfig
@@ -399,13 +399,19 @@ class TokenizerFoundByName(PreTrainedConfig):
 
 @dataclass(frozen=True)
 class _InAutoClass:
-    """A model class's place in an auto class."""
+    """A model class's place in an auto class, unless a user has registered another one meanwhile."""
 
     auto_class: str
     config_class: type[PreTrainedConfig]
 
     def __call__(self, model_class: Any, in_place_of: Any) -> None:
-        getattr(transformers, self.auto_class).register(self.config_class, model_class, exist_ok=True)
+        auto_class = getattr(transformers, self.auto_class)
+        if (
+            in_place_of is None
+            or in_place_of is model_class
+            or registered(auto_class, self.config_class) is in_place_of
+        ):
+            auto_class.register(self.config_class, model_class, exist_ok=True)
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import Signature, signature
 from typing import Any
 
 from ._stack import naming_what_does_not_fit
@@ -18,8 +19,9 @@ Place = Callable[[Any, Any], None]
 
 
 class StandIn:
-    """Is what its class is: it can be called, derived from, pickled, and asked for by `isinstance` and `issubclass`; and it has
-    the class's attributes. Any of that imports the class, except for the name, the module and what is `known` besides."""
+    """Is what its class is: it can be called, derived from, pickled, and asked for by `isinstance` and `issubclass`; it equals
+    the class, and has its attributes, those that are set here too. Any of that imports the class, except for the name, the
+    module and what is `known` besides."""
 
     def __init__(self, module: str, name: str, **known: Any):
         vars(self).update(known, __module__=module, __name__=name, __qualname__=name)
@@ -30,8 +32,33 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.imported(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.imported(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.imported(), name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.imported()(*args, **kwargs)
+
+    def __eq__(self, other: Any) -> bool:
+        return self.imported() is (other.imported() if type(other) is StandIn else other)
+
+    def __hash__(self) -> int:
+        return hash(self.imported())
+
+    def __or__(self, other: Any) -> Any:
+        return self.imported() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.imported()
+
+    def __dir__(self) -> list[str]:
+        return dir(self.imported())
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self.imported())
 
     @property
     def __class__(self) -> type:
@@ -82,7 +109,7 @@ def later(package: str, module: str, names: Collection[str]) -> tuple[Callable[[
     return __getattr__, lambda: sorted({*vars(sys.modules[package]), *names})
 
 
-_places: dict[tuple[str, str], tuple[StandIn, dict[Place, None]]] = {}
+_places: dict[tuple[str, str], tuple[Any, dict[Place, None]]] = {}  # and what is in them
 
 
 def put(place: Place, module: str, name: str, **known: Any) -> None:
@@ -95,7 +122,10 @@ def put(place: Place, module: str, name: str, **known: Any) -> None:
 
 
 def take_places(defined: type) -> None:
-    """Puts a class that was just defined wherever there is a stand-in of it."""
-    stand_in, places = _places.pop((defined.__module__, defined.__qualname__), (None, {}))
-    for place in places:
-        place(defined, stand_in)
+    """Puts a class that was just defined wherever there is a stand-in of it, or what an import defined that did not end well."""
+    key = defined.__module__, defined.__qualname__
+    if key in _places:
+        former, places = _places[key]
+        _places[key] = defined, places
+        for place in places:
+            place(defined, former)

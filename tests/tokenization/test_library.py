@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -189,6 +190,51 @@ def test_rules_of_somebody_elses():
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # with spaces as they are
     for text in ("Hello WORLD", "Hello WORLD " * 50):
         assert tokenizer(text)["input_ids"] == tokenizer.backend_tokenizer.encode(text).ids
+
+
+class Lowercase:
+    """A step in Python, which cannot be written down."""
+
+    def normalize(self, text):
+        text.lowercase()
+
+    def pre_tokenize(self, text):
+        text.split(lambda _, part: [part])
+
+
+@pytest.mark.parametrize("name", WITH_FILES)
+def test_changed_rules_hold_for_ids_alone(name):
+    """Even where a probe cannot tell: names, accents, code."""
+    text = "hello café, 你好 world " * 60
+    changes = [
+        ("normalizer", lambda rules: [normalizers.Replace("hello", "HOLA"), rules]),
+        ("normalizer", lambda rules: [normalizers.NFD(), rules]),
+        ("normalizer", lambda rules: [normalizers.Normalizer.custom(Lowercase()), rules]),
+        ("pre_tokenizer", lambda rules: [pre_tokenizers.PreTokenizer.custom(Lowercase()), rules]),
+    ]
+    for part, change in changes:
+        tokenizer = copy.deepcopy(load(name))
+        backend = tokenizer.backend_tokenizer
+        sequence = sys.modules[f"tokenizers.{part}s"].Sequence
+        setattr(backend, part, sequence([step for step in change(getattr(backend, part)) if step is not None]))
+        expected = backend.encode(text, add_special_tokens=False).ids
+        assert not tokenizer.has_own_rules()
+        for options in ({}, {"return_offsets_mapping": True}):
+            assert tokenizer(text, add_special_tokens=False, **options)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("name", WITH_FILES)
+def test_drawn_segmentations_are_drawn_for_ids_alone(name):
+    """BPE dropout and Unigram sampling, which some turn on for training."""
+    tokenizer, text = copy.deepcopy(load(name)), "hello world, the quick brown fox " * 60
+    once = tokenizer(text)["input_ids"]
+    model = tokenizer.backend_tokenizer.model
+    if hasattr(model, "dropout"):
+        model.dropout = 0.5
+    else:
+        model.alpha, model.nbest_size = 0.1, 64
+    assert len(once) < len(tokenizer(text)["input_ids"]) and not tokenizer.has_own_rules()
+    assert tokenizer(text)["input_ids"] != tokenizer(text)["input_ids"]
 
 
 def test_characters_that_the_backend_loses_and_halves_of_one():

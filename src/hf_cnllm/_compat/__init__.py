@@ -98,6 +98,11 @@ def check_transformers() -> None:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
+def registered(auto_class: Any, config_class: type) -> Any:
+    """The model class that an auto class has for a configuration; None if there is none."""
+    return auto_class._model_mapping.get(config_class, None)
+
+
 _named: dict[str, Any] = {}
 
 

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import NormalizedString, PreTokenizedString, Token, Tokenizer
+from tokenizers import NormalizedString, PreTokenizedString, Token, Tokenizer, normalizers
 from tokenizers.models import Unigram
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
@@ -24,6 +24,8 @@ from .charsmap import APART, BORDER
 from .sentencepiece import SPACE, WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
 
 PROBE = "Ａ b"  # what others make of it: lower case, no NFKC, no ▁ in front, …
+# Of BPE and Unigram. With a dropout or an alpha their ids are drawn anew each time.
+MODEL_SETTINGS = ("dropout", "alpha", "nbest_size", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
 SHORTEST_PART = 500  # characters; BPE's queue of merges is the slower the longer it is
 WORTH_THREADS = 20_000  # characters
 
@@ -50,7 +52,7 @@ class SentencePieceLibrary:
     ):
         self.read, self.prepare, self.written, self.lost = read, prepare, written or {}, (APART, BORDER, *lost)
         self.decides = isinstance(backend.model, Unigram)  # whether its ids, not the backend's, are the tokenizer's
-        self._rules = _rules(backend)
+        self._rules = rules_of(backend)
         if model is not None:
             self.model = model
 
@@ -157,7 +159,7 @@ class SentencePieceLibrary:
     def agrees(self, backend: Tokenizer) -> bool:
         """Whether the backend, which does not truncate, still has the vocabulary's rules, as far as a probe tells."""
         return (
-            self._rules == _rules(backend) and backend.encode(PROBE, add_special_tokens=False).ids == self._probe_ids
+            self._rules == rules_of(backend) and backend.encode(PROBE, add_special_tokens=False).ids == self._probe_ids
         )
 
     @cached_property
@@ -168,7 +170,7 @@ class SentencePieceLibrary:
 
     def backend_like(self, backend: Tokenizer) -> Tokenizer:
         """The backend with the library's tokens, or itself if that is not for the library to say."""
-        if not self.decides or _rules(backend) != self._rules:
+        if not self.decides or rules_of(backend) != self._rules:
             return backend
         other = Tokenizer(backend.model)
         other.normalizer = self.normalizer_like(backend.normalizer)
@@ -285,10 +287,24 @@ def joined(rows: list[list[int]]) -> list[int]:
     return rows[0] if len(rows) == 1 else list(chain.from_iterable(rows))
 
 
-def _rules(backend: Tokenizer) -> tuple[bytes, int]:
-    """What can be told of the backend's rules at no cost."""
-    steps = backend.pre_tokenizer
-    return b"" if steps is None else steps.__getstate__(), backend.get_vocab_size(with_added_tokens=False)
+def rules_of(backend: Tokenizer) -> tuple[Any, ...]:
+    """What can be told of the backend's rules at next to no cost: of a normalizer in steps, which steps they are."""
+    normalizer, model = backend.normalizer, backend.model
+    is_in_steps = isinstance(normalizer, normalizers.Sequence)
+    return (
+        [type(step).__name__ for step in normalizer] if is_in_steps else _written(normalizer),
+        _written(backend.pre_tokenizer),
+        type(model).__name__,
+        [getattr(model, name, None) for name in MODEL_SETTINGS],
+        backend.get_vocab_size(with_added_tokens=False),
+    )
+
+
+def _written(part: Any) -> bytes:
+    try:
+        return b"" if part is None else part.__getstate__()
+    except Exception:  # the Rust side raises bare ones
+        return b"code"  # of somebody's, which cannot be written down
 
 
 def _threads() -> int:

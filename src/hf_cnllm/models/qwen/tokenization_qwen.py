@@ -14,7 +14,7 @@ from transformers import BatchEncoding
 from ...tokenization.base import as_list, known, with_changes
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import check_settings
-from ...tokenization.library import PROBE
+from ...tokenization.library import PROBE, rules_of
 from ...tokenization.regex import any_of
 from ...tokenization.templates import read_template
 from ..old_names import InnerTokenizer
@@ -69,7 +69,7 @@ class QWenTokenizer(ChatTokenizer):
     padding_side = "right"
     prompt_padding_side = "left"
     model_type = "qwen"
-    _equals_tiktoken = False  # one that was read from tokenizer.json, or trained, may have any rules
+    _tiktoken_rules: tuple | None = None  # one that was read from tokenizer.json, or trained, may have any
     MODEL_TOKENS = {"eos_token_id": (ENDOFTEXT, IMEND)}
     PUBLISHED_SIZES = {151_936: 151_851, 152_064: 151_851}
 
@@ -129,8 +129,9 @@ class QWenTokenizer(ChatTokenizer):
                     "tokens ids after the special tokens'."
                 )
             ranks |= extra
-        self._equals_tiktoken = True
-        return build_backend(ranks, self._special_names)
+        backend = build_backend(ranks, self._special_names)
+        self.use_original(vocab_file, backend)
+        return backend
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -224,11 +225,13 @@ class QWenTokenizer(ChatTokenizer):
 
     def has_own_rules(self) -> bool:
         self._take_whole_texts()
+        if self._tiktoken_rules != rules_of(self._tokenizer):
+            return False
         expected = self._tokenizer.encode(PROBE, add_special_tokens=False).ids
-        return self._equals_tiktoken and self._tiktoken_ids([PROBE]) == [expected]
+        return self._tiktoken_ids([PROBE]) == [expected]
 
     def use_original(self, vocab_file: str, backend: Tokenizer, model: Any = None) -> None:
-        self._equals_tiktoken = True
+        self._tiktoken_rules = rules_of(backend)
 
     def _has_own_tokens_alone(self) -> bool:
         return self._tokenizer.get_added_tokens_decoder().keys() == set(self.special_tokens.values())
@@ -273,7 +276,7 @@ class QWenTokenizer(ChatTokenizer):
     def _matching_only(self, allowed: Collection[str]) -> "QWenTokenizer":
         """A copy on the same vocabulary that, with `split_special_tokens`, still matches the `allowed` special tokens."""
         other, backend = copy.copy(self), Tokenizer(self._tokenizer.model)
-        other._equals_tiktoken = False
+        other._tiktoken_rules = None
         for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
             setattr(backend, step, getattr(self._tokenizer, step))
         added = self.added_tokens_decoder.values()
