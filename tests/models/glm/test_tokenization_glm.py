@@ -193,6 +193,8 @@ def test_ids_and_text_are_the_originals(text):
 @hypothesis_settings(max_examples=10, deadline=None)
 def test_ids_are_the_originals_with_the_real_vocabulary(texts):
     tokenizer = TokenizerGolden("glm_chinese").load(GLMChineseTokenizer)
+    # Beside a control token Python's white space is taken along, and U+001C to U+001F are none for Rust (docs/differences.md).
+    texts = [text for text in texts if not ("[" in text and set(text) & set("\x1c\x1d\x1e\x1f"))]
     expected = [reference("glm_chinese").encode(text) for text in texts]
     assert tokenizer(texts, add_special_tokens=False)["input_ids"] == expected
 
