@@ -52,14 +52,15 @@ def test_the_tokens_of_transformers(name, precision, tmp_path):
     export_checkpoint(tmp_path / "source", tmp_path / "out", kind.target)
     words = [str(tmp_path / "out"), "--outfile", str(tmp_path / "model.gguf"), "--outtype", precision]
     subprocess.run([sys.executable, str(converter), *words], check=True, capture_output=True, timeout=600)
-    engine = llama_cpp.Llama(
-        str(tmp_path / "model.gguf"), n_ctx=256, n_threads=1, verbose=False, kv_overrides=OVERRIDES.get(name)
-    )
+    cache = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16}[precision]
+    options = {"n_ctx": 256, "n_threads": 1, "type_k": cache, "type_v": cache, "kv_overrides": OVERRIDES.get(name)}
+    engine = llama_cpp.Llama(str(tmp_path / "model.gguf"), verbose=False, **options)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
     for text in TEXTS:
+        alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert engine.tokenize(text.encode(), add_bos=False, special=True) == alone
         ids = tokenizer(text)["input_ids"]
-        assert engine.tokenize(text.encode(), add_bos=False, special=True) == ids
         options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         expected = model.generate(torch.tensor([ids]), **options, eos_token_id=None)[0, len(ids) :].tolist()
         engine.reset()
