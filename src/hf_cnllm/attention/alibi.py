@@ -180,13 +180,14 @@ def create_alibi_mask(
     Raises:
         ValueError: the attention implementation has no ALiBi, or the mask does not fit the keys.
     """
-    backend, slopes = config._attn_implementation, alibi_slopes(config.num_attention_heads).to(inputs_embeds.device)
+    backend, heads = config._attn_implementation, config.num_attention_heads
     if isinstance(cache, PAGED_CACHES):
         borders = key_borders[FULL] if isinstance(key_borders, dict) else key_borders
-        return page_alibi(slopes, attention_mask, position_ids, borders)  # type: ignore[arg-type]  # a tensor there
+        return page_alibi(heads, attention_mask, position_ids, borders)  # type: ignore[arg-type]  # a tensor there
     alibi_attention(backend)  # an unknown backend is refused before any work
     if isinstance(attention_mask, dict):
         return attention_mask[PREPARED]
+    slopes = alibi_slopes(heads).to(inputs_embeds.device)
     mask = read_mask(inputs_embeds, attention_mask, cache, forms=(2, 3, 4))
     mask = follow_restarts(mask, position_ids, cache)
     if backend == "flash_attention_2":
@@ -201,7 +202,7 @@ def create_alibi_mask(
     if backend == "eager" or mask.queries == 1 or is_little:
         bias = (slopes[:, None, None] * (keys - queries[:, None])).to(dtype)[None]
         return bias if mask.hides_nothing else bias + mask.additive(dtype)
-    scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+    scaling = (config.hidden_size // heads) ** -0.5
     if not _is_padding_only(mask):
         return fold_alibi(slopes, queries, keys, None, scaling, dtype, mask.additive(dtype))
     hidden_keys = None if mask.sequences is None else mask.sequences == 0
@@ -209,7 +210,7 @@ def create_alibi_mask(
 
 
 def page_alibi(
-    slopes: torch.Tensor, mask: torch.Tensor, query_positions: torch.Tensor, borders: torch.Tensor
+    num_heads: int, mask: torch.Tensor, query_positions: torch.Tensor, borders: torch.Tensor
 ) -> torch.Tensor:
     """The dense bias of continuous batching (`generate_batch`), which packs requests into one row: a request's keys lie
     together, its first token in front.
@@ -221,6 +222,7 @@ def page_alibi(
     """
     keys = torch.arange(mask.shape[-1], device=mask.device)
     key_positions = keys - borders[torch.searchsorted(borders[1:], keys, right=True)]
+    slopes = alibi_slopes(num_heads).to(mask.device)
     bias = slopes[:, None, None] * (key_positions - query_positions[0, :, None])
     return torch.where(mask < 0, mask, bias.to(mask.dtype))
 
