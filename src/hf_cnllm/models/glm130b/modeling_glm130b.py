@@ -59,7 +59,6 @@ def attention_of_matrices(
 class SelfAttention(chatglm.SelfAttention):
     def __init__(self, config: GLM130BConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.attention_dropout = config.attention_dropout
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
