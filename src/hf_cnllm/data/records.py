@@ -137,12 +137,19 @@ def parse_object(text: str) -> dict[str, Any] | str:
     return record
 
 
+def text_of(line: bytes, offset: int) -> str | None:
+    """The text of a line without its end, in a file's first one also without a byte order mark; None where it is no UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if offset == 0 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        return None
+
+
 def parse_record(line: bytes, name: str, offset: int) -> dict[str, Any] | str:
     """The record of a line (`{"id", "text", …}`; of a text file's, its text), or why it is skipped. A record without an id is
     named by file and offset."""
-    try:
-        text = line.decode("utf-8-sig" if offset == 0 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError:
+    text = text_of(line, offset)
+    if text is None:
         return "undecodable"
     record: Any = {"id": f"{name}:{offset}", "text": text}
     if ".jsonl" in Path(name).suffixes[-2:]:

@@ -15,7 +15,7 @@ from .conversations import as_template_takes, read_json_rows
 from .formats import ROLES, Conversation, ConversationError
 from .languages import LanguageRule
 from .owned_folder import full_disk_named
-from .records import MAX_LINE_BYTES, is_utf8, parse_object, read_lines
+from .records import MAX_LINE_BYTES, is_utf8, parse_object, read_lines, text_of
 
 ROWS_FILE, DISCARDED_FILE, STATISTICS_FILE = "conversations.jsonl", "discarded.jsonl", "statistics.json"
 SENDERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -173,12 +173,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if line is None:
                 yield number, "too_long"
                 continue
-            try:
-                text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
-            except UnicodeDecodeError:
+            text = text_of(line, offset)
+            if text is None:
                 yield number, "undecodable"
-                continue
-            if text.strip():
+            elif text.strip():
                 yield number, parse_object(text)
 
 
