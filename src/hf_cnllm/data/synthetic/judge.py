@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -86,34 +87,33 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
     }
     if not pairs:
         raise ValueError(f"{settings.questions} has no question that is answered in both files of --answers")
-    with owned_folder(settings.output, _identity(settings, model.name)):
-        journal = Journal(settings.output / JOURNAL_FILE)
-        try:
-            asker = Asker(model, journal, settings.attempts, most_failures)
-            requests = [
-                Request(f"verdicts/{name}/{order}", _prompt(questions[name]["text"], pair, order), settings.max_tokens)
-                for name, pair in pairs.items()
-                for order in ORDERS
-            ]
-            outcomes = iter(asker.ask(requests))
-            verdicts = {name: _judged([next(outcomes), next(outcomes)]) for name in pairs}
-            rows = [
-                {"question_id": name, "category": row["category"], **verdicts.get(name, {"winner": "without_answer"})}
-                for name, row in questions.items()
-            ]
-            statistics = {
-                "answers": dict(zip("AB", map(str, settings.answers), strict=True)),
-                "requests": asker.statistics(),
-                "not_judged": _reasons(rows),
-                "answers_without_question": [len(each.keys() - questions.keys()) for each in answers],
-                "categories": _count(rows),
-            }
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_whole(settings.output / VERDICTS_FILE, "".join(lines))
-            write_whole(settings.output / TABLE_FILE, table(statistics))
-            write_whole(settings.output / STATISTICS_FILE, json.dumps(statistics, ensure_ascii=False, indent=2) + "\n")
-        finally:
-            journal.close()
+    with (
+        owned_folder(settings.output, _identity(settings, model.name)),
+        closing(Journal(settings.output / JOURNAL_FILE)) as journal,
+    ):
+        asker = Asker(model, journal, settings.attempts, most_failures)
+        requests = [
+            Request(f"verdicts/{name}/{order}", _prompt(questions[name]["text"], pair, order), settings.max_tokens)
+            for name, pair in pairs.items()
+            for order in ORDERS
+        ]
+        outcomes = iter(asker.ask(requests))
+        verdicts = {name: _judged([next(outcomes), next(outcomes)]) for name in pairs}
+        rows = [
+            {"question_id": name, "category": row["category"], **verdicts.get(name, {"winner": "without_answer"})}
+            for name, row in questions.items()
+        ]
+        statistics = {
+            "answers": dict(zip("AB", map(str, settings.answers), strict=True)),
+            "requests": asker.statistics(),
+            "not_judged": _reasons(rows),
+            "answers_without_question": [len(each.keys() - questions.keys()) for each in answers],
+            "categories": _count(rows),
+        }
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(settings.output / VERDICTS_FILE, "".join(lines))
+        write_whole(settings.output / TABLE_FILE, table(statistics))
+        write_whole(settings.output / STATISTICS_FILE, json.dumps(statistics, ensure_ascii=False, indent=2) + "\n")
     return statistics
 
 

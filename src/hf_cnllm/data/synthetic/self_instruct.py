@@ -15,6 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,34 +117,33 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
         OSError: the model does not answer any more, or the disk is full. The next run goes on from there.
     """
     seeds = _check(settings)
-    with owned_folder(settings.output, _identity(settings, model.name)):
-        journal = Journal(settings.output / JOURNAL_FILE)
-        try:
-            asker, ledger = Asker(model, journal, settings.attempts, most_failures), Ledger()
-            drafts = _make_tasks(settings, seeds, asker, ledger)
-            kinds: Counter[str] = Counter()
-            if STYLES[settings.style].is_whole:
-                tasks = [
-                    Task(draft.instruction, _taken(ledger, f"tasks/{number}", draft.instances), None)
-                    for number, draft in enumerate(drafts)
-                ]
-            else:
-                tasks = _make_instances(settings, seeds, drafts, asker, ledger, kinds)
-            reasons = [None if task.instances else "no_instance" for task in tasks]
-            whole = [
-                task
-                for number, (task, reason) in enumerate(zip(tasks, reasons, strict=True))
-                if ledger.decide("tasks", f"tasks/{number}", task.instruction, reason)
+    with (
+        owned_folder(settings.output, _identity(settings, model.name)),
+        closing(Journal(settings.output / JOURNAL_FILE)) as journal,
+    ):
+        asker, ledger = Asker(model, journal, settings.attempts, most_failures), Ledger()
+        drafts = _make_tasks(settings, seeds, asker, ledger)
+        kinds: Counter[str] = Counter()
+        if STYLES[settings.style].is_whole:
+            tasks = [
+                Task(draft.instruction, _taken(ledger, f"tasks/{number}", draft.instances), None)
+                for number, draft in enumerate(drafts)
             ]
-            statistics = {
-                "requests": asker.statistics(),
-                "enough": len(drafts) >= settings.tasks,
-                **{stage: ledger.counts(stage) for stage in ("replies", "instructions", "instances", "tasks")},
-                **({"kinds": dict(sorted(kinds.items()))} if kinds else {}),
-            }
-            _write(settings.output, whole, ledger, statistics)
-        finally:
-            journal.close()
+        else:
+            tasks = _make_instances(settings, seeds, drafts, asker, ledger, kinds)
+        reasons = [None if task.instances else "no_instance" for task in tasks]
+        whole = [
+            task
+            for number, (task, reason) in enumerate(zip(tasks, reasons, strict=True))
+            if ledger.decide("tasks", f"tasks/{number}", task.instruction, reason)
+        ]
+        statistics = {
+            "requests": asker.statistics(),
+            "enough": len(drafts) >= settings.tasks,
+            **{stage: ledger.counts(stage) for stage in ("replies", "instructions", "instances", "tasks")},
+            **({"kinds": dict(sorted(kinds.items()))} if kinds else {}),
+        }
+        _write(settings.output, whole, ledger, statistics)
     return statistics
 
 
