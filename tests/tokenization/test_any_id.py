@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from hf_cnllm.auto import family_of
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
-from hf_cnllm.models.glm.tokenization_glm import GLMBertTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
+from hf_cnllm.models.glm.tokenization_glm_english import GLMBertTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
 from tokenizer_goldens import TokenizerGolden
 
 # Vocabulary -> rows of the published model's embedding; the small ones belong to none and get some to spare.

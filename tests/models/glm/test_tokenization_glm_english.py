@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from hf_cnllm.models.glm.tokenization_glm import GLMBertTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
+from hf_cnllm.models.glm.tokenization_glm_english import GLMBertTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
 from tokenizer_goldens import FIXTURES, TokenizerGolden, differences, settings
 
 CLASSES = {

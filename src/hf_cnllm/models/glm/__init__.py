@@ -2,7 +2,8 @@ from typing import TYPE_CHECKING
 
 from ...stand_ins import later
 from .configuration_glm import GLMConfig
-from .tokenization_glm import GLMBertTokenizer, GLMChineseTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
+from .tokenization_glm import GLMChineseTokenizer
+from .tokenization_glm_english import GLMBertTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
 
 if TYPE_CHECKING:
     from .modeling_glm import GLMForConditionalGeneration, GLMForMultipleChoice, GLMModel, GLMPreTrainedModel
