@@ -1,6 +1,8 @@
 """GLM-130B against the original's numbers, and what is special to it: kinds of blanks, positions, half precision."""
 
+import copy
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +182,26 @@ def test_golden_half_precision(model, name):
     result = half(case.inputs["input_ids"], **built)
     assert result.logits.dtype == torch.float16
     assert_close(result.logits, case.outputs["logits"], atol=case.raw["vs_fp32"])
+
+
+def test_row_parallel_layers_add_the_bias_to_the_rounded_product():
+    """In every copy of a model, by a layer of the class that quantization looks for."""
+    half, ids = load().half(), torch.tensor([TEXTS[0]])
+    for name, linear in half.named_modules():
+        if name.endswith(("attention.dense", "mlp.dense_4h_to_h")):
+            torch.nn.init.normal_(linear.bias)
+    copied, pickled = copy.deepcopy(half), pickle.loads(pickle.dumps(half))
+    assert torch.equal(copied(ids).logits, half(ids).logits)
+    assert_close(pickled(ids).logits, half(ids).logits, atol=0.1)  # which may forget the rounding
+    layer = copied.transformer.layers[0]
+    for linear in (layer.attention.dense, layer.mlp.dense_4h_to_h):
+        states, plain = torch.randn(64, linear.in_features).half(), torch.nn.Linear(1, 1)
+        plain.weight, plain.bias = linear.weight, linear.bias
+        assert type(linear) is torch.nn.Linear
+        product = torch.nn.functional.linear(states, linear.weight)
+        assert torch.equal(linear(states), product + linear.bias)
+        assert not torch.equal(linear(states), plain(states))
+        assert_close(linear(states), plain(states), atol=0.02)
 
 
 @torch.no_grad()

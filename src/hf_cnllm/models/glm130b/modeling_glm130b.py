@@ -6,6 +6,7 @@ configuration has all that those layers read, which no type says.
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -56,9 +57,22 @@ def attention_of_matrices(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+def row_parallel(linear: nn.Linear) -> nn.Linear:
+    """The layer, whose bias is added to the rounded product as SwissArmyTransformer's RowParallelLinear adds it: in half precision a
+    sum of its own. A method of this one layer, since quantization passes over subclasses."""
+
+    def forward(self: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = F.linear(hidden_states, self.weight)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    linear.forward = MethodType(forward, linear)  # type: ignore[method-assign]
+    return linear
+
+
 class SelfAttention(chatglm.SelfAttention):
     def __init__(self, config: GLM130BConfig, layer_idx: int):
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
+        row_parallel(self.dense)
         self.attention_dropout = config.attention_dropout
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
@@ -82,7 +96,7 @@ class GEGLU(nn.Module):
     def __init__(self, config: GLM130BConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_4h_to_h = row_parallel(nn.Linear(config.inner_hidden_size, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
