@@ -119,7 +119,7 @@ def deaths(
         ways.append((f"at call {at} of {total}", lambda at=at: killed_at(at, save)))
     ways += [(f"at {size} bytes of a file", lambda size=size: killed_by_size(size, save)) for size in sizes]
     ways += [(f"after {ms} ms", lambda ms=ms: killed_after(ms / 1000, save)) for ms in (0, 1, 2, 4, 8, 16)]
-    return sample(ways, 24, whole)
+    return sample(ways, 8, whole)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -220,10 +220,6 @@ RESUMED_FROM = {
 }
 
 
-def test_a_process_killed_inside_a_checkpoint_resumes_exactly(uninterrupted, checkpoint, data, tmp_path):
-    assert_resumes("inside a write", 0, None, uninterrupted, checkpoint, data, tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [None, "ddp", "fsdp2"])
 @pytest.mark.parametrize("moment", RESUMED_FROM)

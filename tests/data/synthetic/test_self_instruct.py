@@ -118,9 +118,9 @@ def test_nothing_is_lost_on_an_endpoint_that_fails_stalls_and_says_junk(tmp_path
     make(tmp_path / "good", style=style)
     with (
         chat_endpoint(reply, FAULTS, share=0.5) as chat,
-        closing(Endpoint("m", chat.url, timeout=1, retries=0)) as model,
+        closing(Endpoint("m", chat.url, timeout=0.5, retries=0)) as model,
     ):
-        model.deadline = 2
+        model.deadline = 1
         statistics = make(tmp_path / "bad", model, style=style, attempts=50, most_failures=100)
     assert results(tmp_path / "bad") == results(tmp_path / "good")
     balances(tmp_path / "bad", statistics)
