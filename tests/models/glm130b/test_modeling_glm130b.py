@@ -184,6 +184,24 @@ def test_golden_half_precision(model, name):
     assert_close(result.logits, case.outputs["logits"], atol=case.raw["vs_fp32"])
 
 
+@torch.no_grad()
+def test_golden_half_precision_token_by_token(model):
+    """A decoding step, which has no mask, rounds its scores as a whole pass does."""
+    case = case_named("gen_gmask_fp16")
+    half = GLM130BForConditionalGeneration(model.config).half().eval()
+    half.load_state_dict(model.state_dict())
+    ids = case.inputs["input_ids"]
+    start = ids[0].tolist().index(SOP) + 1
+    result = half(ids[:, :start], use_cache=True)
+    logits = [result.logits]
+    for position in range(start, ids.shape[1]):
+        step = {"position_ids": case.inputs["built_position_ids"][:, position : position + 1], "cache": result.cache}
+        result = half(ids[:, position : position + 1], **step, use_cache=True)
+        logits.append(result.logits)
+    assert_close(torch.cat(logits, dim=1), case.outputs["logits"], atol=case.raw["vs_fp32"])
+    assert_close(torch.cat(logits, dim=1), half(ids).logits.float(), atol=case.raw["vs_fp32"] / 2)
+
+
 def test_row_parallel_layers_add_the_bias_to_the_rounded_product():
     """In every copy of a model, by a layer of the class that quantization looks for."""
     half, ids = load().half(), torch.tensor([TEXTS[0]])
