@@ -87,6 +87,21 @@ def test_a_4d_mask_says_everything_in_whatever_dtype(backend, dtype, create, mon
     assert torch.equal(dense(mask, 2, 4, 4), pairs[:, 0])
 
 
+@pytest.mark.parametrize("create", [create_causal_mask, create_prefix_lm_mask])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_the_minimum_of_another_dtype_is_not_minus_infinity(backend, dtype, given, create):
+    """A row of padding that looks nowhere would be NaN, and all rows of the next layer with it."""
+    pairs = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    pairs[..., 0] = False
+    additive = torch.zeros(pairs.shape, dtype=given).masked_fill(~pairs, torch.finfo(given).min)
+    more = (None,) if create is create_prefix_lm_mask else ()
+    mask = create(config_of(backend), torch.empty(2, 4, 16, dtype=dtype), additive, None, *more)
+    assert mask.dtype == dtype and mask.isfinite().all()
+    assert torch.equal(mask == 0, pairs)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_a_4d_mask_leaves_out_learned_keys_and_the_free_room_of_a_static_cache(backend):
     config = config_of(backend)

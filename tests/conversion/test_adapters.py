@@ -15,6 +15,7 @@ IDS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(1))
 CONFIGS = {
     "packed": LoraConfig(r=3),
     "everything, DoRA": LoraConfig(r=3, target_modules="all-linear", use_dora=True),
+    "biases": LoraConfig(r=2, bias="lora_only"),
     "one layer": LoraConfig(r=3, layers_to_transform=[1], layers_pattern=["layers", "h"]),
 }
 
@@ -25,7 +26,7 @@ def adapted(folder, config, output):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), copy.deepcopy(config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if "lora_" in name or "modules_to_save" in name or (name.endswith("bias") and parameter.requires_grad):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(output)
         return model(IDS).logits

@@ -126,6 +126,8 @@ def test_a_head_that_was_trained_since_stays_trained(exported, tmp_path):
     shutil.copytree(exported("baichuan2") / "original", trained / "original")
     assert "`norm_head` false" in restore_checkpoint(trained, tmp_path / "back")
     assert (logits_of(tmp_path / "back") - logits_of(trained)).abs().max() < 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")("你好")["input_ids"]
+    assert main(["verify", str(tmp_path / "back")]) == 0
 
 
 def test_generation_settings_come_along(checkpoint, exported, tmp_path):

@@ -372,7 +372,8 @@ def make_mask(
     if backend == "flex_attention":
         return follow_restarts(mask, position_ids, cache).block_mask(cache, or_mask_function, window)
     if mask.complete is not None:
-        return mask.additive(inputs_embeds.dtype) if backend == "eager" else mask.complete
+        takes_bool = backend != "eager" and mask.complete.dtype == torch.bool
+        return mask.complete if takes_bool else mask.additive(inputs_embeds.dtype)
     sequences, same = mask.sequences, None
     if mask.packed is not False and sequences is not None and not flash:
         same = same_sequence(_up_to(sequences, mask.keys), padding_sees=mask.packed is None)
@@ -506,10 +507,13 @@ def as_bool(mask: torch.Tensor) -> torch.Tensor:
 
 
 def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask, bool or additive, as what is added to scores."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
+    """A mask, bool or additive, as what is added to scores.
+
+    The minimum of another dtype is this one's, and not −inf, of which rows that may look nowhere would become NaN.
+    """
     lowest = max(torch.finfo(dtype).min, LOWEST)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).clamp(min=lowest)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 

@@ -18,7 +18,9 @@ from .roads import moved, road_of
 from .weights import normalized, write_tensors
 
 PREFIX = "base_model.model."
-KINDS = re.compile(r"(?P<module>.+?)\.(?P<kind>lora_[A-Za-z_]+(?:\.(?:weight|bias))?|base_layer\.weight|weight|bias)")
+KINDS = re.compile(
+    r"(?P<module>.+?)\.(?P<kind>lora_[A-Za-z_]+(?:\.(?:weight|bias))?|base_layer\.(?:weight|bias)|weight|bias)"
+)
 WITHOUT_ROWS = ("lora_A.weight", "lora_embedding_A", "lora_embedding_B")
 # What names modules or numbers of rows in a way of its own.
 UNKNOWN = ("rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "trainable_token_indices")

@@ -115,6 +115,17 @@ def test_the_layer_is_a_linear_layer_with_the_dequantized_weight(bits, bias):
         torch.testing.assert_close(layer.bias.grad, naive.bias.grad, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_half_precision_adds_the_bias_to_the_rounded_product_as_the_originals_do(bits):
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 24).half()
+    layer = QuantizedLinear.like(linear, bits).quantize_from(linear)
+    inputs = torch.randn(50, 16).half()
+    weight = dequantize_rows(layer.weight, layer.weight_scale, bits, torch.float16)
+    assert torch.equal(layer(inputs), nn.functional.linear(inputs, weight) + layer.bias)
+    assert not torch.equal(layer(inputs), nn.functional.linear(inputs, weight, layer.bias))
+
+
 def test_backward_keeps_the_integers_and_not_the_floats():
     layer = QuantizedLinear.like(nn.Linear(64, 64), 4).quantize_from(nn.Linear(64, 64))
     saved = []

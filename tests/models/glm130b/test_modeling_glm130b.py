@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import hf_cnllm
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, golden_cases, has_backward
 from hf_cnllm.data.blank_infilling import fill_in_turn
+from hf_cnllm.models.chatglm.quantization import quantize
 from hf_cnllm.models.glm130b import GLM130BConfig, GLM130BForConditionalGeneration, GLM130BForMultipleChoice
 
 GOLDEN, TOLERANCE = "glm130b", 1e-4
@@ -208,18 +209,25 @@ def test_row_parallel_layers_add_the_bias_to_the_rounded_product():
     for name, linear in half.named_modules():
         if name.endswith(("attention.dense", "mlp.dense_4h_to_h")):
             torch.nn.init.normal_(linear.bias)
-    copied, pickled = copy.deepcopy(half), pickle.loads(pickle.dumps(half))
-    assert torch.equal(copied(ids).logits, half(ids).logits)
-    assert_close(pickled(ids).logits, half(ids).logits, atol=0.1)  # which may forget the rounding
-    layer = copied.transformer.layers[0]
-    for linear in (layer.attention.dense, layer.mlp.dense_4h_to_h):
+    layers = half.transformer.layers
+    replicas = [
+        linear._replicate_for_data_parallel() for linear in (layers[0].attention.dense, layers[0].mlp.dense_4h_to_h)
+    ]
+    for replica in replicas:  # as DataParallel makes them
+        replica.weight = torch.randn(replica.out_features, replica.in_features).half()
+        replica.bias = torch.randn(replica.out_features).half()
+    with torch.no_grad():
+        for copied in (copy.deepcopy(half), pickle.loads(pickle.dumps(half))):
+            assert torch.equal(copied(ids).logits, half(ids).logits)
+        dequantized = quantize(copied, 8).dequantize().transformer.layers[1]
+    for linear in (layers[0].attention.dense, layers[0].mlp.dense_4h_to_h, dequantized.attention.dense, *replicas):
         states, plain = torch.randn(64, linear.in_features).half(), torch.nn.Linear(1, 1)
-        plain.weight, plain.bias = linear.weight, linear.bias
+        plain.weight, plain.bias = (torch.nn.Parameter(tensor) for tensor in (linear.weight, linear.bias))
         assert type(linear) is torch.nn.Linear
         product = torch.nn.functional.linear(states, linear.weight)
         assert torch.equal(linear(states), product + linear.bias)
-        assert not torch.equal(linear(states), plain(states))
         assert_close(linear(states), plain(states), atol=0.02)
+        assert linear in replicas or not torch.equal(linear(states), plain(states))
 
 
 @torch.no_grad()

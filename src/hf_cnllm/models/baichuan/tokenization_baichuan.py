@@ -97,14 +97,16 @@ class BaichuanTokenizer(ChatTokenizer):
             raise ValueError(
                 f"{source} is not a vocabulary of Baichuan: it has other pieces or rules. {DOWNLOAD_AGAIN}."
             )
-        wanted = "Baichuan 2" if has_norm_head(config) else "Baichuan 1"
+        # A Baichuan 2 whose head was trained without its norm (`hf-cnllm export --to original`) is one by all else it says.
+        readings = [config, {**config, "norm_head": None}] if config.get("norm_head") is False else [config]
+        wanted = ["Baichuan 2" if has_norm_head(reading) else "Baichuan 1" for reading in readings]
         # Who saves a model of a size of their own beside a tokenizer may pair them as they like.
         is_published = (source or "").endswith(self.vocab_files_names["vocab_file"])
         is_published = is_published or config.get("vocab_size") in NORM_HEAD_BY_VOCAB_SIZE
-        if is_published and config.keys() & {"norm_head", "vocab_size"} and GENERATIONS[form] != wanted:
+        if is_published and config.keys() & {"norm_head", "vocab_size"} and GENERATIONS[form] not in wanted:
             raise ValueError(
                 f"{source} is a vocabulary of {GENERATIONS[form]}'s kind, but config.json beside it is that of a model of "
-                f"{wanted}'s (`norm_head`). {DOWNLOAD_AGAIN}."
+                f"{wanted[0]}'s (`norm_head`). {DOWNLOAD_AGAIN}."
             )
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..row_parallel import row_parallel
+
 # How far rounding may move a scale, relatively: 127 times this is less than half, which leaves q within its range.
 ROUNDING = 2.0**-9
 # The distance between half precision's smallest numbers.
@@ -83,25 +85,23 @@ def packed_size(columns: int, bits: int) -> int:
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """`linear(inputs, dequantized weight, bias)` that keeps the integers for its backward pass, not the floats."""
+    """`linear(inputs, dequantized weight)` that keeps the integers for its backward pass, not the floats."""
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    def forward(ctx, inputs: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.bits, ctx.input_dtype = bits, inputs.dtype
-        return nn.functional.linear(inputs, dequantize_rows(weight, scale, bits, inputs.dtype), bias)
+        return nn.functional.linear(inputs, dequantize_rows(weight, scale, bits, inputs.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         weight, scale = ctx.saved_tensors
-        grad_inputs = grad_bias = None
+        grad_inputs = None
         if ctx.needs_input_grad[0]:
             grad_inputs = grad_output @ dequantize_rows(weight, scale, ctx.bits, grad_output.dtype)
             grad_inputs = grad_inputs.to(ctx.input_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad_output.flatten(0, -2).sum(dim=0)
-        return grad_inputs, None, None, grad_bias, None
+        return grad_inputs, None, None, None
 
 
 class QuantizedRows(nn.Module):
@@ -134,10 +134,12 @@ class QuantizedRows(nn.Module):
 
 
 class QuantizedLinear(QuantizedRows, nn.Linear):
-    """A frozen linear layer with integer weights.
+    """A frozen linear layer with integer weights, whose bias is added to the rounded product, as the originals'.
 
     It is an `nn.Linear`, so that PEFT puts LoRA on it; merging an adapter needs `model.dequantize()` first.
     """
+
+    is_row_parallel = False  # which says what it is made of, and becomes again
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, bits: int, device=None, dtype=None, groups: int = 1
@@ -151,7 +153,9 @@ class QuantizedLinear(QuantizedRows, nn.Linear):
     def like(cls, linear: nn.Linear, bits: int, groups: int = 1) -> "QuantizedLinear":
         """An empty layer of the same shape, on the device and in the dtype of `linear`."""
         form = (linear.in_features, linear.out_features, linear.bias is not None)
-        return cls(*form, bits, linear.weight.device, linear.weight.dtype, groups)
+        quantized = cls(*form, bits, linear.weight.device, linear.weight.dtype, groups)
+        quantized.is_row_parallel = getattr(linear, "is_row_parallel", False)
+        return quantized
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
@@ -159,10 +163,11 @@ class QuantizedLinear(QuantizedRows, nn.Linear):
         linear.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_scale, self.bits, dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype))
-        return linear
+        return row_parallel(linear) if self.is_row_parallel else linear
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _DequantizedLinear.apply(inputs, self.weight, self.weight_scale, self.bias, self.bits)
+        output = _DequantizedLinear.apply(inputs, self.weight, self.weight_scale, self.bits)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
 class QuantizedEmbedding(QuantizedRows, nn.Embedding):

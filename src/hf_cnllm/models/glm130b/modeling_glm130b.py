@@ -6,7 +6,6 @@ configuration has all that those layers read, which no type says.
 """
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import GenerationMixin
 from ..chatglm import modeling_chatglm as chatglm
 from ..glm.modeling_glm import BlankFilling, MultipleChoiceScoring
 from ..old_names import FromConfig
+from ..row_parallel import row_parallel
 from .configuration_glm130b import GLM130BConfig
 
 
@@ -55,18 +55,6 @@ def attention_of_matrices(
         scores = scores + attention_mask
     weights = F.dropout(scores.softmax(dim=-1).to(query.dtype), p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-def row_parallel(linear: nn.Linear) -> nn.Linear:
-    """The layer, whose bias is added to the rounded product as SwissArmyTransformer's RowParallelLinear adds it: in half precision a
-    sum of its own. A method of this one layer, since quantization passes over subclasses."""
-
-    def forward(self: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = F.linear(hidden_states, self.weight)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    linear.forward = MethodType(forward, linear)  # type: ignore[method-assign]
-    return linear
 
 
 class SelfAttention(chatglm.SelfAttention):
