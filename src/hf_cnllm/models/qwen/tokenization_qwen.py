@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -156,8 +157,15 @@ class QWenTokenizer(ChatTokenizer):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token."""
-        from tiktoken import Encoding
+        """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token.
+
+        Raises:
+            ImportError: tiktoken is not installed; nothing else here needs it.
+        """
+        try:
+            from tiktoken import Encoding
+        except ImportError as error:
+            raise ImportError("QWenTokenizer.tokenizer is a tiktoken.Encoding: pip install tiktoken") from error
 
         class Vocabulary(InnerTokenizer, Encoding):
             _whole = self
@@ -212,8 +220,8 @@ class QWenTokenizer(ChatTokenizer):
         return super()._encode_texts(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
 
     def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """By tiktoken itself, which takes a third of the backend's time, where it is the same: on a vocabulary file as it is,
-        with no tokens but its own, and without runs of white space that are longer than tiktoken's regular expressions bear.
+        """By tiktoken itself, which takes a third of the backend's time, where it is there and the same: on a vocabulary file
+        as it is, with no tokens but its own, and without runs of white space that are longer than its regular expressions bear.
         Building it takes a third of a second, which short texts alone are not worth."""
         is_worth_it = "tokenizer" in vars(self) or any(len(text) >= 1_000 for text in texts)
         if not (is_worth_it and self._has_own_tokens_alone() and self.has_own_rules()):
@@ -225,7 +233,7 @@ class QWenTokenizer(ChatTokenizer):
 
     def has_own_rules(self) -> bool:
         self._take_whole_texts()
-        if self._tiktoken_rules != rules_of(self._tokenizer):
+        if self._tiktoken_rules != rules_of(self._tokenizer) or find_spec("tiktoken") is None:
             return False
         expected = self._tokenizer.encode(PROBE, add_special_tokens=False).ids
         return self._tiktoken_ids([PROBE]) == [expected]
