@@ -120,8 +120,16 @@ def test_overwrite_replaces_an_earlier_run(short, tmp_path):
     assert run("baichuan", tmp_path / "out", "--overwrite") == 0 and not (tmp_path / "out" / "marker").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(TINY_FAMILIES) - {"baichuan"}))
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in sorted({*TINY_FAMILIES, *TINY_VARIANTS} - {"baichuan", "glm_roberta"})
+        ),
+        "glm_roberta",
+    ],
+)
 def test_every_family(family, short, tmp_path):
     assert run(family, tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
