@@ -38,6 +38,7 @@ FIRST_SPECIAL_TOKENS = (
     *(f"<extra_{i}>" for i in range(200)),
 )
 
+NO_TIKTOKEN = "QWenTokenizer has no attribute `tokenizer`, a tiktoken.Encoding, without tiktoken: pip install tiktoken"
 LONG_SPACE = re.compile(r"(?<!\s)\s{10000}")  # tiktoken's stack overflows at some hundred thousand
 TextOrTexts = str | list[str] | list[list[str]] | None
 SpecialText = Literal["all"] | Collection[str]
@@ -160,12 +161,12 @@ class QWenTokenizer(ChatTokenizer):
         """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token.
 
         Raises:
-            ImportError: tiktoken is not installed; nothing else here needs it.
+            AttributeError: tiktoken is not installed. Nothing else here needs it, and who asks whether a tokenizer has
+                another inside (`transformers serve`) hears that it has none.
         """
-        try:
-            from tiktoken import Encoding
-        except ImportError as error:
-            raise ImportError("QWenTokenizer.tokenizer is a tiktoken.Encoding: pip install tiktoken") from error
+        if find_spec("tiktoken") is None:
+            raise AttributeError(NO_TIKTOKEN)
+        from tiktoken import Encoding
 
         class Vocabulary(InnerTokenizer, Encoding):
             _whole = self
@@ -176,6 +177,11 @@ class QWenTokenizer(ChatTokenizer):
             mergeable_ranks=self.mergeable_ranks,
             special_tokens=self.special_tokens,
         )
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "tokenizer":  # the property's error ends up here, and transformers' would not say what is missing
+            raise AttributeError(NO_TIKTOKEN)
+        return super().__getattr__(key)
 
     @property
     def all_special_tokens(self) -> list[str]:
