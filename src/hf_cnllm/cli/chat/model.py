@@ -15,10 +15,11 @@ from ..._compat import logging
 from ...auto import Family
 from ...data.blank_infilling import infill
 from ...data.conversations import reply_end_ids, with_system_in_question
+from ...hub.places import ADAPTER_CONFIG
 from ...models.chat import iterate_tokens
 from ...models.chatglm.chat import DEFAULTS
 from ...models.chatglm.tool_calls import as_chatglm3_tools, read_answer
-from ..checkpoint import ADAPTER_CONFIG, read_checkpoint
+from ..checkpoint import read_checkpoint
 from .tools import TOOLS
 
 Message = dict[str, Any]
