@@ -357,6 +357,11 @@ class DataCollatorForBlankInfilling:
 
 
 @torch.no_grad()
+def either_of(names: Sequence[str]) -> str:
+    """Names as a sentence has them: `a, b or c`."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def infill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -394,7 +399,8 @@ def infill(
     row = Example.of_context([*control.before, *tokens, *control.after])
     places = [place for place, token in enumerate(row.input_ids) if token in control.masks.values()]
     if not places:
-        raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
+        blanks = either_of(tokenizer.convert_ids_to_tokens([*dict.fromkeys(control.masks.values())]))
+        raise ValueError(f"{text!r} has no blank: mark what is to be filled by {blanks}")
     if not model.config.block_position_encoding:
         _check_ids(model.config, control, {row.input_ids[place] for place in places})
         filled = fill_in_turn(model, row.input_ids, max_new_tokens=max_new_tokens, **generate_kwargs)
