@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_cnllm  # noqa: F401  # the families' classes
+from hf_cnllm.hub.places import check_is_checkpoint
+from hf_cnllm.training.recipe import run_recipe
 from study import markdown, mean_loss, write_study
 
 
@@ -31,9 +33,12 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    check_is_checkpoint(args.model, "MODEL")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = args.data.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    if not len(ids):
+        raise ValueError(f"--data {args.data} holds no text")
     if min(args.lengths) < 2 or max(args.lengths) > len(ids):
         parser.error(f"--lengths: {args.data} has {len(ids)} tokens, so each must be from 2 to {len(ids)}")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
@@ -52,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -31,7 +31,7 @@ def refused(capsys, folder, output, target):
         ("chatglm_6b", "glm", ("prefix language model", "transformers serve")),
         ("chatglm2_6b_int4", "glm", ("quantized",)),
         ("chatglm2_6b_ptuning", "glm", ("`pre_seq_len`", "hf-cnllm chat")),
-        ("glm", "glm", ("prefix language model", "transformers serve")),
+        ("glm", "glm", ("prefix language model", "hf_cnllm.infill")),
         ("qwen", "original", ("no original/config.json",)),
     ],
 )

@@ -1,6 +1,7 @@
 """The demo, shortened: few steps and short replies, but every stage and every family."""
 
 import json
+import re
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -120,8 +121,16 @@ def test_overwrite_replaces_an_earlier_run(short, tmp_path):
     assert run("baichuan", tmp_path / "out", "--overwrite") == 0 and not (tmp_path / "out" / "marker").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(TINY_FAMILIES) - {"baichuan"}))
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in sorted({*TINY_FAMILIES, *TINY_VARIANTS} - {"baichuan", "glm_roberta"})
+        ),
+        "glm_roberta",
+    ],
+)
 def test_every_family(family, short, tmp_path):
     assert run(family, tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -171,6 +180,9 @@ def test_english_checkpoints_of_glm_fill_blanks_and_learn(family, tmp_path):
     write_tiny_checkpoint(family, tmp_path / "checkpoint")
     task = load_task(tmp_path / "checkpoint", max_length=64)
     assert len(task.tokenizer) == {"glm_gpt2": 2008}.get(family, 2002)
+    spelled = {"glm_gpt2": "[MASK], [sMASK] or [gMASK]", "glm_roberta": "<mask>"}.get(family, "[MASK]")
+    with pytest.raises(ValueError, match=re.escape(f"to be filled by {spelled}") + "$"):
+        hf_cnllm.infill(task.model, task.tokenizer, "nothing to fill")
     text = hf_cnllm.infill(
         task.model, task.tokenizer, f"The Arc {task.tokenizer.mask_token} stands in Milan.", max_new_tokens=2
     )

@@ -11,7 +11,7 @@ from transformers.pipelines import get_supported_tasks
 import write_model_cards
 from hf_cnllm.auto import LINES
 from hf_cnllm.cli import USER_ERROR, main
-from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, TINY_VARIANTS, write_tiny_checkpoint
 from hf_cnllm.hub.model_card import create_model_card, fine_tuned_model_card, is_repo_id
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -172,5 +172,16 @@ def test_the_usage_runs(family, tmp_path, capsys):
     usage = card.text.split("```python\n")[1].split("```")[0]
     assert len([line for line in usage.splitlines() if line.strip()]) <= 11
     usage = usage.replace(card.data.base_model, str(tmp_path / "checkpoint"))
+    exec(compile(re.sub(r"max_new_tokens=\d+", "max_new_tokens=2", usage), family, "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", [*TINY_FAMILIES, *TINY_VARIANTS])
+def test_the_usage_in_the_card_of_a_saved_folder_runs(family, tmp_path, monkeypatch, capsys):
+    """Blanks are spelled as the tokenizer at hand spells them."""
+    write_tiny_checkpoint(family, tmp_path / "checkpoint")
+    create_model_card(tmp_path / "checkpoint").save(tmp_path / "checkpoint" / "README.md")
+    usage = (tmp_path / "checkpoint" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "checkpoint")
     exec(compile(re.sub(r"max_new_tokens=\d+", "max_new_tokens=2", usage), family, "exec"), {})
     assert capsys.readouterr().out

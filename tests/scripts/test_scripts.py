@@ -125,6 +125,9 @@ def test_perplexity_by_length(checkpoint, tmp_path):
         assert found[str(length)] == pytest.approx(loss.exp().item(), rel=1e-3)
     done = script("perplexity.py", *words, 10_000)
     assert done.returncode == 2 and "tokens, so each must be from 2 to" in done.stderr
+    done = script("perplexity.py", tmp_path / "nowhere", *words[1:], 16)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"perplexity.py: error: MODEL: there is no folder {tmp_path / 'nowhere'}"
 
 
 def test_the_law_is_found_in_its_own_values():

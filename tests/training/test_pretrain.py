@@ -320,6 +320,12 @@ BAD_INPUT = {
         ["--recipe", "pretrain_glm", "--model", "glm", "--max_length", 99999],
         "the model has room for",
     ),
+    "no blank": (
+        GOOD,
+        ["--recipe", "pretrain_glm", "--model", "glm", "--infill", "今天<mask>很好。"],
+        "--infill: '今天<mask>很好。' has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]",
+    ),
+    "GLM-130B": (GOOD, ["--recipe", "pretrain_glm", "--model", "glm130b"], "glm130b has other positions"),
     "no buffer": (GOOD, ["--shuffle_buffer", -1], "--shuffle_buffer must be at least 0"),
     "no length": (GOOD, ["--max_length", 0], "a row needs 2 tokens"),
     "vocabulary": (GOOD, ["--config_name", "llama"], "more than the model's vocab_size, 600"),

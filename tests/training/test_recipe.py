@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ class LineTrainer(StopAtNonFiniteLoss, Trainer):
 
 
 def arguments(folder, **changes):
-    return RecipeArguments(**{"model": "line", "data": ["x"], "output": str(folder / "out"), **changes})
+    LineConfig().save_pretrained(folder / "line")
+    return RecipeArguments(**{"model": str(folder / "line"), "data": ["x"], "output": str(folder / "out"), **changes})
 
 
 def options(**changes):
@@ -151,3 +153,30 @@ def test_weights_of_other_shapes_are_one_line_and_other_failures_are_not_hidden(
     assert "weights of other shapes than its config.json says" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="size"):
         run_recipe(lambda: torch.zeros(2) @ torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": "./nowhere"}, "--model: there is no folder ./nowhere"),
+        ({"model": "empty"}, "--model: empty is no checkpoint: it has neither config.json nor adapter_config.json"),
+        ({"model": "nobody/nothing"}, "--model: there is no folder nobody/nothing, and a checkpoint of that name"),
+        ({"model": "one.jsonl"}, "--model: one.jsonl is a file: give the folder of the checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_named_with_its_option(changes, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one.jsonl").touch()
+    with pytest.raises(FileNotFoundError) as refused, open_run(arguments(tmp_path, **changes), options()):
+        pass
+    assert str(refused.value).startswith(expected) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--data", "gone.jsonl"], ["--data=gone.jsonl"], ["--data", "here", "gone.jsonl"]])
+def test_a_file_that_is_not_there_is_named_with_its_option(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sft", *flags])
+    with pytest.raises(SystemExit):
+        run_recipe(lambda: Path("gone.jsonl").read_text())
+    assert capsys.readouterr().err == "sft: error: --data gone.jsonl: there is no such file or folder\n"

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..auto import FAMILIES, Family, family_of
 from ..hub.json_files import read_object
-
-ADAPTER_CONFIG = "adapter_config.json"
-CONFIGS = ("config.json", ADAPTER_CONFIG)
+from ..hub.places import ADAPTER_CONFIG, folder_of, is_path, read_config
 
 
 class Elsewhere(NamedTuple):
@@ -63,10 +60,10 @@ def read_checkpoint(name: str) -> Checkpoint:
         ValueError: its configuration is damaged or contradicts itself.
         OSError: there is no such folder, or it holds no checkpoint; or the name is not to be had from the Hub.
     """
-    folder = _folder(name)
+    folder = folder_of(name)
     if folder is not None and not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
         return read_checkpoint(base_of_adapter(folder))._replace(adapter=str(folder))
-    values = _read_config(name, folder)
+    values = read_config(name, folder)
     if other := next((other for other in ELSEWHERE if other.applies(values)), None):
         raise NotOurs(f"{other.title}: not of this package, served by {other.served_by}")
     model_type = values.get("model_type")
@@ -92,58 +89,9 @@ def base_of_adapter(folder: Path) -> str:
     base = read_object(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{file} does not say what the adapter is for (`base_model_name_or_path`). {_NAME_IT}")
-    if _is_path(base) and not Path(base).is_dir():
+    if is_path(base) and not Path(base).is_dir():
         raise ValueError(f"{file} says that the adapter is for {base}, and there is no such folder. {_NAME_IT}")
     return base
 
 
 _NAME_IT = "Give the checkpoint and, with --adapter, the adapter; or correct the file."
-
-
-def find_folder(name: str) -> Path:
-    """The folder of that name, or the snapshot of that name in the cache of the Hub's files; nothing is downloaded.
-
-    Raises:
-        OSError: there is neither.
-    """
-    if (folder := _folder(name)) is not None:
-        return folder
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {name}, and a checkpoint of that name is not in the cache of the Hub's files"
-        ) from error
-
-
-def _folder(name: str) -> Path | None:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{name} is a file: give the folder of the checkpoint")
-    if _is_path(name):
-        raise FileNotFoundError(f"there is no folder {name}")
-    return None
-
-
-def _is_path(name: str) -> bool:
-    """Whether it can be no name on the Hub, which is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
-
-
-def _read_config(name: str, folder: Path | None) -> Mapping[str, Any]:
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            inside = sorted(str(file.parent) for file in folder.glob("*/*config.json") if file.name in CONFIGS)
-            hint = f"; these are: {', '.join(dict.fromkeys(inside))}" if inside else ""
-            raise FileNotFoundError(f"{name} is no checkpoint: it has neither {' nor '.join(CONFIGS)}{hint}")
-        return read_object(folder / "config.json")
-    try:
-        return PreTrainedConfig.get_config_dict(name)[0]
-    except OSError as error:
-        if constants.HF_HUB_OFFLINE:
-            why = "is not in the cache of the Hub's files; HF_HUB_OFFLINE is set, so that it cannot be downloaded"
-        else:
-            why = f"could not be had from the Hub ({' '.join(str(error).split())[:300]})"
-        raise FileNotFoundError(f"there is no folder {name}, and a checkpoint of that name {why}") from error

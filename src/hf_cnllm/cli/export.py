@@ -10,8 +10,9 @@ from .._compat import logging
 from ..conversion.adapters import export_adapter
 from ..conversion.checkpoint import export_checkpoint, restore_checkpoint
 from ..conversion.roads import TARGETS
+from ..hub.places import find_folder
 from ..hub.saving import check_new_folder
-from .checkpoint import find_folder, read_checkpoint
+from .checkpoint import read_checkpoint
 
 BACK = "original"
 

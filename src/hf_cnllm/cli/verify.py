@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .checkpoint import ADAPTER_CONFIG, find_folder, read_checkpoint
+from ..hub.places import ADAPTER_CONFIG, find_folder
+from .checkpoint import read_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -96,7 +96,10 @@ class Road(NamedTuple):
 
 NATIVE = "vLLM with this package and `transformers serve` serve it as it is (docs/serving.md)"
 WITHOUT_VLLM = "`hf-cnllm chat` and `transformers serve` serve it as it is (docs/serving.md)"
-PREFIX_LM = f"is a prefix language model, whose prompts see themselves in both directions: no other architecture has that. {WITHOUT_VLLM}"
+PREFIX_LM = (
+    "is a prefix language model, whose prompts see themselves in both directions: no other architecture has that."
+)
+BY_BLANKS = "`hf-cnllm chat` and `hf_cnllm.infill` fill its blanks as it is (docs/quickstart.md)"
 
 QKV = tuple(f"model.layers.*.self_attn.{name}_proj" for name in "qkv")
 SHARED = {  # by the names of Llama
@@ -245,7 +248,7 @@ def _llama_of_chatglm(config: Any) -> LlamaConfig:
 
 def _chatglm_refusals(target: str) -> tuple[Refusal, ...]:
     return (
-        (lambda c: c.architecture == "chatglm", f"ChatGLM-6B {PREFIX_LM}"),
+        (lambda c: c.architecture == "chatglm", f"ChatGLM-6B {PREFIX_LM} {WITHOUT_VLLM}"),
         (lambda c: c.pre_seq_len, f"{target} has no place for a P-tuning prefix (`pre_seq_len`). {WITHOUT_VLLM}"),
         (lambda c: c.add_bias_linear, f"{target} has no biases but the attention's (`add_bias_linear`). {NATIVE}"),
         (
@@ -348,7 +351,7 @@ def road_of(config: Any, target: str) -> Road:
         line = family.line_of(config) if family else config.model_type
         if roads:
             raise ValueError(f"a checkpoint of {line} becomes --to {' or '.join(roads)}, not {target}")
-        raise ValueError(f"{line} {PREFIX_LM}")
+        raise ValueError(f"{line} {PREFIX_LM} {BY_BLANKS}")
     road = roads[target]
     road.check(config)
     return road

@@ -357,6 +357,29 @@ class DataCollatorForBlankInfilling:
 
 
 @torch.no_grad()
+def either_of(names: Sequence[str]) -> str:
+    """Names as a sentence has them: `a, b or c`."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def context_with_blanks(tokenizer: Any, text: str, control: ControlTokens) -> tuple[Example, list[int]]:
+    """A text as `infill` fills it, and the places of its mask tokens.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if hasattr(tokenizer, "encode_blanks"):  # in whose texts names of control tokens are text
+        tokens = tokenizer.encode_blanks(text)["input_ids"]
+    else:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    row = Example.of_context([*control.before, *tokens, *control.after])
+    places = [place for place, token in enumerate(row.input_ids) if token in control.masks.values()]
+    if not places:
+        blanks = either_of(tokenizer.convert_ids_to_tokens([*dict.fromkeys(control.masks.values())]))
+        raise ValueError(f"{text!r} has no blank: mark what is to be filled by {blanks}")
+    return row, places
+
+
 def infill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -387,14 +410,7 @@ def infill(
     if not isinstance(text, str):
         return [infill(model, tokenizer, single, max_new_tokens, **generate_kwargs) for single in text]
     control = ControlTokens.of(tokenizer)
-    if hasattr(tokenizer, "encode_blanks"):  # in whose texts names of control tokens are text
-        tokens = tokenizer.encode_blanks(text)["input_ids"]
-    else:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    row = Example.of_context([*control.before, *tokens, *control.after])
-    places = [place for place, token in enumerate(row.input_ids) if token in control.masks.values()]
-    if not places:
-        raise ValueError(f"{text!r} has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
+    row, places = context_with_blanks(tokenizer, text, control)
     if not model.config.block_position_encoding:
         _check_ids(model.config, control, {row.input_ids[place] for place in places})
         filled = fill_in_turn(model, row.input_ids, max_new_tokens=max_new_tokens, **generate_kwargs)

@@ -89,7 +89,8 @@ class _Run:
                     "train an adapter on it with python -m hf_cnllm.recipes.sft --use_peft"
                 )
             family = family_of(model.config)
-            summary.family = LINE_OF[args.family] if args.model is None else family.line_of(model.config)
+            line = LINE_OF.get(args.family) if args.model is None else None  # a variant has no line of its own
+            summary.family = line or family.line_of(model.config)
             summary.parameters = model.num_parameters()
             print(f"{type(model).__name__}: {summary.parameters:,} parameters, {len(tokenizer):,} tokens")
             since = time.perf_counter()

@@ -326,6 +326,7 @@ def _render(
         template_str=files("hf_cnllm.hub").joinpath("fine_tuned_model_card.md").read_text(encoding="utf-8"),
         title=title,
         origin=line,
+        line=origin.line,
         base=base,
         auto_class=origin.auto_class,
         is_adapter=origin.is_adapter,

@@ -40,8 +40,10 @@ def main() -> None:
             from transformers import AutoTokenizer
 
             import hf_cnllm  # noqa: F401  registers the families
+            from hf_cnllm.hub.places import check_is_checkpoint
             from hf_cnllm.training.sft_data import use_template
 
+            check_is_checkpoint(name, "--tokenizer", tokenizer_alone=True)
             tokenizer = AutoTokenizer.from_pretrained(name)
             use_template(tokenizer, template)
             count_tokens = token_counter(tokenizer)

@@ -16,9 +16,15 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
-import hf_cnllm  # noqa: F401  registers the families
+import hf_cnllm
 from hf_cnllm.auto import is_prefix_lm
-from hf_cnllm.data.blank_infilling import MIX, ControlTokens, DataCollatorForBlankInfilling, infill
+from hf_cnllm.data.blank_infilling import (
+    MIX,
+    ControlTokens,
+    DataCollatorForBlankInfilling,
+    context_with_blanks,
+    infill,
+)
 from hf_cnllm.recipes.sft import with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
@@ -74,6 +80,11 @@ def main() -> None:
         config = load_config(arguments)
         if not is_prefix_lm(config):
             raise ValueError(f"{config.model_type} is causal and fills no blanks: recipes.pretrain trains it")
+        if isinstance(config, hf_cnllm.GLM130BConfig):
+            raise ValueError(
+                f"{config.model_type} has other positions than these rows: train it on "
+                "tokenizer.build_inputs_for_generation(…, targets=…) (docs/glm130b.md)"
+            )
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         if len(arguments.mix) != len(MIX):
             raise ValueError(f"--mix needs {len(MIX)} weights, for {', '.join(MIX)}; got {len(arguments.mix)}")
@@ -85,6 +96,11 @@ def main() -> None:
         )
         if arguments.max_length > (longest := getattr(config, "max_sequence_length", arguments.max_length)):
             raise ValueError(f"--max_length is {arguments.max_length}, but the model has room for {longest} tokens")
+        for text in arguments.infill:  # before the training, not after it
+            try:
+                context_with_blanks(tokenizer, text, collator.control)
+            except ValueError as error:
+                raise ValueError(f"--infill: {error}") from error
         documents = read_documents(arguments, training, tokenizer, config, is_ended=False)
         tell_control_ids(config, collator.control)
         model = load_model(arguments, options, config, AutoModelForSeq2SeqLM, training.seed)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.records import find_files, read_texts
+from hf_cnllm.hub.places import check_is_checkpoint
 from hf_cnllm.hub.saving import check_new_folder, staged_folder
 from hf_cnllm.tokenization.training import (
     STYLES,
@@ -100,6 +101,10 @@ def extend(args: argparse.Namespace, folder: Path) -> Any:
 def main() -> None:
     args = parse_arguments()
     check_new_folder(args.output)
+    if args.extend:
+        check_is_checkpoint(args.extend, "--extend")
+    for name in args.compare:
+        check_is_checkpoint(name, "--compare", tokenizer_alone=True)
     for place in args.input:
         find_files(place)
     domains = read_domains(args)

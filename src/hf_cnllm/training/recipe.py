@@ -33,6 +33,7 @@ from transformers import TrainerCallback, TrainingArguments
 from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
+from ..hub.places import check_is_checkpoint
 from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
 from ..recipes import config_file
 from .curves import draw_curves
@@ -115,12 +116,25 @@ def run_recipe(main: Callable[[], None]) -> None:
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and error.filename is not None and error.filename2 is None:
+            message = f"{_as_told(str(error.filename))}: there is no such file or folder"
         if isinstance(error, RuntimeError):
             if "ignore_mismatched_sizes" not in message:
                 raise
             message = "the checkpoint has weights of other shapes than its config.json says, see above: mend that file"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def _as_told(value: str) -> str:
+    """A value with the option in front that gave it, if a flag did."""
+    option = ""
+    for word in sys.argv[1:]:
+        name, is_joined, rest = word.partition("=")
+        option = name if word.startswith("--") else option
+        if value == word or (is_joined and word.startswith("--") and value == rest):
+            return f"{option} {value}".strip()
+    return value
 
 
 def stop_at_non_finite(loss: torch.Tensor, inputs: Any, args: TrainingArguments, step: int) -> None:
@@ -276,6 +290,7 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
     Raises:
         ValueError: the folder is another run's, complete, in use, or there is nothing to resume.
         FileExistsError: the folder has something in it, and `--resume` was not given.
+        FileNotFoundError: a checkpoint is not there that an option names.
     """
     output = Path(arguments.output)
     training.output_dir = str(output)
@@ -287,6 +302,11 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         for name, value in dataclasses.asdict(one).items()
         if not name.startswith("_")
     }
+    for option in ("model", "config_name", "adapter", "critic"):
+        if (name := told.get(option)) is not None:
+            # A configuration of its own leaves the tokenizer to --model.
+            alone = option == "model" and told.get("config_name") is not None
+            check_is_checkpoint(name, f"--{option}", tokenizer_alone=alone)
     told = json.loads(json.dumps(told, default=str))
     with contextlib.ExitStack() as stack:
         if training.process_index == 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from ..hub.places import check_is_checkpoint
 from .critic import inputs_of
 from .recipe import RecipeArguments
 from .sampling import encode_queries, read_queries, response_texts
@@ -124,6 +125,7 @@ def load_reward(
         )
     models = []
     for name in names:
+        check_is_checkpoint(name, "--reward")
         if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"the reward model {name} is of another vocabulary than --model")
         model = AutoModelForSequenceClassification.from_pretrained(name)

@@ -155,3 +155,18 @@ def test_messages_of_another_form(messages):
     tokenizer = TokenizerGolden("baichuan2_small").load(AutoTokenizer)
     with pytest.raises(ValueError, match="messages must be a list such as"):
         build_chat_input(tokenizer, messages, 100)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "user"}, "A message of the user has no content"),
+        ({"role": "user", "content": None}, "A message of the user has no content"),
+        ({"role": "assistant", "content": None}, "A message of the assistant has no content"),
+        ({"content": "a"}, "have the roles system, user and assistant, not"),
+        ({"role": "boss", "content": "a"}, "have the roles system, user and assistant, not boss"),
+    ],
+)
+def test_messages_of_wrong_shape(message, complaint, chatting):
+    with pytest.raises(Exception, match=complaint):
+        chatting[1].apply_chat_template([{"role": "user", "content": "a"}, message], add_generation_prompt=True)

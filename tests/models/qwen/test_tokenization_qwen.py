@@ -3,6 +3,7 @@ import copy
 import json
 import pickle
 import re
+import sys
 import time
 import unicodedata
 
@@ -431,3 +432,18 @@ def test_loading_is_fast(tmp_path):
     from_json, _ = seconds(tmp_path)
     assert from_ranks < 5
     assert from_json < 1
+
+
+def test_nothing_but_the_original_object_needs_tiktoken(small, tmp_path, monkeypatch):
+    """It is in no dependency: where it is missing, long texts and saved folders are the backend's."""
+    long = "落霞与孤鹜齐飞，秋水共长天一色 hello <|im_end|> " * 50
+    expected = small(long)["input_ids"]
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # how an import fails that is not there
+    tokenizer = QWenTokenizer.from_pretrained(SMALL)
+    assert tokenizer(long)["input_ids"] == expected
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(long)["input_ids"] == expected and again.decode(expected) == tokenizer.decode(expected)
+    assert getattr(tokenizer, "tokenizer", tokenizer) is tokenizer  # as `transformers serve` asks
+    with pytest.raises(AttributeError, match="pip install tiktoken"):
+        _ = tokenizer.tokenizer

@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 
 from ..._compat import logging
 from ...auto import Family
-from ...data.blank_infilling import infill
+from ...data.blank_infilling import either_of, infill
 from ...data.conversations import reply_end_ids, with_system_in_question
+from ...hub.places import ADAPTER_CONFIG
 from ...models.chat import iterate_tokens
 from ...models.chatglm.chat import DEFAULTS
 from ...models.chatglm.tool_calls import as_chatglm3_tools, read_answer
-from ..checkpoint import ADAPTER_CONFIG, read_checkpoint
+from ..checkpoint import read_checkpoint
 from .tools import TOOLS
 
 Message = dict[str, Any]
@@ -121,7 +122,8 @@ class ChatModel:
     def hint(self) -> str:
         """What to write."""
         if self.fills_blanks:
-            return "Write a text with [MASK], [sMASK] or [gMASK]: the model fills it. Every text stands alone."
+            blanks = either_of(self.tokenizer.convert_ids_to_tokens(self.tokenizer.mask_token_ids))
+            return f"Write a text with {blanks}: the model fills it. Every text stands alone."
         return "Begin a text: the model goes on with it. Every text stands alone." if self.is_raw else "Ask something."
 
     @property

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from ...hub.places import check_is_checkpoint
+
 if TYPE_CHECKING:
     from .pipeline import Job
 
@@ -125,6 +127,7 @@ def semantic_duplicates(job: "Job") -> list[PipelineStep]:
     settings = job.settings
     if settings.embedder is None:
         raise ValueError("the stage embedding needs --embedder, a checkpoint that embeds texts")
+    check_is_checkpoint(settings.embedder, "--embedder")
     AutoConfig.from_pretrained(settings.embedder)
     embeddings, remove = job.folder("embeddings"), job.folder("remove")
     job.add_pass([job.documents(), Embed(settings.embedder, embeddings)])

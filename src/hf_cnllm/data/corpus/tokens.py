@@ -21,6 +21,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.batching import batched
 from transformers import AutoTokenizer
 
+from ...hub.places import check_is_checkpoint
+
 if TYPE_CHECKING:
     from .pipeline import Job
 
@@ -80,6 +82,7 @@ def pack_tokens(job: "Job") -> None:
         ValueError: the tokenizer has no eos token.
     """
     settings = job.settings
+    check_is_checkpoint(settings.tokenizer, "--tokenizer", tokenizer_alone=True)
     if AutoTokenizer.from_pretrained(settings.tokenizer).eos_token_id is None:
         raise ValueError(f"--tokenizer {settings.tokenizer} has no eos token to put between documents")
     job.add_pass([job.documents(), PackTokens(settings.tokenizer, str(job.work / TOKENS), settings.sequence_length)])

@@ -152,9 +152,11 @@ class Local:
 
         import hf_cnllm  # noqa: F401  registers the families
 
+        from ...hub.places import check_is_checkpoint
         from ...training.sampling import tokens_out_of_place
         from ..conversations import reply_end_ids
 
+        check_is_checkpoint(model, "--model")
         self.name, self.seed = model, seed
         self.pipe = pipeline("text-generation", model=model)
         self.ends = reply_end_ids(self.pipe.tokenizer, self.pipe.model.generation_config)

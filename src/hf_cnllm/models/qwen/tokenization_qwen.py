@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -37,6 +38,7 @@ FIRST_SPECIAL_TOKENS = (
     *(f"<extra_{i}>" for i in range(200)),
 )
 
+NO_TIKTOKEN = "QWenTokenizer has no attribute `tokenizer`, a tiktoken.Encoding, without tiktoken: pip install tiktoken"
 LONG_SPACE = re.compile(r"(?<!\s)\s{10000}")  # tiktoken's stack overflows at some hundred thousand
 TextOrTexts = str | list[str] | list[list[str]] | None
 SpecialText = Literal["all"] | Collection[str]
@@ -156,7 +158,14 @@ class QWenTokenizer(ChatTokenizer):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token."""
+        """The vocabulary as a `tiktoken.Encoding`, for scripts that look into it. It decodes no id without a token.
+
+        Raises:
+            AttributeError: tiktoken is not installed. Nothing else here needs it, and who asks whether a tokenizer has
+                another inside (`transformers serve`) hears that it has none.
+        """
+        if find_spec("tiktoken") is None:
+            raise AttributeError(NO_TIKTOKEN)
         from tiktoken import Encoding
 
         class Vocabulary(InnerTokenizer, Encoding):
@@ -168,6 +177,11 @@ class QWenTokenizer(ChatTokenizer):
             mergeable_ranks=self.mergeable_ranks,
             special_tokens=self.special_tokens,
         )
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "tokenizer":  # the property's error ends up here, and transformers' would not say what is missing
+            raise AttributeError(NO_TIKTOKEN)
+        return super().__getattr__(key)
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -212,8 +226,8 @@ class QWenTokenizer(ChatTokenizer):
         return super()._encode_texts(text, text_pair, split_special_tokens=split_special_tokens, **kwargs)
 
     def _ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """By tiktoken itself, which takes a third of the backend's time, where it is the same: on a vocabulary file as it is,
-        with no tokens but its own, and without runs of white space that are longer than tiktoken's regular expressions bear.
+        """By tiktoken itself, which takes a third of the backend's time, where it is there and the same: on a vocabulary file
+        as it is, with no tokens but its own, and without runs of white space that are longer than its regular expressions bear.
         Building it takes a third of a second, which short texts alone are not worth."""
         is_worth_it = "tokenizer" in vars(self) or any(len(text) >= 1_000 for text in texts)
         if not (is_worth_it and self._has_own_tokens_alone() and self.has_own_rules()):
@@ -225,7 +239,7 @@ class QWenTokenizer(ChatTokenizer):
 
     def has_own_rules(self) -> bool:
         self._take_whole_texts()
-        if self._tiktoken_rules != rules_of(self._tokenizer):
+        if self._tiktoken_rules != rules_of(self._tokenizer) or find_spec("tiktoken") is None:
             return False
         expected = self._tokenizer.encode(PROBE, add_special_tokens=False).ids
         return self._tiktoken_ids([PROBE]) == [expected]
