@@ -34,7 +34,7 @@ from ...attention.alibi import ALIBI_ATTENTION, ALIBI_MASKS, AlibiMask, create_a
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.masks import create_causal_mask, is_packed, is_readable
 from ...loss.causal_lm import causal_lm_loss
-from ...loss.head import loss_and_logits
+from ...loss.head import MeanLoss, loss_and_logits
 from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
@@ -355,10 +355,10 @@ class BaiChuanForCausalLM(BaichuanForCausalLM):
     """The spelling in Baichuan-7B's files."""
 
 
-class BaichuanForSequenceClassification(GenericForSequenceClassification, BaichuanPreTrainedModel): ...
+class BaichuanForSequenceClassification(MeanLoss, GenericForSequenceClassification, BaichuanPreTrainedModel): ...
 
 
-class BaichuanForTokenClassification(GenericForTokenClassification, BaichuanPreTrainedModel): ...
+class BaichuanForTokenClassification(MeanLoss, GenericForTokenClassification, BaichuanPreTrainedModel): ...
 
 
-class BaichuanForQuestionAnswering(GenericForQuestionAnswering, BaichuanPreTrainedModel): ...
+class BaichuanForQuestionAnswering(MeanLoss, GenericForQuestionAnswering, BaichuanPreTrainedModel): ...
