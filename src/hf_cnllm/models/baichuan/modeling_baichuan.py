@@ -27,6 +27,7 @@ from ..._compat.modeling import (
     eager_attention_forward,
     init,
     merge_with_config_defaults,
+    shifts_labels,
     slice_logits_to_keep,
     takes_cache,
 )
@@ -246,6 +247,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return padding._replace(tokens=tokens) if padding is not None and self.config.norm_head else padding
 
 
+@shifts_labels
 class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
     quantize = QUANTIZE_WHILE_LOADING
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -351,6 +353,7 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         new_lm_head.weight.data[-added_num_tokens:] = rows_around_mean(old_lm_head.weight.data, added_num_tokens)
 
 
+@shifts_labels
 class BaiChuanForCausalLM(BaichuanForCausalLM):
     """The spelling in Baichuan-7B's files."""
 

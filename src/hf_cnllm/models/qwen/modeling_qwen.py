@@ -27,6 +27,7 @@ from ..._compat.modeling import (
     init,
     is_tracing,
     merge_with_config_defaults,
+    shifts_labels,
     slice_logits_to_keep,
     takes_cache,
 )
@@ -287,6 +288,7 @@ class QWenModel(QWenPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
 
 
+@shifts_labels
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
     quantize = QUANTIZE_WHILE_LOADING
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}

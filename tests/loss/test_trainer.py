@@ -1,4 +1,4 @@
-"""Accumulated steps train as the one batch that they are cut from, whatever the head."""
+"""What Trainer has to know of a head: whether accumulated steps add up, and whether labels are shifted."""
 
 import pytest
 import torch
@@ -6,14 +6,19 @@ from transformers import Trainer, TrainingArguments
 
 from goldens import GOLDENS
 from hf_cnllm import (
+    BaiChuanForCausalLM,
     BaichuanForCausalLM,
     BaichuanForQuestionAnswering,
     BaichuanForSequenceClassification,
     BaichuanForTokenClassification,
+    ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
+    GLM130BForConditionalGeneration,
+    GLMForConditionalGeneration,
     GLMForMultipleChoice,
     QWenForSequenceClassification,
     QWenForTokenClassification,
+    QWenLMHeadModel,
 )
 from hf_cnllm.auto import FAMILIES
 
@@ -69,3 +74,28 @@ def test_every_head_without_a_count_of_labels_says_so(family):
     for auto_class, model in family.models.items():
         if auto_class not in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
             assert model.accepts_loss_kwargs is False, model
+
+
+@pytest.mark.parametrize(
+    ("head", "checkpoint"),
+    [
+        (BaichuanForCausalLM, "baichuan2_7b"),
+        (BaiChuanForCausalLM, "baichuan_7b"),
+        (QWenLMHeadModel, "qwen"),
+        (ChatGLMForConditionalGeneration, "chatglm_6b_3layer"),
+        (ChatGLMForConditionalGeneration, "chatglm2_6b"),
+        (GLMForConditionalGeneration, "glm"),
+        (GLM130BForConditionalGeneration, "glm130b"),
+    ],
+)
+def test_label_smoothing_smooths_the_labels_of_the_model_s_own_loss(head, checkpoint, tmp_path):
+    """Hardly smoothed, the loss is the model's: Trainer's own shifts labels where the model's does."""
+    model = head.from_pretrained(GOLDENS / checkpoint, **OPTIONS.get(checkpoint, {})).eval()
+    batch = {"input_ids": IDS, "labels": IDS.clone()}
+    if checkpoint in ("chatglm_6b_3layer", "glm"):
+        batch["position_ids"] = BLANK
+    if checkpoint == "glm130b":
+        batch |= {"position_ids": BLANK[:, 0], "attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=1e-9, report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments)
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
