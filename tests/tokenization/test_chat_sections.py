@@ -2,7 +2,9 @@ import copy
 import pickle
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,7 @@ from transformers import TokenizersBackend
 from hf_cnllm.models.baichuan import BaichuanTokenizer
 from hf_cnllm.models.chatglm import ChatGLMTokenizer
 from hf_cnllm.models.qwen import QWenTokenizer
-from hf_cnllm.tokenization.rendered_chat import MEANINGLESS, Marks, RenderedChat
+from hf_cnllm.tokenization.rendered_chat import MEANINGLESS, EncodedChat, Marks, RenderedChat
 from tokenizer_goldens import TokenizerGolden
 from tokenizer_goldens import settings as attributes
 
@@ -531,3 +533,14 @@ def test_what_a_family_has_no_format_for_is_refused(name, cls, what):
         return
     with pytest.raises(TemplateError, match=r"has no format|chats have the roles|chats are questions"):
         tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+
+places = st.lists(st.integers(0, 12), min_size=2, max_size=10).map(sorted)
+
+
+@given(
+    places.map(lambda borders: list(zip(borders[::2], borders[1::2], strict=False))), places.map(pairwise).map(list)
+)
+def test_generated_tokens_are_those_that_reach_into_a_span(spans, tokens):
+    reference = [int(any(low < max(end, start + 1) and start < high for low, high in spans)) for start, end in tokens]
+    assert EncodedChat.generated(SimpleNamespace(offsets=lambda: tokens), spans) == reference

@@ -144,6 +144,12 @@ def test_a_yaml_file_that_is_none(text, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and "odd.yaml is no YAML" in line
 
 
+def test_a_config_without_a_file_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["odd", "--model", "m", "--config"])
+    with pytest.raises(ValueError, match="--config is given without a file"):
+        parse_arguments("", RecipeArguments, TrainingArguments)
+
+
 def test_weights_of_other_shapes_are_one_line_and_other_failures_are_not_hidden(tmp_path, capsys):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)

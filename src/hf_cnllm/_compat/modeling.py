@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -48,6 +48,7 @@ with insides():
     )
     from transformers.modeling_outputs import MultipleChoiceModelOutput
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
     from transformers.models.llama.modeling_llama import (
         LlamaRMSNorm,
@@ -363,6 +364,16 @@ else:  # until 5.20: the last positions and a list of positions only
     def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, positions, :]
+
+
+_Model = TypeVar("_Model", bound=type)
+
+
+def shifts_labels(model_class: _Model) -> _Model:
+    """Says of a model that its loss shifts the labels. Trainer's label smoothing, which takes the loss upon itself, shifts them
+    for those classes only whose names are in this table."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
+    return model_class
 
 
 # The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.

@@ -1,4 +1,5 @@
-"""From hidden states to loss and logits: the end of every causal language model's forward pass."""
+"""From hidden states to loss and logits: the end of every causal language model's forward pass, and what Trainer is to
+know of the other heads."""
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,13 @@ from .norm_head import NormHead
 
 _SHIFTS_LABELS = {causal_lm_loss: True, ForCausalLMLoss: True, ForMaskedLMLoss: False}
 """The loss functions that the chunked form stands in for, and whether they shift the labels."""
+
+
+class MeanLoss:
+    """For heads whose loss is the mean of a batch. Trainer takes a `forward` with `**kwargs` for one that divides by
+    `num_items_in_batch`, and would add up the means of accumulated steps instead of averaging them."""
+
+    accepts_loss_kwargs = False
 
 
 def loss_and_logits(

@@ -1,6 +1,8 @@
 """One chat that a template has rendered: a text that knows its control tokens, and the tokens that it is encoded to."""
 
 import re
+import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, compress, dropwhile, islice
 from operator import itemgetter, not_
@@ -124,8 +126,11 @@ class EncodedChat(NamedTuple):
         return offsets
 
     def generated(self, spans: Sequence[tuple[int, int]]) -> list[int]:
-        """1 for tokens that lie in one of the `spans` of characters, which the assistant generates; else 0."""
-        return [
-            int(any(low < max(end, start + 1) and start < high for low, high in spans))
-            for start, end in self.offsets()
-        ]
+        """1 for tokens that lie in one of the `spans` of characters, which the assistant generates; else 0.
+
+        Args:
+            spans: in order, none of which reaches into the next.
+        """
+        lows, highs = [low for low, _ in spans] + [sys.maxsize], [high for _, high in spans]
+        # Of the spans that end behind the token's beginning, the first is the one that begins first.
+        return [int(lows[bisect_right(highs, start)] < max(end, start + 1)) for start, end in self.offsets()]

@@ -81,7 +81,9 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     words = [
         part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
-    if "--config" in words[:-1]:
+    if words[-1:] == ["--config"]:
+        raise ValueError("--config is given without a file")
+    if "--config" in words:
         place = words.index("--config") + 1
         words[place] = config_file(words[place])
     try:

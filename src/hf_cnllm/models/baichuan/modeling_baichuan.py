@@ -27,6 +27,7 @@ from ..._compat.modeling import (
     eager_attention_forward,
     init,
     merge_with_config_defaults,
+    shifts_labels,
     slice_logits_to_keep,
     takes_cache,
 )
@@ -34,7 +35,7 @@ from ...attention.alibi import ALIBI_ATTENTION, ALIBI_MASKS, AlibiMask, create_a
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.masks import create_causal_mask, is_packed, is_readable
 from ...loss.causal_lm import causal_lm_loss
-from ...loss.head import loss_and_logits
+from ...loss.head import MeanLoss, loss_and_logits
 from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
@@ -246,6 +247,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return padding._replace(tokens=tokens) if padding is not None and self.config.norm_head else padding
 
 
+@shifts_labels
 class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrainedModel, GenerationMixin):
     quantize = QUANTIZE_WHILE_LOADING
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -351,14 +353,15 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         new_lm_head.weight.data[-added_num_tokens:] = rows_around_mean(old_lm_head.weight.data, added_num_tokens)
 
 
+@shifts_labels
 class BaiChuanForCausalLM(BaichuanForCausalLM):
     """The spelling in Baichuan-7B's files."""
 
 
-class BaichuanForSequenceClassification(GenericForSequenceClassification, BaichuanPreTrainedModel): ...
+class BaichuanForSequenceClassification(MeanLoss, GenericForSequenceClassification, BaichuanPreTrainedModel): ...
 
 
-class BaichuanForTokenClassification(GenericForTokenClassification, BaichuanPreTrainedModel): ...
+class BaichuanForTokenClassification(MeanLoss, GenericForTokenClassification, BaichuanPreTrainedModel): ...
 
 
-class BaichuanForQuestionAnswering(GenericForQuestionAnswering, BaichuanPreTrainedModel): ...
+class BaichuanForQuestionAnswering(MeanLoss, GenericForQuestionAnswering, BaichuanPreTrainedModel): ...

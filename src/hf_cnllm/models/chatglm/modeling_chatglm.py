@@ -19,6 +19,7 @@ from ..._compat.modeling import (
     capture_outputs,
     eager_attention_forward,
     merge_with_config_defaults,
+    shifts_labels,
     slice_logits_to_keep,
     takes_cache,
 )
@@ -314,6 +315,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
 
+@shifts_labels
 class ChatGLMForConditionalGeneration(
     PrefixLMGenerationMixin, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin
 ):

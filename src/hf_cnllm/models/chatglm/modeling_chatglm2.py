@@ -22,6 +22,7 @@ from ..._compat.modeling import (
     find_packed_sequence_indices,
     is_tracing,
     merge_with_config_defaults,
+    shifts_labels,
     slice_logits_to_keep,
     takes_cache,
 )
@@ -347,6 +348,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         return (torch.arange(length, device=device) + past_length).unsqueeze(0)
 
 
+@shifts_labels
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin):
     transformer: ChatGLMModel
     build_stream_inputs = instead_use("stream_chat goes on with the cache that it yielded.")

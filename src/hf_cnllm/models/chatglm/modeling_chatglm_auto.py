@@ -28,6 +28,7 @@ from ..._compat.modeling import (
     can_return_tuple,
     takes_cache,
 )
+from ...loss.head import MeanLoss
 from ..loading import CheckpointLoadingMixin
 from ..old_names import FromConfig, instead_use
 from .chat import ChatGLMChatMixin
@@ -194,7 +195,7 @@ class ChatGLMForConditionalGeneration(ChatGLMChatMixin, GenerationHooks, ChatGLM
     max_sequence_length = FromConfig("max_position_embeddings")
 
 
-class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+class ChatGLMForSequenceClassification(MeanLoss, ChatGLMPreTrainedModel):
     """Door to the sequence classifiers: a linear layer on the last real token of each sequence."""
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool | None = None, device=None):

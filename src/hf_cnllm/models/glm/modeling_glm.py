@@ -26,7 +26,7 @@ from ..._compat.modeling import (
 )
 from ...attention.masks import is_readable, largest_number
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...loss.head import loss_and_logits
+from ...loss.head import MeanLoss, loss_and_logits
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
@@ -366,7 +366,7 @@ class GLMForConditionalGeneration(BlankFilling, GLMPreTrainedModel, GenerationMi
         self.post_init()
 
 
-class MultipleChoiceScoring:
+class MultipleChoiceScoring(MeanLoss):
     """The forward pass of a model with a `base_model` and an `lm_head` that scores each choice by the log-probability of its
     tokens in the blank."""
 

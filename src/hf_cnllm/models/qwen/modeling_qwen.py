@@ -27,6 +27,7 @@ from ..._compat.modeling import (
     init,
     is_tracing,
     merge_with_config_defaults,
+    shifts_labels,
     slice_logits_to_keep,
     takes_cache,
 )
@@ -34,7 +35,7 @@ from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_ro
 from ...attention.logn import logn_scale
 from ...attention.masks import create_window_masks, is_packed, mask_name, positions_in_sequences
 from ...loss.causal_lm import causal_lm_loss
-from ...loss.head import loss_and_logits
+from ...loss.head import MeanLoss, loss_and_logits
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig
 from ..rotary import apply_rotary_pos_emb
@@ -287,6 +288,7 @@ class QWenModel(QWenPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
 
 
+@shifts_labels
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
     quantize = QUANTIZE_WHILE_LOADING
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -346,9 +348,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
         )
 
 
-class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTrainedModel):
+class QWenForSequenceClassification(MeanLoss, GenericForSequenceClassification, QWenPreTrainedModel):
     base_model_prefix = "transformer"
 
 
-class QWenForTokenClassification(GenericForTokenClassification, QWenPreTrainedModel):
+class QWenForTokenClassification(MeanLoss, GenericForTokenClassification, QWenPreTrainedModel):
     base_model_prefix = "transformer"
