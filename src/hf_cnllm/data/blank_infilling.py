@@ -356,7 +356,6 @@ class DataCollatorForBlankInfilling:
 # --- filling blanks --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def either_of(names: Sequence[str]) -> str:
     """Names as a sentence has them: `a, b or c`."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
@@ -380,6 +379,7 @@ def context_with_blanks(tokenizer: Any, text: str, control: ControlTokens) -> tu
     return row, places
 
 
+@torch.no_grad()
 def infill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
