@@ -490,6 +490,11 @@ def same_sequence(sequences: torch.Tensor, padding_sees: bool = False) -> Callab
     return mask_function
 
 
+def sees(mask: torch.Tensor) -> torch.Tensor:
+    """Where a query sees a key, in a 4-D `attention_mask` of any form."""
+    return mask > HIDES if mask.is_floating_point() else mask != 0
+
+
 def as_bool(mask: torch.Tensor) -> torch.Tensor:
     """A mask, bool or additive, as True where a query sees a key.
 

@@ -65,8 +65,10 @@ def test_true_lengths_of_every_kind_of_mask(lengths, side):
     assert true_lengths(embeds, mask.long()).tolist() == expected
     assert true_lengths(embeds, mask.float()).tolist() == expected
     visible = (mask[:, None, :] & (columns[:, None] >= columns))[:, None]
-    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    assert true_lengths(embeds, visible).tolist() == true_lengths(embeds, additive).tolist() == expected
+    lowest = torch.finfo(torch.float32).min
+    additive = (torch.where(visible, bias, hidden) for bias, hidden in [(0.0, lowest), (-0.5, lowest), (0.0, -1e4)])
+    for form in (visible, visible.long(), visible.to(torch.uint8), *additive):
+        assert true_lengths(embeds, form).tolist() == expected
 
 
 @given(documents=st.lists(st.integers(1, 9), min_size=1, max_size=5))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..._compat.modeling import is_tracing
-from ...attention.masks import is_packed
+from ...attention.masks import is_packed, sees
 
 DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
 
@@ -149,8 +149,8 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
 
     Args:
         inputs_embeds: (batch, length, hidden).
-        attention_mask: (batch, length), 0 for padding, perhaps with numbers of packed sequences; or (batch, 1, length, keys), boolean (True = visible) or
-            additive (0 = visible), in which the query that sees most sees its whole row; or None.
+        attention_mask: (batch, length), 0 for padding, perhaps with numbers of packed sequences; or (batch, 1, length, keys), in
+            which the query that sees most sees its whole row; or None.
         position_ids: given without a mask, a restart begins a packed document, whose tokens all get its length.
 
     Raises:
@@ -163,8 +163,7 @@ def true_lengths(inputs_embeds: Tensor, attention_mask: Any = None, position_ids
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return (attention_mask != 0).sum(-1, keepdim=True).to(inputs_embeds.device)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        return visible[:, 0].sum(-1).amax(-1, keepdim=True)
+        return sees(attention_mask)[:, 0].sum(-1).amax(-1, keepdim=True)
     if attention_mask is not None:
         raise ValueError(
             "Dynamic NTK needs the true length of each prompt, which an `attention_mask` of type "
