@@ -335,6 +335,24 @@ def test_stop_words_in_generate(model, tokenizer):
         model.generate(**inputs, stop_words_ids=[5])
 
 
+def test_what_a_generation_config_leaves_out_is_the_models_own(model, tokenizer, monkeypatch):
+    inputs = tokenizer(["你好"], return_tensors="pt")
+    own, other = copy.deepcopy(model.generation_config), GenerationConfig(max_new_tokens=8)
+    monkeypatch.setattr(model, "generation_config", own)
+    free = model.generate(**inputs, generation_config=other)[0]
+    length = inputs["input_ids"].shape[1]
+    own.eos_token_id = free[length + 3].item()
+    unused = next(token for token in range(2400) if token not in free)
+    assert torch.equal(
+        model.generate(**inputs, generation_config=other, stop_words_ids=[[unused]])[0], free[: length + 4]
+    )
+    for word in (free[length + 1 : length + 2], free[length : length + 2]):
+        own.stop_words_ids = [word.tolist()]
+        assert torch.equal(model.generate(**inputs, generation_config=other)[0], free[: length + 2])
+    own.stop_words_ids, own.chat_format = None, "raw"
+    assert model.chat(tokenizer, "你好", generation_config=other) == model.chat(tokenizer, "你好", max_new_tokens=8)
+
+
 def test_plain_generation_enters_no_chat_code(model):
     files = set()
     sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))

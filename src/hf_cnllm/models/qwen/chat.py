@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from ...tokenization.rendered_chat import RenderedChat
 from ..chat import History, checked_history, generated_tokens, iterate_tokens
-from .generation_qwen import checked_stop_words, end_token_ids
+from .generation_qwen import checked_stop_words, end_token_ids, setting
 from .tokenization_qwen import IMEND, IMSTART
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -154,14 +154,13 @@ class QWenChatMixin:
         **kwargs,
     ) -> tuple[list[int], set[int], dict[str, Any]]:
         """The prompt, the ids that end an answer without being part of it, and the arguments of `generate`."""
-        config = self.generation_config if generation_config is None else generation_config
-        chat_format = getattr(config, "chat_format", None) or "chatml"
+        chat_format = setting(self, "chat_format", generation_config) or "chatml"
         if max_window_size is None:
-            max_window_size = getattr(config, "max_window_size", None) or DEFAULT_WINDOW
+            max_window_size = setting(self, "max_window_size", generation_config) or DEFAULT_WINDOW
         if chat_format == "raw" and system == DEFAULT_SYSTEM:
             system = ""
         _, prompt = make_context(tokenizer, query, history, system, max_window_size, chat_format)
         words = get_stop_words_ids(chat_format, tokenizer)
-        ends = {*end_token_ids(config, kwargs), *(word[0] for word in words if len(word) == 1)}
+        ends = {*end_token_ids(self, generation_config, kwargs), *(word[0] for word in words if len(word) == 1)}
         words = [*checked_stop_words(stop_words_ids), *words]
         return prompt, ends, {**kwargs, "generation_config": generation_config, "stop_words_ids": words}

@@ -92,11 +92,10 @@ class QWenGenerationMixin(GenerationHooks):
 
         They stay at the end of the output. By default those of the generation configuration count.
         """
-        config = self.generation_config if generation_config is None else generation_config
         if stop_words_ids is None:
-            stop_words_ids = getattr(config, "stop_words_ids", None)
+            stop_words_ids = setting(self, "stop_words_ids", generation_config)
         words = checked_stop_words(stop_words_ids)
-        ends = end_token_ids(config, kwargs)
+        ends = end_token_ids(self, generation_config, kwargs)
         if more_ends := [word[0] for word in words if len(word) == 1 and word[0] not in ends]:
             if generation_config is None:
                 kwargs["eos_token_id"] = ends + more_ends
@@ -136,7 +135,15 @@ def checked_stop_words(stop_words_ids: Any) -> list[list[int]]:
     return words
 
 
-def end_token_ids(config: GenerationConfig, arguments: Mapping[str, Any]) -> list[int]:
-    """The ids that end a row of `generate(generation_config=config, **arguments)`."""
-    ids = arguments.get("eos_token_id", config.eos_token_id)
+def setting(model: Any, name: str, config: GenerationConfig | None, arguments: Mapping[str, Any] | None = None) -> Any:
+    """What `generate(generation_config=config, **arguments)` goes by: what a configuration leaves out, the model's own says."""
+    if arguments and name in arguments:
+        return arguments[name]
+    value = getattr(config, name, None)
+    return getattr(model.generation_config, name, None) if value is None else value
+
+
+def end_token_ids(model: Any, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> list[int]:
+    """The ids that end a row of `model.generate(generation_config=config, **arguments)`."""
+    ids = setting(model, "eos_token_id", config, arguments)
     return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
