@@ -62,6 +62,7 @@ FAMILIES = [
         tolerance=1e-4,
     ),
 ]
+TUNED = [Row("chatglm_6b_ptuning", prompt_end=(141, 144)), Row("chatglm2_6b_ptuning")]
 families = pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.checkpoint)
 # Prefix language models pack by the numbers in the mask, which their own tests show: their positions have two rows.
 causal_families = pytest.mark.parametrize(
@@ -151,6 +152,19 @@ def test_sampling_repeats_with_its_seed(row):
         set_seed(3)
         sampled.append(generate(model, ids, do_sample=True, num_return_sequences=3))
     assert torch.equal(*sampled) and sampled[0].shape[0] == 3
+
+
+@pytest.mark.parametrize("row", [*FAMILIES, *TUNED], ids=lambda row: row.checkpoint)
+def test_generating_in_the_midst_of_training_with_gradient_checkpointing(row):
+    """Without gradients layers keep the cache, and with it a P-tuning prefix."""
+    model = load(row)
+    ids = prompt(row, 9)
+    scores = {"return_dict_in_generate": True, "output_logits": True}
+    expected = torch.stack(generate(model, ids, **scores).logits)
+    model.train().gradient_checkpointing_enable()
+    torch.testing.assert_close(
+        torch.stack(generate(model, ids, **scores).logits), expected, atol=row.tolerance, rtol=0
+    )
 
 
 @families

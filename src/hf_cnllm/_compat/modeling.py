@@ -116,6 +116,11 @@ def takes_cache(forward: Callable) -> Callable:
     return forward
 
 
+def drops_cache(module: Any) -> bool:
+    """Whether gradient checkpointing keeps the cache from the layers. Without gradients, as in `generate`, nothing is checkpointed."""
+    return module.gradient_checkpointing and module.training and torch.is_grad_enabled()
+
+
 if _RENAMED:
     # Until 5.23 outputs and layers know the cache by its old name.
     from transformers import modeling_layers as _layers
@@ -138,7 +143,7 @@ if _RENAMED:
 
     class GradientCheckpointingLayer(_layers.GradientCheckpointingLayer):
         def __call__(self, *args, **kwargs):
-            if self.gradient_checkpointing and self.training and kwargs.get("cache") is not None:
+            if drops_cache(self):
                 kwargs["cache"] = None
             return super().__call__(*args, **kwargs)
 

@@ -18,6 +18,7 @@ from ..._compat.modeling import (
     Unpack,
     can_return_tuple,
     capture_outputs,
+    drops_cache,
     eager_attention_forward,
     find_packed_sequence_indices,
     is_tracing,
@@ -310,8 +311,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                     "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
                     "together; train without packing"
                 )
-            if self.gradient_checkpointing and self.training:
-                cache = None  # the layers would drop it, and the prefix with it
+            if drops_cache(self):
+                cache = None  # and the prefix with it
             prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
         if position_ids is None:
             position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
