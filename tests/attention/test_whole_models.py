@@ -1,6 +1,6 @@
 """Whole models on flash attention's stand-in: every family with every cache, padded or not, and the goldens.
 
-What half precision costs is measured, not guessed: eager attention in bf16 is so far from the truth in fp32, and flash
+What half precision costs is measured, not guessed: eager attention in bf16 or fp16 is so far from the truth in fp32, and flash
 attention may be half as much further. A wrong mask is ten times as far.
 """
 
@@ -65,13 +65,13 @@ def load(name: str, backend: str, dtype: torch.dtype, overrides: str):
     return model.eval()
 
 
-def models_of(golden: str, overrides: dict) -> dict[str, torch.nn.Module]:
-    """The truth, eager attention in bf16, and flash attention, which knows nothing else."""
+def models_of(golden: str, overrides: dict, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.nn.Module]:
+    """The truth, eager attention in half precision, and flash attention, which knows nothing else."""
     settings = json.dumps(overrides)
     return {
         "exact": load(golden, "eager", torch.float32, settings),
-        "eager": load(golden, "eager", torch.bfloat16, settings),
-        "flash": load(golden, "flash_attention_2", torch.bfloat16, settings),
+        "eager": load(golden, "eager", dtype, settings),
+        "flash": load(golden, "flash_attention_2", dtype, settings),
     }
 
 
@@ -114,14 +114,15 @@ def logits_of_steps(model, ids, mask, cache: str, tokens: torch.Tensor | None = 
     return torch.stack(output.logits, dim=1), output.sequences
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_generation_is_as_near_as_bf16_allows(family, cache, padding):
+def test_generation_is_as_near_as_half_precision_allows(family, cache, padding, dtype):
     row = FAMILIES[family]
     ids, mask = batch_of(row, padding)
-    models = models_of(row.golden, row.overrides)
+    models = models_of(row.golden, row.overrides, dtype)
     exact, tokens = logits_of_steps(models["exact"], ids, mask, "dynamic")
     eager, _ = logits_of_steps(models["eager"], ids, mask, cache, tokens)
     flash, forced = logits_of_steps(models["flash"], ids, mask, cache, tokens)

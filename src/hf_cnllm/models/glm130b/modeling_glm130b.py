@@ -71,7 +71,10 @@ class SelfAttention(chatglm.SelfAttention):
     def attention_function(self, query_states: torch.Tensor, attention_mask: Any) -> Callable:
         """In half precision the original's, where scores may as well be a matrix: by eager, with a mask that is one, and on a
         CPU, where the linear layers take the time, by flex attention and in decoding."""
-        has_matrix = self.config._attn_implementation == "eager" or isinstance(attention_mask, torch.Tensor)
+        is_matrix = (
+            isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+        )  # flash attention's has 2 dimensions
+        has_matrix = is_matrix or self.config._attn_implementation == "eager"
         if query_states.device.type == "cpu":
             is_decoding = attention_mask is None and query_states.shape[2] == 1
             has_matrix |= isinstance(attention_mask, BlockMask) or is_decoding
