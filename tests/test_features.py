@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
@@ -64,6 +65,7 @@ FAMILIES = [
 ]
 TUNED = [Row("chatglm_6b_ptuning", prompt_end=(141, 144)), Row("chatglm2_6b_ptuning")]
 families = pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.checkpoint)
+tuned_too = pytest.mark.parametrize("row", [*FAMILIES, *TUNED], ids=lambda row: row.checkpoint)
 # Prefix language models pack by the numbers in the mask, which their own tests show: their positions have two rows.
 causal_families = pytest.mark.parametrize(
     "row", [row for row in FAMILIES if not row.prompt_end], ids=lambda row: row.checkpoint
@@ -154,7 +156,7 @@ def test_sampling_repeats_with_its_seed(row):
     assert torch.equal(*sampled) and sampled[0].shape[0] == 3
 
 
-@pytest.mark.parametrize("row", [*FAMILIES, *TUNED], ids=lambda row: row.checkpoint)
+@tuned_too
 def test_generating_in_the_midst_of_training_with_gradient_checkpointing(row):
     """Without gradients layers keep the cache, and with it a P-tuning prefix."""
     model = load(row)
@@ -164,6 +166,16 @@ def test_generating_in_the_midst_of_training_with_gradient_checkpointing(row):
     model.train().gradient_checkpointing_enable()
     torch.testing.assert_close(
         torch.stack(generate(model, ids, **scores).logits), expected, atol=row.tolerance, rtol=0
+    )
+
+
+@tuned_too
+@torch.no_grad()
+def test_weights_that_are_offloaded_come_for_each_module(row):
+    model, ids = load(row), prompt(row, 9)
+    expected = forward(row, model, ids).logits
+    torch.testing.assert_close(
+        forward(row, cpu_offload(model, "cpu"), ids).logits, expected, atol=row.tolerance, rtol=0
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_cnllm.models.validation import check_cache, check_token_ids
+from hf_cnllm.models.validation import check_cache, check_positions, check_token_ids
 
 
 @pytest.mark.parametrize("token", [-1, 10, 99])
@@ -45,3 +45,14 @@ def test_caches_of_another_model_or_batch(other, complaint):
 def test_tuples_are_no_cache():
     with pytest.raises(ValueError, match="`cache` is of type tuple, but must be a transformers `Cache`"):
         check_cache(((torch.zeros(2, 3, 5, 4),) * 2,) * 2, batch_size=2, num_layers=2, num_heads=3, head_dim=4)
+
+
+@pytest.mark.compiled
+def test_positions_are_checked_in_one_graph_whatever_the_batch():
+    def forward(positions):
+        check_positions(positions, positions.shape[0], positions.shape[1])
+        return positions + 1
+
+    compiled = torch.compile(forward, backend="eager", fullgraph=True, dynamic=True)
+    for batch in (3, 1, 4):
+        assert compiled(torch.zeros(batch, 2, dtype=torch.long)).sum() == 2 * batch

@@ -102,7 +102,9 @@ def check_positions(position_ids: Any, batch_size: int, length: int, has_blocks:
     """
     one_row = (length,)
     rows = {None: (one_row,), False: (one_row, (1, length)), True: ((2, length),)}[has_blocks]
-    _check_tensor("position_ids", position_ids, str([batch_size, *rows[0]]), None, ID_DTYPES)
+    _check_tensor(
+        "position_ids", position_ids, "[batch, 2, length]" if has_blocks else "[batch, length]", None, ID_DTYPES
+    )
     if position_ids.shape[1:] not in rows or position_ids.shape[0] not in (1, batch_size):
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {(batch_size, *rows[0])}: "

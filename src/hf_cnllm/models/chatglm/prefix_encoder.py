@@ -46,7 +46,9 @@ class PrefixEncoder(nn.Module):
 
     def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """One (key, value) per layer, each (batch_size, heads, pre_seq_len, head_dim) in `dtype`."""
-        states = self.trans(self.embedding.weight)
+        # By calls of the modules, for which weights come that were offloaded.
+        device = None if self.embedding.weight.is_meta else self.embedding.weight.device
+        states = self.trans(self.embedding(torch.arange(self.embedding.num_embeddings, device=device)))
         states = self.dropout(states.to(dtype).expand(batch_size, *states.shape))
         states = states.view(batch_size, -1, self.num_layers, 2, self.num_heads, self.head_dim)
         return [(layer[0], layer[1]) for layer in states.permute(2, 3, 0, 4, 1, 5)]
