@@ -342,3 +342,17 @@ def test_infill_fills_kind_by_kind():
     assert seen[1] == [GMASK, 10, 71, 11, SMASK, 12, MASK, EOS, SOP] and len(seen) == 4
     model.generate = lambda input_ids, **kwargs: SimpleNamespace(sequences=input_ids)
     assert fill_in_turn(model, [10, MASK]) == [10]
+
+
+@torch.no_grad()
+def test_positions_of_a_row_that_a_collator_packed_part_its_texts():
+    model, packed = load(), torch.tensor([[token for text in TEXTS for token in text]])
+    positions = torch.tensor([[place for text in TEXTS for place in range(len(text))]])
+    logits = model(packed, position_ids=positions, use_cache=False).logits
+    start = 0
+    for text in TEXTS:
+        assert_close(logits[:, start : start + len(text)], model(torch.tensor([text])).logits, atol=TOLERANCE)
+        start += len(text)
+    text, own = torch.tensor([[MASK, SOP, 20, 21]]), torch.zeros(1, 4, dtype=torch.long)
+    assert torch.equal(model.positions_of_prompt(text, None)[:, 0], own)  # these part nothing
+    assert_close(model(text, position_ids=own).logits, model(text).logits, atol=TOLERANCE)

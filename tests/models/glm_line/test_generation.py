@@ -117,3 +117,13 @@ def test_embeddings_with_one_row_of_positions_do_not_tell_the_context(family):
     embeds = model.get_input_embeddings()(PROMPTS[:1])
     with pytest.raises(ValueError, match="only `input_ids` tell where the context ends"):
         model.generate(inputs_embeds=embeds, position_ids=torch.arange(6)[None, None], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_positions_of_one_row_that_begin_anew_part_the_texts_of_a_packed_row(family):
+    model, (first, second) = one_row_model(family), (PROMPTS[:1], PROMPTS[1:, 2:])
+    positions = torch.cat([torch.arange(6), torch.arange(4)])[None]
+    logits = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    for part, ids in ((logits[:, :6], first), (logits[:, 6:], second)):
+        torch.testing.assert_close(part, model(ids, attention_mask=torch.ones_like(ids)).logits, rtol=0, atol=1e-5)

@@ -113,7 +113,8 @@ class GLM130BPreTrainedModel(chatglm.ChatGLMPreTrainedModel):
 
 
 class GLM130BModel(GLM130BPreTrainedModel, chatglm.ChatGLMModel):
-    """The backbone: see [`ChatGLMModel`] of ChatGLM-6B, with one row of `position_ids`, (batch, length)."""
+    """The backbone: see [`ChatGLMModel`] of ChatGLM-6B, with one row of `position_ids`, (batch, length), which
+    parts packed texts where it has as many zeros as there are start tokens."""
 
     layer_class = GLMBlock
     rotary_class = RotaryEmbedding
