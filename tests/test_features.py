@@ -169,6 +169,24 @@ def test_generating_in_the_midst_of_training_with_gradient_checkpointing(row):
     )
 
 
+@families
+@torch.no_grad()
+def test_classifier_free_guidance(row):
+    model, ids, other = load(row), prompt(row, 9), prompt(row, 7, seed=1)
+    options = {"guidance_scale": 1.5, "negative_prompt_ids": other, "use_cache": False, "output_scores": True}
+    options |= {"negative_prompt_attention_mask": torch.ones_like(other), "return_dict_in_generate": True}
+    output = generate(model, ids, **options)
+    for step, scores in enumerate(output.scores):
+        new = output.sequences[:, 9 : 9 + step]
+        mine, others = (
+            forward(row, model, torch.cat([start, new], dim=1)).logits[:, -1].log_softmax(-1) for start in (ids, other)
+        )
+        torch.testing.assert_close(scores, others + 1.5 * (mine - others), atol=10 * row.tolerance, rtol=0)
+    if row.prompt_end:
+        with pytest.raises(ValueError, match=r"`guidance_scale` .* pass `use_cache=False`"):
+            generate(model, ids, **options | {"use_cache": True})
+
+
 @tuned_too
 @torch.no_grad()
 def test_weights_that_are_offloaded_come_for_each_module(row):

@@ -73,6 +73,11 @@ class PrefixLMGenerationMixin(GenerationHooks):
                 "`prefill_chunk_size` is not possible here: the context of a prefix language model sees all of itself, so "
                 "it must be computed at once."
             )
+        if generation_config.guidance_scale not in (None, 1) and generation_config.use_cache:
+            raise ValueError(
+                "`guidance_scale` continues its other prompt without positions, which is not possible here behind a cache: pass "
+                "`use_cache=False`, and `negative_prompt_ids` that have a blank and a start token, as the prompt has."
+            )
 
     def prepare_inputs_for_generation(
         self,
