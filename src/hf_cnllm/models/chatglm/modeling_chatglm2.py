@@ -79,7 +79,7 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the first channels of states [batch, length, heads, head_dim], as many as `cos` and `sin` have."""
     turned, rest = states.tensor_split((cos.shape[-1],), dim=-1)
-    across = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    across = turned.unflatten(-1, (-1, 2)).roll(1, dims=-1).flatten(-2)
     return torch.cat((turned * cos + across * sin, rest), dim=-1)
 
 
