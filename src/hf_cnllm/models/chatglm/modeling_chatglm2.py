@@ -23,11 +23,10 @@ from ..._compat.modeling import (
     is_tracing,
     merge_with_config_defaults,
     shifts_labels,
-    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.masks import TENSOR_MASK_BACKENDS, create_causal_mask, positions_in_sequences
-from ...loss.head import loss_and_logits
+from ...loss.head import causal_lm_output
 from ..chat import History, as_messages
 from ..old_names import FromConfig, instead_use
 from ..validation import validate_inputs
@@ -410,18 +409,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states, lm_head = outputs.last_hidden_state, self.transformer.output_layer
-        if labels is None:
-            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return causal_lm_output(self, self.transformer.output_layer, outputs, labels, logits_to_keep, **kwargs)
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
