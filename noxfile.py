@@ -4,6 +4,7 @@ nox -s newest                  the whole suite, versions as in constraints.txt
 nox -s slow                    what the suite leaves out: whole products of families and trainers, long trainings
 nox -s minors                  every supported minor release; `nox -s "minors(transformers='5.19.0')"` for one
 nox -s prerelease              the newest pre-release of transformers
+nox -s torches                 the oldest torch that is supported, and the newest that has been tried
 nox -s tools                   the command-line tools of docs/tools.md, lm_eval too
 nox -s week                    a newcomer's week with one family, on nothing but the wheel; `nox -s week -- -k wheel` with all
 nox -s docs                    the site; a warning is an error. `nox -s docs -- serve` shows it while you write
@@ -26,6 +27,7 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["newest"]
 
+TORCHES = ("2.7.0", "2.15.0")
 MINORS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0", "5.24.0")
 
 # What must pass on every release: kind -> the test files.
@@ -48,12 +50,12 @@ def lane_files() -> list[str]:
     return [str(path) for patterns in LANE.values() for pattern in patterns for path in sorted(Path().glob(pattern))]
 
 
-def install(session: nox.Session, *requirements: str) -> None:
-    """The package with its tests' dependencies, beside `requirements`, which the pins must not contradict."""
+def install(session: nox.Session, *requirements: str, free: tuple[str, ...] = FOLLOW_TRANSFORMERS) -> None:
+    """The package with its tests' dependencies, beside `requirements`; the pins hold but of what is `free`."""
     pins = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
-    free = Path(session.create_tmp()) / "constraints.txt"
-    free.write_text("\n".join(pin for pin in pins if not pin.startswith(FOLLOW_TRANSFORMERS)), encoding="utf-8")
-    session.install("-c", str(free.resolve()), *requirements, "-e", ".[dev]")
+    kept = Path(session.create_tmp()) / "constraints.txt"
+    kept.write_text("\n".join(pin for pin in pins if not pin.startswith(free)), encoding="utf-8")
+    session.install("-c", str(kept.resolve()), *requirements, "-e", ".[dev]")
 
 
 def run_lane(session: nox.Session, name: str) -> None:
@@ -88,6 +90,13 @@ def prerelease(session: nox.Session) -> None:
     install(session, "--pre", "transformers")
     run_lane(session, "prerelease")
     session.run("hf-cnllm", "doctor", env=OFFLINE)
+
+
+@nox.session
+@nox.parametrize("torch", TORCHES)
+def torches(session: nox.Session, torch: str) -> None:
+    install(session, f"torch=={torch}", free=("torch==",))
+    run_lane(session, f"torch-{torch}")
 
 
 @nox.session

@@ -51,6 +51,8 @@ def trained(head, parts, folder):
     checkpoint, columns = HEADS[head]
     torch.manual_seed(0)
     model = head.from_pretrained(GOLDENS / checkpoint, **OPTIONS.get(checkpoint, {}))
+    for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.0  # it would draw otherwise for a part than for the whole
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=4 // parts, gradient_accumulation_steps=parts, max_steps=1, learning_rate=0.0,
         logging_steps=1, max_grad_norm=1e9, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat.modeling import ForCausalLMLoss, ForMaskedLMLoss, slice_logits_to_keep
+from .._compat.modeling import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ForCausalLMLoss,
+    ForMaskedLMLoss,
+    slice_logits_to_keep,
+)
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .lazy_logits import lazy_logits
 from .norm_head import NormHead
@@ -19,6 +25,29 @@ class MeanLoss:
     `num_items_in_batch`, and would add up the means of accumulated steps instead of averaging them."""
 
     accepts_loss_kwargs = False
+
+
+def causal_lm_output(
+    model: PreTrainedModel,
+    head: nn.Linear | NormHead,
+    outputs: BaseModelOutputWithPast,
+    labels: Tensor | None,
+    logits_to_keep: int | Tensor = 0,
+    **loss_kwargs,
+) -> CausalLMOutputWithPast:
+    """What `forward` returns: the backbone's `outputs` with the logits, and with labels the loss, see [`loss_and_logits`]."""
+    hidden_states, loss = outputs.last_hidden_state, None
+    if labels is None:
+        logits = head(slice_logits_to_keep(hidden_states, logits_to_keep))
+    else:
+        loss, logits = loss_and_logits(model, head, hidden_states, labels, logits_to_keep, **loss_kwargs)
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        cache=outputs.cache,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
 
 
 def loss_and_logits(

@@ -28,14 +28,13 @@ from ..._compat.modeling import (
     init,
     merge_with_config_defaults,
     shifts_labels,
-    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.alibi import ALIBI_ATTENTION, ALIBI_MASKS, AlibiMask, create_alibi_mask, prepare_alibi_mask
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.masks import create_causal_mask, is_packed, is_readable
 from ...loss.causal_lm import causal_lm_loss
-from ...loss.head import MeanLoss, loss_and_logits
+from ...loss.head import MeanLoss, causal_lm_output
 from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
@@ -294,19 +293,8 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if labels is None:
-            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            kwargs = {"z_loss_weight": self.config.z_loss_weight} | kwargs
-            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss_kwargs = {"z_loss_weight": self.config.z_loss_weight} | kwargs
+        return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **loss_kwargs)
 
     def is_continuous_with_flash(self):
         return self.config.position_embedding != "alibi"

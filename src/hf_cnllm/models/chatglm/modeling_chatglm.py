@@ -21,11 +21,10 @@ from ..._compat.modeling import (
     eager_attention_forward,
     merge_with_config_defaults,
     shifts_labels,
-    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...loss.head import loss_and_logits
+from ...loss.head import causal_lm_output
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..old_names import FromConfig
@@ -361,18 +360,7 @@ class ChatGLMForConditionalGeneration(
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if labels is None:
-            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **kwargs)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification): ...

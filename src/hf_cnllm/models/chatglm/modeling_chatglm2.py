@@ -24,11 +24,10 @@ from ..._compat.modeling import (
     is_tracing,
     merge_with_config_defaults,
     shifts_labels,
-    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.masks import TENSOR_MASK_BACKENDS, create_causal_mask, positions_in_sequences
-from ...loss.head import loss_and_logits
+from ...loss.head import causal_lm_output
 from ..chat import History, as_messages
 from ..old_names import FromConfig, instead_use
 from ..validation import validate_inputs
@@ -80,7 +79,7 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the first channels of states [batch, length, heads, head_dim], as many as `cos` and `sin` have."""
     turned, rest = states.tensor_split((cos.shape[-1],), dim=-1)
-    across = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    across = turned.unflatten(-1, (-1, 2)).roll(1, dims=-1).flatten(-2)
     return torch.cat((turned * cos + across * sin, rest), dim=-1)
 
 
@@ -411,18 +410,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states, lm_head = outputs.last_hidden_state, self.transformer.output_layer
-        if labels is None:
-            loss, logits = None, lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return causal_lm_output(self, self.transformer.output_layer, outputs, labels, logits_to_keep, **kwargs)
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that

@@ -21,12 +21,11 @@ from ..._compat.modeling import (
     eager_attention_forward,
     init,
     merge_with_config_defaults,
-    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.masks import is_readable, largest_number
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...loss.head import MeanLoss, loss_and_logits
+from ...loss.head import MeanLoss, causal_lm_output
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.generation import PrefixLMGenerationMixin
 from ..loading import CheckpointLoadingMixin
@@ -338,18 +337,7 @@ class BlankFilling(WithoutChats, PrefixLMGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if labels is None:
-            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)  # type: ignore[arg-type]
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **kwargs)  # type: ignore[arg-type]
 
 
 class GLMForConditionalGeneration(BlankFilling, GLMPreTrainedModel, GenerationMixin):
@@ -371,7 +359,7 @@ class MultipleChoiceScoring(MeanLoss):
     tokens in the blank."""
 
     base_model: nn.Module
-    lm_head: nn.Module
+    lm_head: nn.Linear
 
     @can_return_tuple
     def forward(

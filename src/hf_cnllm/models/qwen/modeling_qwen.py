@@ -28,14 +28,13 @@ from ..._compat.modeling import (
     is_tracing,
     merge_with_config_defaults,
     shifts_labels,
-    slice_logits_to_keep,
     takes_cache,
 )
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.logn import logn_scale
 from ...attention.masks import create_window_masks, is_packed, mask_name, positions_in_sequences
 from ...loss.causal_lm import causal_lm_loss
-from ...loss.head import MeanLoss, loss_and_logits
+from ...loss.head import MeanLoss, causal_lm_output
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig
 from ..rotary import apply_rotary_pos_emb
@@ -334,18 +333,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
             prompt_lengths=prompt_lengths,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if labels is None:
-            loss, logits = None, self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
-            loss, logits = loss_and_logits(self, self.lm_head, hidden_states, labels, logits_to_keep, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **kwargs)
 
 
 class QWenForSequenceClassification(MeanLoss, GenericForSequenceClassification, QWenPreTrainedModel):
