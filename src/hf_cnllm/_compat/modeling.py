@@ -342,6 +342,11 @@ class GenerationHooks:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         self.before_prefill(input_ids, model_kwargs, generation_config)
+        cache = model_kwargs.get(CACHE)
+        if self.learned_keys and cache is not None and int(cache.get_seq_length()) > 0:
+            # Where a prompt is cut is counted in keys, the learned ones among them: what continues a cache comes whole.
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
