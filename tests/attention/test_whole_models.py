@@ -10,7 +10,13 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DataCollatorWithFlattening,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 import flash_stand_in
 import hf_cnllm  # noqa: F401
@@ -167,3 +173,27 @@ def test_goldens_are_as_near_as_bf16_allows(case):
     models = models_of(case.golden, case.config_overrides | tokens)
     eager, flash = forward(models["eager"], case), forward(models["flash"], case)
     assert_as_near(flash, eager, golden_logits(models["flash"], case))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "p-tuning" not in family])
+@torch.no_grad()
+def test_a_flattening_collators_row_is_its_texts(family):
+    """Their borders are in `position_ids`, and in arguments for flash attention."""
+    row = FAMILIES[family]
+    flash, (ids, _) = models_of(row.golden, row.overrides)["flash"], batch_of(row, "none")
+    texts = [ids[0], ids[1, 4:]]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+    packed = collate([{"input_ids": text.tolist()} for text in texts])
+    del packed["labels"]
+    alone = [flash(text[None], attention_mask=torch.ones_like(text[None])).logits[0] for text in texts]
+    torch.testing.assert_close(flash(**packed, use_cache=False).logits[0], torch.cat(alone), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["baichuan rope", "qwen", "qwen windows", "chatglm2"])
+@torch.no_grad()
+def test_restarts_in_several_rows_are_refused_where_the_kernel_takes_one(family):
+    flash = models_of(FAMILIES[family].golden, FAMILIES[family].overrides)["flash"]
+    ids, positions = torch.full((2, 6), 10), torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="or one row with `position_ids` that restart"):
+        flash(ids, position_ids=positions, use_cache=False)
+    flash(ids, position_ids=positions[1:], use_cache=False)

@@ -317,6 +317,14 @@ def follow_restarts(mask: AttentionMask, position_ids: torch.Tensor | None, cach
     return mask if sequences is None else replace(mask, sequences=sequences + 1, packed=True)
 
 
+def _packs_rows(mask: AttentionMask, position_ids: torch.Tensor | None, cache: Cache | None) -> bool:
+    """Whether `position_ids` pack several rows: transformers' flash attention follows restarts in a single row only, and in
+    several would compute as if there were none."""
+    if mask.batch == 1 or position_ids is None or not is_readable(position_ids):
+        return False
+    return bool(follow_restarts(mask, position_ids, cache).packed)
+
+
 @dataclass(frozen=True)
 class _OneWindow:
     """All that transformers' mask functions read of a configuration, as if every layer had this window."""
@@ -363,11 +371,11 @@ def make_mask(
         window: a query sees itself and the `window` − 1 tokens before it. None: all of them.
     """
     backend, flash = config._attn_implementation, is_flash_attention_requested(config)
-    if flash and (mask.complete is not None or mask.packed):
+    if flash and (mask.complete is not None or mask.packed or _packs_rows(mask, position_ids, cache)):
         raise ValueError(
             f"attn_implementation={backend!r} takes no mask for single queries and keys: pass a 2-D `attention_mask` of "
-            "0 and 1 (with `position_ids` that restart where packed sequences begin), or use 'sdpa', 'flex_attention' "
-            "or 'eager'."
+            "0 and 1, or one row with `position_ids` that restart where packed sequences begin, or use 'sdpa', "
+            "'flex_attention' or 'eager'."
         )
     if backend == "flex_attention":
         return follow_restarts(mask, position_ids, cache).block_mask(cache, or_mask_function, window)

@@ -46,6 +46,8 @@ MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 # The rows of one call in `_causal_at_the_end` on a CPU, where the triangle is a mask: its memory is BLOCK × keys.
 BLOCK = 512
+# Where a collator says the sequences of a row are, for flash attention; here they are found in the mask.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Up to this length one dense mask is as cheap as two calls in every layer, and cheaper for rows that differ.
 DENSE_LENGTH = 256
 
@@ -293,6 +295,7 @@ def two_flash_calls(
     """
     batch, heads, length, head_dim = query.shape
     total, past, device = key.shape[2], layout.past, query.device
+    kwargs = {name: value for name, value in kwargs.items() if name not in PACKING}
     sequences = [(row, *one) for rows, in_row in layout.rows.items() for row in rows for one in in_row]
     row, start, middle, end = torch.tensor(sequences, dtype=torch.long).view(-1, 4).T
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
