@@ -12,8 +12,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, set_seed
 
 import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
@@ -287,6 +288,32 @@ def test_lora_with_gradient_checkpointing_trains_and_merges(row, tmp_path):
     torch.testing.assert_close(reloaded(prompt(row, 9)).logits, adapted, atol=row.tolerance, rtol=0)
     merged = reloaded.merge_and_unload()
     torch.testing.assert_close(merged(prompt(row, 9)).logits, adapted, atol=row.tolerance, rtol=0)
+
+
+@families
+def test_a_tuned_prefix_needs_no_cache(row):
+    model = get_peft_model(load(row), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids = prompt(row, 9)
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+
+
+@causal_families
+@pytest.mark.parametrize("method", [PrefixTuningConfig, PromptTuningConfig])
+@pytest.mark.parametrize("how", ["chunks", "static", "turns"])
+def test_what_prompt_learning_would_cut_is_refused(row, method, how):
+    model = get_peft_model(load(row), method(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids, cache = prompt(row, 9), DynamicCache(config=model.config)
+    if how == "turns":
+        ids = torch.cat([generate(model, ids, cache=cache), prompt(row, 5)], dim=1)
+        if cache.get_seq_length() == 0:
+            pytest.skip("PEFT generates with a cache of its own")
+    options = {
+        "chunks": {"prefill_chunk_size": 4},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "turns": {"cache": cache},
+    }[how]
+    with pytest.raises(ValueError, match="PEFT's prompt learning"):
+        generate(model, ids, **options)
 
 
 @families

@@ -233,6 +233,32 @@ class _LogitsCheck(LogitsProcessor):
             )
 
 
+def _check_prompt_learning(inputs: dict[str, Any], virtual_tokens: int) -> None:
+    """Cuts a step as PEFT is about to, which keeps the last token of as many as the cache holds or fewer, and leaves their
+    positions alone.
+
+    Raises:
+        ValueError: more is new than what PEFT keeps, or the cache is static.
+    """
+    if inputs[CACHE].is_compileable:
+        raise ValueError(
+            "PEFT's prompt learning knows no static cache: leave out `cache_implementation`, or pass a `DynamicCache`."
+        )
+    cached, tokens, mask = int(inputs[CACHE].get_seq_length()), inputs.get("input_ids"), inputs.get("attention_mask")
+    if cached == 0 or tokens is None or (mask is None and tokens.shape[1] == 1):
+        return
+    length = (tokens if mask is None else mask).shape[-1]  # `generate` drops a mask of ones
+    if tokens.shape[1] <= cached:
+        for name in ("input_ids", "position_ids"):
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name][..., -1:]
+    if cached - virtual_tokens + inputs["input_ids"].shape[1] != length:
+        raise ValueError(
+            "PEFT's prompt learning generates one token at a time, behind a cache that it began itself: leave out "
+            "`prefill_chunk_size`, assistants, prompt lookup and the cache of an earlier turn."
+        )
+
+
 class GenerationHooks:
     """Stands in front of `GenerationMixin`: its private hooks, under names of our own for models to override."""
 
@@ -327,7 +353,9 @@ class GenerationHooks:
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
         # PEFT's prompt learning puts a method of its own in this one's place, which calls it.
-        if _PEFT_CACHE != CACHE and CACHE in inputs and "prepare_inputs_for_generation" in vars(self):
+        peft_model = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", self)
+        if peft_model is not self and CACHE in inputs:
+            _check_prompt_learning(inputs, peft_model.active_peft_config.num_virtual_tokens)
             inputs[_PEFT_CACHE] = inputs.pop(CACHE)
         return inputs
 
