@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultipleChoice, AutoModelForSeq2SeqLM
 
 import hf_cnllm
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, golden_cases, has_backward
+from hf_cnllm._compat import CACHE
 from hf_cnllm.data.blank_infilling import fill_in_turn
 from hf_cnllm.models.chatglm.quantization import quantize
 from hf_cnllm.models.glm130b import GLM130BConfig, GLM130BForConditionalGeneration, GLM130BForMultipleChoice
@@ -143,6 +145,17 @@ def test_golden_padded_generation(model, name, side):
     sequences = model.generate(ids, attention_mask=real, **options)
     assert torch.equal(sequences[:, : ids.shape[1]], ids)
     assert sequences[:, ids.shape[1] :].tolist() == case.outputs["answers"].tolist()
+
+
+@pytest.mark.parametrize("padded", ["at first", "later"])
+def test_a_cache_goes_on_with_padding_on_the_left_alone(padded):
+    model, prompts = load(), [text[: text.index(SOP) + 1] for text in TEXTS]
+    ids, mask = batch(prompts if padded == "at first" else prompts[:1], "right")
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, **NO_END)
+    more, cache = (0, 3 if padded == "at first" else 2), getattr(output, CACHE)
+    mask = F.pad(F.pad(mask, more, value=1), (0, 3 - more[1]))
+    with pytest.raises(ValueError, match="to go on with a cache, pad on the left"):
+        model.generate(output.sequences, attention_mask=mask, cache=cache, max_new_tokens=3, **NO_END)
 
 
 def test_golden_fill_blanks():

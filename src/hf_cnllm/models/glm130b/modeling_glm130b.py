@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import GenerationMixin
 
+from ..._compat import CACHE, CACHE_NAMES
 from ..chatglm import modeling_chatglm as chatglm
 from ..glm.modeling_glm import BlankFilling, MultipleChoiceScoring
 from ..old_names import FromConfig
@@ -147,9 +148,16 @@ class GLM130BForConditionalGeneration(BlankFilling, GLM130BPreTrainedModel, Gene
 
     def generate(self, inputs=None, *args, **kwargs):
         """As in transformers. Rows that are padded on the right, as the original pads them, are computed padded on the
-        left; what is returned has the tokens behind the pads."""
+        left; what is returned has the tokens behind the pads.
+
+        Raises:
+            ValueError: rows padded on the right go on with a cache, whose columns are others.
+        """
         input_ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
         turn = None if input_ids is None else turn_to_the_left(input_ids, mask)
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        if cache is not None and int(cache.get_seq_length()) and (turn is not None or hasattr(cache, TURNED)):
+            raise ValueError("to go on with a cache, pad on the left: rows padded on the right are computed so.")
         if turn is None or kwargs.get("position_ids") is not None or kwargs.get("inputs_embeds") is not None:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         kwargs |= {"input_ids": input_ids.gather(1, turn), "attention_mask": mask.gather(1, turn)}
@@ -157,7 +165,13 @@ class GLM130BForConditionalGeneration(BlankFilling, GLM130BPreTrainedModel, Gene
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         rows = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences[:, : rows.shape[1]] = rows
+        if (cache := getattr(output, CACHE, cache)) is not None:
+            setattr(cache, TURNED, True)
         return output
+
+
+# The mark of a cache whose rows were padded on the right.
+TURNED = "padding_was_turned"
 
 
 def turn_to_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
