@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, PeftModel, get_peft_model
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, set_seed

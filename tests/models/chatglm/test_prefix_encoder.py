@@ -64,6 +64,19 @@ def test_the_prefix_goes_into_an_empty_cache_once(name):
     assert len(in_hand) == encoder.num_layers and past.get_seq_length() == 5
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+@pytest.mark.parametrize("new", [2, 5, 8])
+def test_a_conversation_goes_on_in_chunks(new, chunk):
+    model = AutoModel.from_pretrained(GOLDENS / "chatglm2_6b_ptuning", eos_token_id=None, pad_token_id=0).eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "prefill_chunk_size": chunk}
+    cache = DynamicCache(config=model.config)
+    first = model.generate(torch.arange(10, 17)[None], cache=cache, **options)
+    prompt = torch.cat([first, torch.arange(30, 30 + new)[None]], dim=1)
+    answer = model.generate(prompt, cache=cache, **options)
+    del options["prefill_chunk_size"]
+    assert torch.equal(answer, model.generate(prompt, use_cache=False, **options))
+
+
 @tuned
 def test_a_new_prefix_starts_as_the_originals_does(name, tmp_path):
     torch.manual_seed(0)
