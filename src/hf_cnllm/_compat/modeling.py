@@ -150,6 +150,13 @@ else:
         SequenceClassifierOutputWithPast,
     )
 
+
+def checkpoints_layers(model: Any) -> bool:
+    """Whether the layers of a model compute anew in backward, and so drop the cache. From 5.24 on they do neither without
+    gradients, as when a model in training mode generates."""
+    return model.gradient_checkpointing and model.training and (torch.is_grad_enabled() or _RENAMED)
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from ..._compat.modeling import (
     Unpack,
     can_return_tuple,
     capture_outputs,
+    checkpoints_layers,
     eager_attention_forward,
     merge_with_config_defaults,
     shifts_labels,
@@ -297,7 +298,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         )
         prompt_key_values, past = None, cache
         if self.prefix_encoder is not None:
-            if self.gradient_checkpointing and self.training:
+            if checkpoints_layers(self):
                 cache = None  # the layers would drop it, and the prefix with it
             prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
         mask = create_prefix_lm_mask(

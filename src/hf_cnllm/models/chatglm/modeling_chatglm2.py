@@ -18,6 +18,7 @@ from ..._compat.modeling import (
     Unpack,
     can_return_tuple,
     capture_outputs,
+    checkpoints_layers,
     eager_attention_forward,
     find_packed_sequence_indices,
     is_tracing,
@@ -316,7 +317,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                     "`position_ids` restart within a row: packed sequences and a P-tuning prefix (`pre_seq_len`) do not go "
                     "together; train without packing"
                 )
-            if self.gradient_checkpointing and self.training:
+            if checkpoints_layers(self):
                 cache = None  # the layers would drop it, and the prefix with it
             prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
         if position_ids is None:
