@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.pipelines import get_supported_tasks
 
 import write_model_cards
+from goldens import GOLDENS
 from hf_cnllm.auto import LINES
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, TINY_VARIANTS, write_tiny_checkpoint
@@ -121,6 +125,35 @@ def test_no_folder_and_no_pair(tmp_path, capsys):
 
 def test_a_model_is_not_its_own_base(trainer):
     assert create_model_card(trainer.model, model_path="Qwen/Qwen-7B").data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "auto_class", "task"),
+    [
+        ("qwen", "AutoModelForCausalLM", "CAUSAL_LM"),
+        ("qwen", "AutoModelForCausalLM", None),
+        ("qwen", "AutoModelForSequenceClassification", "SEQ_CLS"),
+        ("baichuan_7b", "AutoModelForTokenClassification", "TOKEN_CLS"),
+        ("glm", "AutoModelForSeq2SeqLM", None),  # as the recipes train it
+        ("glm", "AutoModelForSeq2SeqLM", "CAUSAL_LM"),
+        ("glm", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    ],
+)
+@torch.no_grad()
+def test_the_card_of_an_adapter_says_what_loads_it(checkpoint, auto_class, task, tmp_path):
+    base = getattr(transformers, auto_class).from_pretrained(GOLDENS / checkpoint)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type=task, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(20, 28)[None]
+    expected = adapted.base_model(ids).logits
+    for source in (adapted, tmp_path / "adapter"):
+        text = create_model_card(source, model_path=str(tmp_path / "adapter")).text
+        lines = [line for line in text.splitlines() if re.match(r"import|from|model =", line)]
+        names = {}
+        exec("\n".join(lines), names)
+        assert torch.equal(names["model"].eval()(input_ids=ids).logits, expected)
 
 
 def test_saving_leaves_somebodys_card_alone(trainer, tmp_path):

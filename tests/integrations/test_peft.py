@@ -108,6 +108,28 @@ def test_modules_to_save_are_trained_by_their_own_names_or_refused(row):
             adapted(row, "Lora", modules_to_save=[name])
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("checkpoint", ["qwen", "baichuan_7b", "chatglm_6b_3layer", "chatglm2_6b"])
+@torch.no_grad()
+def test_the_head_of_a_classifier_is_trained_and_comes_with_the_adapter(checkpoint, targets, tmp_path):
+    def classifier():
+        return AutoModelForSequenceClassification.from_pretrained(GOLDENS / checkpoint, num_labels=2, pad_token_id=0)
+
+    model = get_peft_model(
+        classifier(), peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules=targets)
+    )
+    head = [p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name]
+    assert head and not any("lora" in name for name, _ in model.named_parameters() if "modules_to_save" in name)
+    for parameter in head:
+        parameter.normal_()
+    ids = torch.arange(10, 20)[None]
+    if "6b_3layer" in checkpoint:
+        ids = torch.cat([ids, torch.tensor([[141, 144]])], dim=1)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path).eval()  # whose head is another random one
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_heads_of_classifiers_are_saved_as_ever_and_adapters_unload():
     model = AutoModelForSequenceClassification.from_pretrained(GOLDENS / "qwen", num_labels=2)
     wrapped = get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))

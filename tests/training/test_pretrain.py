@@ -270,6 +270,16 @@ def test_evaluation_and_an_adapter(checkpoint, texts, tmp_path, monkeypatch):
     assert summary["metrics"]["perplexity"] > 1 and (tmp_path / "out/adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", BLANKS)
+def test_each_evaluation_has_the_same_blanks(name, checkpoint, texts, tmp_path, monkeypatch):
+    options = f"--learning_rate 0 --max_steps 2 --eval_data {texts} --eval_strategy steps --eval_steps 1".split()
+    evaluate, found = PretrainTrainer.evaluate, []
+    monkeypatch.setattr(PretrainTrainer, "evaluate", lambda *a, **k: found.append(evaluate(*a, **k)) or found[-1])
+    run(monkeypatch, checkpoint(name), texts, tmp_path / "out", *options, name="pretrain_glm")
+    first, second = (one["eval_loss"] for one in found)
+    assert first == second
+
+
 CONFIGS = ["baichuan2", "qwen", "llama", "bloom", "chatglm", "glm"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_cnllm.data.conversations import with_system_in_question
+from hf_cnllm.data.conversations import IGNORE_INDEX, with_system_in_question
 from hf_cnllm.tokenization.templates import FORMS
 from hf_cnllm.training.sft_data import encode_rows, fills_blanks, make_batches, use_template
 from sft_models import CHATS, ROWS, ROWS_OF_DATA, TURNS, loaded, write_checkpoint
@@ -150,7 +150,14 @@ def test_ghost_attention_moves_the_instruction_and_learns_the_last_answer(checkp
         encode_rows(model, tokenizer, [{"messages": TURNS[1:]}], 512, ghost_attention=True)
 
 
-def test_questions_are_learned_when_asked_for(checkpoint):
-    model, tokenizer = loaded(checkpoint("qwen"), {}, None)
-    (example,), _ = encode_rows(model, tokenizer, [{"messages": TURNS}], 512, learn_questions=True)
-    assert example["labels"] == example["input_ids"]
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "glm"])
+def test_questions_are_learned_when_asked_for_and_padding_is_not(row, checkpoint):
+    name, changes, template = ROWS[row]
+    model, tokenizer = loaded(checkpoint(name), changes, template)
+    examples, _ = encode_rows(model, tokenizer, ROWS_OF_DATA, 128, learn_questions=True)
+    _, collate = make_batches(model, tokenizer, examples)
+    together = token_losses(model, collate(examples))
+    for example, losses in zip(examples, together, strict=True):
+        assert example["labels"] == [IGNORE_INDEX, *example["input_ids"][1:]]
+        alone = token_losses(model, collate([example]))[0]
+        torch.testing.assert_close(losses[losses != 0], alone[alone != 0], atol=2e-5, rtol=0)

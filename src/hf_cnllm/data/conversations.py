@@ -179,6 +179,11 @@ def encode_conversations(
     return examples, cuts
 
 
+def labels_of_whole(ids: Sequence[int]) -> list[int]:
+    """The labels of a text that is learned whole. Nothing predicts its first token: padding on the left would be asked to."""
+    return [IGNORE_INDEX, *ids[1:]]
+
+
 def encode_conversation(
     tokenizer: Any,
     messages: Conversation,

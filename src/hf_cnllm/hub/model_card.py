@@ -25,6 +25,13 @@ PIPELINE_TAGS = {
 }
 AUTOMATIC = "This model card has been automatically generated."  # of transformers' own, which says nothing else
 POINTS = 12  # of a curve, as a card shows it
+# The tasks of PEFT's adapters, whose auto classes load no adapter of another task, or of none.
+PEFT_HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+PEFT_TASKS = PEFT_HEADS | {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -37,6 +44,13 @@ class Origin(NamedTuple):
     base_model: str | None  # name on the Hub of the checkpoint that it comes from
     from_scratch: bool  # made from a configuration
     is_adapter: bool = False
+    task: str | None = None  # of the adapter
+
+    @property
+    def loader(self) -> str:
+        """PEFT's auto class, or transformers', which brings an adapter too."""
+        has_own = self.is_adapter and PEFT_TASKS.get(self.task or "") == self.auto_class
+        return f"AutoPeft{self.auto_class[4:]}" if has_own else self.auto_class
 
 
 def create_model_card(
@@ -198,27 +212,30 @@ def origin_of(source: Any) -> Origin:
     if isinstance(source, str | Path):
         return _origin_of_folder(Path(source))
     if hasattr(source, "peft_config") and hasattr(source, "get_base_model"):
-        return origin_of(source.get_base_model())._replace(is_adapter=True)
+        task = source.active_peft_config.task_type
+        return origin_of(source.get_base_model())._replace(is_adapter=True, task=task)
     config = getattr(source, "config", None)
     name = str(getattr(source, "name_or_path", ""))
     if (family := family_of(config)) is None:
         raise ValueError(f"{type(source).__name__} is no model of hf_cnllm, whose cards this writes.")
     is_adapter = bool(getattr(source, "_hf_peft_config_loaded", False))
-    return Origin(family.line_of(config), _auto_class_of(source, family), _name_on_the_hub(name), not name, is_adapter)
+    task = next((one.task_type for one in getattr(source, "peft_config", {}).values()), None)
+    auto_class = _auto_class_of(source, family)
+    return Origin(family.line_of(config), auto_class, _name_on_the_hub(name), not name, is_adapter, task)
 
 
 def _origin_of_folder(folder: Path) -> Origin:
     adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else None
+    settings = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    base, task = settings.get("base_model_name_or_path"), settings.get("task_type")
     config = AutoConfig.from_pretrained(base or folder)
     family = family_of(config)
     if family is None:
         raise ValueError(f"{folder} holds a model of {type(config).__name__}, which is not of hf_cnllm.")
     of_class = (name for name, kind in family.models.items() if kind.__name__ in (config.architectures or ()))
-    auto_class = (
-        family.generates_with if base else next((n for n in of_class if n != "AutoModel"), family.generates_with)
-    )
-    return Origin(family.line_of(config), auto_class, _name_on_the_hub(base or str(folder)), False, base is not None)
+    auto_class = PEFT_HEADS.get(task) if base else next((name for name in of_class if name != "AutoModel"), None)
+    auto_class = auto_class or family.generates_with
+    return Origin(family.line_of(config), auto_class, _name_on_the_hub(base or str(folder)), False, bool(base), task)
 
 
 def _auto_class_of(model: Any, family: Any) -> str:
@@ -330,6 +347,7 @@ def _render(
         base=base,
         auto_class=origin.auto_class,
         is_adapter=origin.is_adapter,
+        loader=origin.loader,
         tokenizer_class=tokenizer_class,
         model_path=model_path,
         trust=", trust_remote_code=True" if remote_code else "",

@@ -18,7 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.auto import is_prefix_lm
-from hf_cnllm.data.conversations import encode_conversations, read_conversations, reply_end_ids
+from hf_cnllm.data.conversations import encode_conversations, labels_of_whole, read_conversations, reply_end_ids
 from hf_cnllm.training.critic import Critic, adapter_of_classifier
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import rise_of
@@ -52,7 +52,7 @@ def read_ptx_rows(tokenizer: Any, model: Any, paths: Sequence[str], ends: Sequen
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             ids = tokenizer(line)["input_ids"][:max_length]
             if len(ids) > 1:
-                rows.append({"input_ids": ids, "labels": ids})
+                rows.append({"input_ids": ids, "labels": labels_of_whole(ids)})
     return rows
 
 

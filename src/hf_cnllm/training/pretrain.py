@@ -121,7 +121,9 @@ def make_trainer(
     collate: Callable[..., Any],
 ) -> PretrainTrainer:
     of_training, of_evaluation = documents
-    rows = None if of_evaluation is None else list(make_rows(of_evaluation.epoch(0)))
+    rows = None
+    if of_evaluation is not None:  # with seeds: the same blanks in each evaluation
+        rows = [{**row, "seed": place} for place, row in enumerate(make_rows(of_evaluation.epoch(0)))]
     model.config.use_cache = False  # with a cache, transformers' own models do not look for packed rows
     rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     stream = Stream(of_training, make_rows, rows_per_step, _start_of(run.checkpoint))

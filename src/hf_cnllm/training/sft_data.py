@@ -18,6 +18,7 @@ from ..data.conversations import (
     QUESTION,
     Row,
     encode_conversations,
+    labels_of_whole,
     read_rows,
     reply_end_ids,
 )
@@ -113,7 +114,7 @@ def encode_rows(
     return [
         {
             "input_ids": example["input_ids"],
-            "labels": list(example["input_ids"]) if learn_questions else example["labels"],
+            "labels": labels_of_whole(example["input_ids"]) if learn_questions else example["labels"],
         }
         for example in examples
     ], cuts

@@ -204,20 +204,6 @@ def test_p_tuning_trains_the_prefix_encoder_and_nothing_else(projection):
     assert all((parameter.grad is not None) == (name in trained) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", PTUNING)
-def test_p_tuning_with_gradient_checkpointing_has_the_same_gradients(name):
-    ids, mask = left_padded()
-    gradients = []
-    for checkpointing in (False, True):
-        model = load(name).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(ids, attention_mask=mask, labels=ids).loss.backward()
-        gradients.append(model.transformer.prefix_encoder.embedding.weight.grad)
-    assert gradients[0].norm() > 0
-    assert_close(gradients[1], gradients[0], atol=1e-7)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PTUNING)
 def test_p_tuned_batches_generate_as_their_rows_do_with_every_cache(name, backend):

@@ -111,7 +111,7 @@ class SelfAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        prompt_key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prompt_key_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -183,6 +183,7 @@ class GLMBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        prompt_key_values: torch.Tensor | None = None,  # by position: so its gradient passes reentrant checkpoints
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
@@ -190,7 +191,12 @@ class GLMBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attention(
-            normed, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache, **kwargs
+            normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cache=cache,
+            prompt_key_values=prompt_key_values,
+            **kwargs,
         )
         hidden_states = self._add(attn_output, hidden_states, normed)
 
@@ -324,11 +330,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         for layer_idx, layer in enumerate(self.encoder.layers):
             hidden_states = layer(
                 hidden_states,
+                None if prompt_key_values is None else prompt_key_values[layer_idx],
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 cache=cache,
-                prompt_key_values=None if prompt_key_values is None else prompt_key_values[layer_idx],
                 use_cache=use_cache,
                 **kwargs,
             )

@@ -206,6 +206,18 @@ class ChatGLMForSequenceClassification(MeanLoss, ChatGLMPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.post_init()
 
+    @property
+    def classifier(self) -> nn.Linear:
+        """The head, by a name that PEFT looks for when it adapts all linear layers but this one."""
+        return self.classifier_head
+
+    def check_adapter(self, config):
+        # PEFT trains and saves heads by the names that it knows, and passes over others in silence.
+        saved = getattr(config, "modules_to_save", None)
+        if saved and "classifier" in saved and "classifier_head" not in saved:
+            saved.append("classifier_head")
+        super().check_adapter(config)
+
     @takes_cache
     @can_return_tuple
     def forward(

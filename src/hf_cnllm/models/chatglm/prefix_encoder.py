@@ -44,18 +44,16 @@ class PrefixEncoder(nn.Module):
         """The parts that start from torch's own initialization, as in the originals; the model's is much smaller."""
         return [self.embedding, *(part for part in self.trans.children() if isinstance(part, nn.Linear))]
 
-    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """One (key, value) per layer, each (batch_size, heads, pre_seq_len, head_dim) in `dtype`."""
+    def forward(self, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of each layer, (2, batch_size, heads, pre_seq_len, head_dim) in `dtype`."""
         # By calls of the modules, for which weights come that were offloaded.
         device = None if self.embedding.weight.is_meta else self.embedding.weight.device
         states = self.trans(self.embedding(torch.arange(self.embedding.num_embeddings, device=device)))
         states = self.dropout(states.to(dtype).expand(batch_size, *states.shape))
         states = states.view(batch_size, -1, self.num_layers, 2, self.num_heads, self.head_dim)
-        return [(layer[0], layer[1]) for layer in states.permute(2, 3, 0, 4, 1, 5)]
+        return list(states.permute(2, 3, 0, 4, 1, 5))
 
-    def put_in_front(
-        self, cache: Cache | None, inputs_embeds: Tensor
-    ) -> tuple[list[tuple[Tensor, Tensor]] | None, Cache]:
+    def put_in_front(self, cache: Cache | None, inputs_embeds: Tensor) -> tuple[list[Tensor] | None, Cache]:
         """Puts the prefix into the cache if that is empty; without a cache the layers get it.
 
         Returns:
@@ -77,7 +75,7 @@ def is_empty(cache: Cache) -> bool:
     return int(length) == 0
 
 
-def write_prefix(cache: Cache, prefix: list[tuple[Tensor, Tensor]]) -> Cache:
+def write_prefix(cache: Cache, prefix: list[Tensor]) -> Cache:
     for layer_idx, (keys, values) in enumerate(prefix):
         cache.update(keys, values, layer_idx)
     return cache
