@@ -99,8 +99,9 @@ class Family(NamedTuple):
 
 BY_PLUGIN = "served by the models of this package (docs/serving.md)"
 CONTROL_IDS = 16  # so many ids at the end of the vocabulary are left to control tokens
-GLM_CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
-CHATGLM_CONTROL_TOKENS = (*GLM_CONTROL_TOKENS[:3], "bos_token_id", "eos_token_id")
+BLANKS = ("mask_token_id", "gmask_token_id", "smask_token_id")
+GLM_CONTROL_TOKENS = (*BLANKS, "sop_token_id", "eop_token_id")
+CHATGLM_CONTROL_TOKENS = (*BLANKS, "bos_token_id", "eos_token_id")
 
 
 def _baichuan(shape: Shape, position_embedding: str, norm_head: bool) -> dict[str, Any]:
@@ -178,7 +179,9 @@ def _weight_bits(config: Any) -> str:
 
 
 def _known_control_tokens(config: Any, names: tuple[str, ...] = GLM_CONTROL_TOKENS) -> str:
-    unknown = [name for name in names if getattr(config, name) is None]
+    unknown = [name for name in names if name not in BLANKS and getattr(config, name) is None]
+    if all(getattr(config, name) is None for name in BLANKS):  # BERT's vocabulary has one kind
+        unknown.append(f"those of {', '.join(BLANKS)} that the vocabulary has")
     return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 

@@ -39,6 +39,23 @@ def test_what_was_decided_about_baichuan(checkpoint, family, positions, head, ca
     assert (rows["family"], rows["positions"], rows["output head"]) == (family, positions, head)
 
 
+@pytest.mark.parametrize("checkpoint", ["chatglm_6b", "chatglm2_6b"])
+def test_trl_packs_chatglm(checkpoint, capsys):
+    """As tests/integrations/test_trl.py has it."""
+    assert told(GOLDENS / checkpoint, capsys)["TRL"].strip() == "trainers of causal models"
+
+
+def test_glm_asks_for_no_blanks_that_its_vocabulary_lacks(tmp_path, capsys):
+    """BERT's has one kind."""
+    config = {"model_type": "glm", "vocab_size": 30592, "max_sequence_length": 512, "block_position_encoding": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    blanks = "those of mask_token_id, gmask_token_id, smask_token_id that the vocabulary has"
+    assert told(tmp_path, capsys)["control tokens"].strip() == f"unknown: set sop_token_id, eop_token_id, {blanks}"
+    config |= {"mask_token_id": 103, "sop_token_id": 30522, "eop_token_id": 30523}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert told(tmp_path, capsys)["control tokens"].strip() == "known"
+
+
 def test_a_checkpoint_of_transformers_is_left_to_it(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "served by LlamaConfig of transformers" in told(tmp_path, capsys)["family"]
