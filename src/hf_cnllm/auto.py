@@ -9,6 +9,7 @@ and imported when one is first used; see `stand_ins.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
@@ -17,8 +18,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from ._compat import name_in_transformers, registered
 from .models import baichuan, chatglm, glm, glm130b, qwen
 from .models.adapter_targets import add_peft_targets
+from .models.chatglm.vocabulary_chatglm import TOKENIZER_MODEL, version_beside
+from .models.chatglm.vocabulary_chatglm import VERSIONS as CHATGLM_VERSIONS
 from .models.glm.configuration_glm import SavedGLMConfig
 from .stand_ins import imported, put
+from .tokenization.folder import Folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,11 +159,14 @@ def _qwen(shape: Shape) -> dict[str, Any]:
 
 
 def _chatglm_line(config: Any) -> str:
-    """ChatGLM2 and ChatGLM3 share their architecture; the name the checkpoint was loaded from tells them apart, and
-    `chatglm2` is the answer if it does not."""
-    if config.architecture == "chatglm2" and "chatglm3" in config.name_or_path.lower():
-        return "chatglm3"
-    return config.architecture
+    """ChatGLM2 and ChatGLM3 share their architecture; their tokenizers' files, or the name the checkpoint was loaded from, tell
+    them apart, and `chatglm2` is the answer if these do not."""
+    if config.architecture != "chatglm2":
+        return config.architecture
+    vocabulary = Path(config.name_or_path, TOKENIZER_MODEL) if config.name_or_path else None
+    saved = Folder(vocabulary).read("tokenizer_config.json").get("generation")
+    told = saved if saved in CHATGLM_VERSIONS else version_beside(vocabulary, {"name_or_path": config.name_or_path})
+    return told or "chatglm2"
 
 
 def _rope_ratio(config: Any) -> str:

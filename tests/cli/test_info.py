@@ -11,6 +11,7 @@ from goldens import GOLDENS
 from hf_cnllm.auto import family_of
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.cli.memory import sizes_of, stored_bytes
+from hf_cnllm.hub.model_card import create_model_card
 
 
 def told(checkpoint, capsys) -> dict[str, str]:
@@ -43,6 +44,28 @@ def test_what_was_decided_about_baichuan(checkpoint, family, positions, head, ca
 def test_trl_packs_chatglm(checkpoint, capsys):
     """As tests/integrations/test_trl.py has it."""
     assert told(GOLDENS / checkpoint, capsys)["TRL"].strip() == "trainers of causal models"
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("tokenizer_config.json", {"generation": "chatglm3"}),
+        ("tokenizer_config.json", {"encode_special_tokens": False}),
+        ("config.json", {"_name_or_path": "THUDM/chatglm3-6b"}),
+        (None, None),
+    ],
+)
+def test_what_a_folder_of_any_name_holds(file, says, tmp_path, capsys):
+    """Not of a name with chatglm3 in it, that is. Cards and licenses go by it, too."""
+    config = json.loads((GOLDENS / "chatglm3_6b" / "config.json").read_bytes())
+    config.pop("_name_or_path", None)
+    files = {"config.json": config} | ({file: (config if file == "config.json" else {}) | says} if file else {})
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    expected = "chatglm3" if file else "chatglm2"
+    assert told(tmp_path, capsys)["family"].strip() == expected
+    card = create_model_card(tmp_path).data.to_dict()
+    assert card["license_name"] == f"{expected}-6b-license"
 
 
 def test_glm_asks_for_no_blanks_that_its_vocabulary_lacks(tmp_path, capsys):

@@ -4,6 +4,7 @@ ROUGE-L's F is 2·LCS / (m + n), for the longest common subsequence of the words
 normalized Indel similarity of their words; tests compare it with `rouge-score`.
 """
 
+import sys
 import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
@@ -39,13 +40,19 @@ class Pool:
     """Texts that a new one must not resemble."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._letters: dict[str, str] = {}  # a word is one character, so that rapidfuzz compares strings
-        self._texts: list[str] = []
+        self._letters: dict[str, str | int] = {}  # a word is one character, so that rapidfuzz compares strings
+        self._texts: list[str | list[str | int]] = []
         for text in texts:
             self.add(text)
 
-    def _spelled(self, text: str) -> str:
-        return "".join(self._letters.setdefault(word, chr(len(self._letters) + 1)) for word in words(text))
+    def _spelled(self, text: str) -> str | list[str | int]:
+        letters = [self._letters.setdefault(word, self._next_letter()) for word in words(text)]
+        return "".join(map(str, letters)) if all(isinstance(letter, str) for letter in letters) else letters
+
+    def _next_letter(self) -> str | int:
+        """One that no word has; a number, which is slower to compare, when there are no more characters."""
+        number = len(self._letters) + 1
+        return chr(number) if number <= sys.maxunicode else number
 
     def add(self, text: str) -> None:
         self._texts.append(self._spelled(text))
