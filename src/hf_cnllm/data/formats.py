@@ -26,8 +26,8 @@ Conversation = list[Message]
 # Fields of a row or a message that say nothing to the model. Whatever else is not read is refused.
 METADATA = frozenset(
     {
-        *("id", "idx", "index", "uid", "uuid", "hash", "conversation_id", "prompt_id", "num_turns", "split", "type", "tags"),
-        *("source", "dataset", "data_source", "origin", "url", "license", "author", "model"),
+        *("id", "idx", "index", "uid", "uuid", "hash", "conversation_id", "num_turns", "split", "type", "tags"),
+        *("prompt_id", "source", "dataset", "data_source", "origin", "url", "license", "author", "model"),
         *("language", "lang", "category", "domain", "topic", "task", "task_type"),
         *("created", "created_at", "updated_at", "timestamp", "date"),
     }

@@ -40,19 +40,15 @@ class Pool:
     """Texts that a new one must not resemble."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._letters: dict[str, str | int] = {}  # a word is one character, so that rapidfuzz compares strings
-        self._texts: list[str | list[str | int]] = []
+        self._letters: dict[str, int] = {}
+        self._texts: list[str | list[int]] = []
         for text in texts:
             self.add(text)
 
-    def _spelled(self, text: str) -> str | list[str | int]:
-        letters = [self._letters.setdefault(word, self._next_letter()) for word in words(text)]
-        return "".join(map(str, letters)) if all(isinstance(letter, str) for letter in letters) else letters
-
-    def _next_letter(self) -> str | int:
-        """One that no word has; a number, which is slower to compare, when there are no more characters."""
-        number = len(self._letters) + 1
-        return chr(number) if number <= sys.maxunicode else number
+    def _spelled(self, text: str) -> str | list[int]:
+        # A word is one character, so that rapidfuzz compares strings, while there are characters: they are their numbers to it.
+        letters = [self._letters.setdefault(word, len(self._letters) + 1) for word in words(text)]
+        return "".join(map(chr, letters)) if max(letters, default=0) <= sys.maxunicode else letters
 
     def add(self, text: str) -> None:
         self._texts.append(self._spelled(text))
