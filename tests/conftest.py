@@ -1,5 +1,6 @@
 import gc
 import os
+from contextlib import contextmanager
 
 # Before anything imports huggingface_hub: no test may reach out.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,3 +34,20 @@ def eager_unless_marked(request):
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
+
+
+@pytest.fixture
+def files_up_to():
+    """`with files_up_to(size):` no file can be written past so many bytes, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no limits")
+
+    @contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

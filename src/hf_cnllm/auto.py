@@ -9,6 +9,7 @@ and imported when one is first used; see `stand_ins.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
@@ -17,8 +18,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from ._compat import name_in_transformers, registered
 from .models import baichuan, chatglm, glm, glm130b, qwen
 from .models.adapter_targets import add_peft_targets
+from .models.chatglm.vocabulary_chatglm import TOKENIZER_MODEL, version_beside
+from .models.chatglm.vocabulary_chatglm import VERSIONS as CHATGLM_VERSIONS
 from .models.glm.configuration_glm import SavedGLMConfig
 from .stand_ins import imported, put
+from .tokenization.folder import Folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,8 +103,9 @@ class Family(NamedTuple):
 
 BY_PLUGIN = "served by the models of this package (docs/serving.md)"
 CONTROL_IDS = 16  # so many ids at the end of the vocabulary are left to control tokens
-GLM_CONTROL_TOKENS = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
-CHATGLM_CONTROL_TOKENS = (*GLM_CONTROL_TOKENS[:3], "bos_token_id", "eos_token_id")
+BLANKS = ("mask_token_id", "gmask_token_id", "smask_token_id")
+GLM_CONTROL_TOKENS = (*BLANKS, "sop_token_id", "eop_token_id")
+CHATGLM_CONTROL_TOKENS = (*BLANKS, "bos_token_id", "eos_token_id")
 
 
 def _baichuan(shape: Shape, position_embedding: str, norm_head: bool) -> dict[str, Any]:
@@ -154,11 +159,14 @@ def _qwen(shape: Shape) -> dict[str, Any]:
 
 
 def _chatglm_line(config: Any) -> str:
-    """ChatGLM2 and ChatGLM3 share their architecture; the name the checkpoint was loaded from tells them apart, and
-    `chatglm2` is the answer if it does not."""
-    if config.architecture == "chatglm2" and "chatglm3" in config.name_or_path.lower():
-        return "chatglm3"
-    return config.architecture
+    """ChatGLM2 and ChatGLM3 share their architecture; their tokenizers' files, or the name the checkpoint was loaded from, tell
+    them apart, and `chatglm2` is the answer if these do not."""
+    if config.architecture != "chatglm2":
+        return config.architecture
+    vocabulary = Path(config.name_or_path, TOKENIZER_MODEL) if config.name_or_path else None
+    saved = Folder(vocabulary).read("tokenizer_config.json").get("generation")
+    told = saved if saved in CHATGLM_VERSIONS else version_beside(vocabulary, {"name_or_path": config.name_or_path})
+    return told or "chatglm2"
 
 
 def _rope_ratio(config: Any) -> str:
@@ -178,7 +186,9 @@ def _weight_bits(config: Any) -> str:
 
 
 def _known_control_tokens(config: Any, names: tuple[str, ...] = GLM_CONTROL_TOKENS) -> str:
-    unknown = [name for name in names if getattr(config, name) is None]
+    unknown = [name for name in names if name not in BLANKS and getattr(config, name) is None]
+    if all(getattr(config, name) is None for name in BLANKS):  # BERT's vocabulary has one kind
+        unknown.append(f"those of {', '.join(BLANKS)} that the vocabulary has")
     return f"unknown: set {', '.join(unknown)}" if unknown else "known"
 
 

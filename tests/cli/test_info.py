@@ -11,6 +11,7 @@ from goldens import GOLDENS
 from hf_cnllm.auto import family_of
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.cli.memory import sizes_of, stored_bytes
+from hf_cnllm.hub.model_card import create_model_card
 
 
 def told(checkpoint, capsys) -> dict[str, str]:
@@ -37,6 +38,45 @@ def test_every_checkpoint_is_described(checkpoint, capsys):
 def test_what_was_decided_about_baichuan(checkpoint, family, positions, head, capsys):
     rows = {name: value.strip() for name, value in told(GOLDENS / checkpoint, capsys).items()}
     assert (rows["family"], rows["positions"], rows["output head"]) == (family, positions, head)
+
+
+@pytest.mark.parametrize("checkpoint", ["chatglm_6b", "chatglm2_6b"])
+def test_trl_packs_chatglm(checkpoint, capsys):
+    """As tests/integrations/test_trl.py has it."""
+    assert told(GOLDENS / checkpoint, capsys)["TRL"].strip() == "trainers of causal models"
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("tokenizer_config.json", {"generation": "chatglm3"}),
+        ("tokenizer_config.json", {"encode_special_tokens": False}),
+        ("config.json", {"_name_or_path": "THUDM/chatglm3-6b"}),
+        (None, None),
+    ],
+)
+def test_what_a_folder_of_any_name_holds(file, says, tmp_path, capsys):
+    """Not of a name with chatglm3 in it, that is. Cards and licenses go by it, too."""
+    config = json.loads((GOLDENS / "chatglm3_6b" / "config.json").read_bytes())
+    config.pop("_name_or_path", None)
+    files = {"config.json": config} | ({file: (config if file == "config.json" else {}) | says} if file else {})
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    expected = "chatglm3" if file else "chatglm2"
+    assert told(tmp_path, capsys)["family"].strip() == expected
+    card = create_model_card(tmp_path).data.to_dict()
+    assert card["license_name"] == f"{expected}-6b-license"
+
+
+def test_glm_asks_for_no_blanks_that_its_vocabulary_lacks(tmp_path, capsys):
+    """BERT's has one kind."""
+    config = {"model_type": "glm", "vocab_size": 30592, "max_sequence_length": 512, "block_position_encoding": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    blanks = "those of mask_token_id, gmask_token_id, smask_token_id that the vocabulary has"
+    assert told(tmp_path, capsys)["control tokens"].strip() == f"unknown: set sop_token_id, eop_token_id, {blanks}"
+    config |= {"mask_token_id": 103, "sop_token_id": 30522, "eop_token_id": 30523}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert told(tmp_path, capsys)["control tokens"].strip() == "known"
 
 
 def test_a_checkpoint_of_transformers_is_left_to_it(tmp_path, capsys):

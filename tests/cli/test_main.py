@@ -108,3 +108,9 @@ def test_help_names_every_command_and_imports_none():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_the_size_of_converted_files_is_a_number(size, tmp_path, capsys):
+    words = ["convert", "glm130b", str(tmp_path), str(tmp_path / "out"), f"--max-file-size={size}"]
+    assert cli.main(words) == cli.USER_ERROR and "--max-file-size must be a number above 0" in capsys.readouterr().err

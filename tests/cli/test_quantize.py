@@ -108,6 +108,18 @@ def test_a_library_that_fails_is_one_line_and_nothing_stays(tiny, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("what", ["weights", "tokenizer.json"])
+def test_a_full_disk_is_one_line_and_nothing_stays(what, tiny, tmp_path, capsys, files_up_to, monkeypatch):
+    """The libraries behind the two have errors of their own, which were taken for mistakes of the program."""
+    if what == "tokenizer.json":
+        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *_, **__: None)
+    words = ["quantize", str(tiny("chatglm3")), str(tmp_path / "out"), "--bits", "8"]
+    with files_up_to(10_000):
+        assert main(words) == USER_ERROR
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"writing {tmp_path / 'out'} failed, is the disk full?" in said and not list(tmp_path.iterdir())
+
+
 def test_damaged_weights_are_not_quantized(tiny, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny("chatglm2"))
     with torch.no_grad():

@@ -225,10 +225,10 @@ def flip(file):
 
 
 @pytest.mark.parametrize(
-    "line", ["nonsense", "abc  model.safetensors", f"{'0' * 64}", f"{'0' * 64}  ../x", f"{'0' * 64}  /x", ""]
+    "line", ["nonsense", "abc  model.safetensors", f"{'0' * 64}", f"{'0' * 64}  ../x", f"{'0' * 64}  /x", "", "\udcff"]
 )
 def test_a_wrong_checksum_file_is_refused(line, tmp_path, folder, capsys):
-    (tmp_path / "sums").write_text(f"{line}\n")
+    (tmp_path / "sums").write_text(f"{line}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match="sums"):
         read_sums(tmp_path / "sums")
     assert main(["verify", str(folder), "--checksums", str(tmp_path / "sums")]) == USER_ERROR

@@ -1,5 +1,3 @@
-from contextlib import contextmanager
-
 import pytest
 
 from exportable import KINDS, write_checkpoint
@@ -24,20 +22,3 @@ def exported(checkpoint, tmp_path_factory):
         return root / name
 
     return get
-
-
-@pytest.fixture
-def files_up_to():
-    """`with files_up_to(size):` no file can be written past so many bytes, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="Windows has no limits")
-
-    @contextmanager
-    def limited(size):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited

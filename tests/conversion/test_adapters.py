@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,20 @@ def test_others_are_refused(name, config, reason, checkpoint, exported, tmp_path
     assert main(["export", *map(str, words)]) == USER_ERROR
     said = capsys.readouterr().err.splitlines()[-1]
     assert reason in said and "merge it into its model" in said and not (tmp_path / "out").exists()
+
+
+def test_a_base_of_the_same_shapes_but_another_model(checkpoint, exported, tmp_path, capsys):
+    """It took the adapter without a word."""
+    adapted(checkpoint("chatglm3"), LoraConfig(r=1), tmp_path / "adapter")
+    words = ["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "glm", "--base"]
+    assert main([*words, str(exported("chatglm3-32k"))]) == USER_ERROR
+    assert "(another `rope_parameters`)" in capsys.readouterr().err
+    shutil.copytree(exported("chatglm3"), tmp_path / "base")
+    file = tmp_path / "base" / "original" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"generation": "chatglm2"}))
+    assert main([*words, str(tmp_path / "base")]) == USER_ERROR
+    assert "(chatglm2, not chatglm3)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_base_is_asked_for(checkpoint, exported, tmp_path, capsys):

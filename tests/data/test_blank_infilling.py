@@ -274,6 +274,18 @@ def test_unfit_options_are_refused(tokenizer, options, message):
         DataCollatorForBlankInfilling(tokenizer, **options)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_empty_texts_are_padding(tokenizer, shift):
+    collator = DataCollatorForBlankInfilling(tokenizer, shift_labels=shift)
+    text = {"input_ids": [*range(10, 30)], "seed": 3}
+    alone, beside = collator([text]), collator([text, {"input_ids": []}])
+    for name in alone:
+        assert torch.equal(beside[name][:1], alone[name])
+    assert (beside["labels"][1] == -100).all()
+    with pytest.raises(ValueError, match="leave empty texts out"):
+        collator([{"input_ids": []}])
+
+
 def test_unfit_inputs_are_refused(tokenizer):
     with pytest.raises(ValueError, match="no tokenizer of the GLM line"):
         DataCollatorForBlankInfilling(load_tokenizer("baichuan2_small"))

@@ -231,6 +231,16 @@ def test_the_earliest_rounds_go_first_and_the_system_message_stays(tokenizer):
     assert "要简短" in text and "问题38" in text and "问题0" not in text and "最后的答" in text
 
 
+def test_what_fits_to_the_token_is_not_cut(tokenizer):
+    messages = turns("天地玄黄", "宇宙洪荒", "日月盈昃", "辰宿列张")
+    ends = reply_end_ids(tokenizer, GenerationConfig(eos_token_id=tokenizer.eos_token_id))
+    whole = encode_conversation(tokenizer, messages, ends)
+    length = len(whole["input_ids"])
+    assert encode_conversations(tokenizer, [{"messages": messages}], ends, length) == ([whole], {})
+    (shorter,), cuts = encode_conversations(tokenizer, [{"messages": messages}], ends, length - 1)
+    assert cuts == {"earlier rounds left out": 1} and len(shorter["input_ids"]) < length
+
+
 def test_an_answer_that_is_too_long_loses_its_end_and_says_so(tokenizer):
     messages = turns("天地玄黄" * 400, "宇宙洪荒" * 400)
     ends = reply_end_ids(tokenizer, GenerationConfig(eos_token_id=tokenizer.eos_token_id))

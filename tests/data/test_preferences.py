@@ -18,7 +18,7 @@ TURN = {"from": "human", "value": "q"}
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
         {"chosen": [Q, A], "rejected": [Q, B], "score_chosen": 5.0, "score_rejected": 1.0},
-        {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]},  # UltraFeedback
+        {"prompt": "q", "prompt_id": "x", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},  # UltraFeedback
         {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},  # LLaMA-Factory
         {"conversations": [TURN], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
         {"messages": [Q], "chosen": A, "rejected": B},
@@ -68,6 +68,7 @@ def test_a_questions_other_fields_are_for_the_reward():
     [
         (read_pair, {"chosen": "a", "rejected": "b"}, "needs the question: the field 'prompt'"),
         (read_pair, {"prompt": "q", "chosen": "a"}, "needs the field 'rejected'"),
+        (read_pair, {"prompt": "q", "chosen": "a", "rejected": None}, r"'rejected'; has \['chosen', 'prompt'\]"),
         (read_pair, {"prompt": "q", "chosen": "a", "rejected": 7}, "field 'rejected' must be a text"),
         (read_pair, {"chosen": [Q, A], "rejected": [{**Q, "content": "?"}, B]}, "must answer the same conversation"),
         (read_pair, {"prompt": "q", "chosen": [Q], "rejected": "b"}, "must end with a message of the assistant"),

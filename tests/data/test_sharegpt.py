@@ -53,6 +53,18 @@ def cleaned(tmp_path, rows, count_tokens=None, **changes):
     return made, statistics
 
 
+def test_rows_without_ids_in_files_of_one_name(tmp_path):
+    """train.jsonl of two folders."""
+    files = [tmp_path / folder / "train.jsonl" for folder in "ab"]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text(json.dumps(talk(f"Who is {path.parent.name}?", "It is nobody.")))
+    statistics = run(Settings(files, tmp_path / "out"))
+    assert statistics["output"]["rows"] == 2 and not statistics["discarded"]
+    rows = map(json.loads, (tmp_path / "out" / "conversations.jsonl").read_text().splitlines())
+    assert [row["id"] for row in rows] == [f"{path}:1" for path in files]
+
+
 @pytest.mark.parametrize("before", ["", "1 / 2", "2 / 2 \n"])
 def test_a_page_becomes_markdown(before):
     assert html_to_markdown(before + PAGE) == MARKDOWN

@@ -116,6 +116,15 @@ def test_what_the_command_cannot_use_is_one_line(options, message, trainer, caps
     assert message in err and err.count("\n") == 1
 
 
+def test_a_full_disk_leaves_the_card_that_was_there(trainer, capsys, files_up_to):
+    folder = Path(trainer.args.output_dir, "checkpoint-2")
+    before = (folder / "README.md").read_text()
+    with files_up_to(100):
+        assert main(["card", str(folder), "--overwrite"]) == USER_ERROR
+    assert "File too large" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == before and not list(folder.glob(".*"))
+
+
 def test_no_folder_and_no_pair(tmp_path, capsys):
     assert main(["card", str(tmp_path / "none")]) == USER_ERROR and "is not a folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):

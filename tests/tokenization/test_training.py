@@ -192,3 +192,17 @@ def test_bad_input_leaves_nothing(content, words, message, tmp_path, monkeypatch
     with pytest.raises((ValueError, OSError), match=message):
         run_program(monkeypatch, *given, *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["baichuan", "qwen", "chatglm", "chatglm2", "glm", "glm130b"])
+def test_training_anew_from_a_tokenizer(family, tmp_path):
+    """What it makes loads again, or it says that it cannot."""
+    write_tiny_checkpoint(family, tmp_path / "old")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "old")
+    if family not in ("baichuan", "qwen"):
+        with pytest.raises(NotImplementedError, match=f"load it as {tokenizer.vocab_files_names['vocab_file']}"):
+            tokenizer.train_new_from_iterator(TEXTS, 900)
+        return
+    tokenizer.train_new_from_iterator(TEXTS, 900).save_pretrained(tmp_path / "new")
+    again = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert len(again) < len(tokenizer) and again.decode(again("你好，世界")["input_ids"]) == "你好，世界"

@@ -26,12 +26,13 @@ from transformers import (
 
 from hf_cnllm import load_instructions, reply_end_ids
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
-from hf_cnllm.recipes.ppo import main
+from hf_cnllm.recipes.ppo import main, read_ptx_rows
 from hf_cnllm.training.critic import Critic
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import (
     token_log_probs,
 )
+from hf_cnllm.training.pretrain_data import Documents
 from hf_cnllm.training.reward import REWARDS
 from hf_cnllm.training.sampling import encode_queries
 
@@ -388,6 +389,17 @@ def test_the_recipe_resumes_with_the_numbers_of_a_run_that_did_not_stop(flags, c
         assert not differ(
             weights(AutoModelForCausalLM.from_pretrained(whole)), AutoModelForCausalLM.from_pretrained(cut)
         )
+
+
+def test_texts_beside_ppo_are_those_of_pre_training(checkpoint, tmp_path):
+    """Ended, and without control tokens of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    (tmp_path / "ptx.txt").write_text("The </s> sun\u2028is.\n\n好\n", encoding="utf-8-sig")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    rows = read_ptx_rows(tokenizer, model, [str(tmp_path / "ptx.txt")], [tokenizer.eos_token_id], 64)
+    documents = list(Documents([str(tmp_path / "ptx.txt")], tokenizer).epoch(0))
+    assert rows == [{"input_ids": ids, "labels": ids} for ids in documents] and len(rows) == 2
+    assert [ids.index(tokenizer.eos_token_id) for ids in documents] == [len(ids) - 1 for ids in documents]
 
 
 def test_the_recipe_with_a_reward_model(checkpoint, tmp_path, monkeypatch):

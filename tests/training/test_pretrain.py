@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import deque
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from trl import ModelConfig
 
 from hf_cnllm.data.conversations import load_instructions
+from hf_cnllm.data.formats import ConversationError
 from hf_cnllm.recipes import pretrain, pretrain_glm
 from hf_cnllm.training.pretrain import PretrainTrainer
 from hf_cnllm.training.pretrain_data import (
@@ -32,6 +34,7 @@ from hf_cnllm.training.pretrain_data import (
     pieces,
 )
 from hf_cnllm.training.recipe import parse_arguments, run_recipe
+from hf_cnllm.training.sft_data import use_template
 from sft_models import ROWS, loaded, write_checkpoint
 
 TEXTS = [message["content"].replace("\n", " ") for chat in load_instructions() for message in chat][:60]
@@ -398,6 +401,26 @@ def test_other_files_are_refused(tmp_path):
         find_sources([str(tmp_path / "a.csv")])
     with pytest.raises(OSError, match=r"there is no \.txt"):
         find_sources([str(tmp_path)])
+
+
+def test_a_byte_order_mark_is_no_text(checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    (tmp_path / "plain.txt").write_text("Water boils.\n")
+    (tmp_path / "marked.txt").write_text("Water boils.\n", encoding="utf-8-sig")
+    plain, marked = (
+        list(Documents([str(tmp_path / f"{name}.txt")], tokenizer).epoch(0)) for name in ("plain", "marked")
+    )
+    assert plain == marked
+    (tmp_path / "chat.jinja").write_text("{{ messages }}", encoding="utf-8-sig")
+    use_template(tokenizer, str(tmp_path / "chat.jinja"))
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_damaged_parquet_is_named(checkpoint, tmp_path):
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1, and no more")
+    with pytest.raises(ConversationError, match=rf"{re.escape(str(file))}, after 0 rows: the file is damaged"):
+        list(Documents([str(file)], AutoTokenizer.from_pretrained(checkpoint("llama"))).epoch(0))
 
 
 def test_several_workers_are_refused(checkpoint, texts):

@@ -46,7 +46,12 @@ def run(args: argparse.Namespace) -> int:
         evaluated_on=args.evaluated_on,
         loss_curve=args.loss_curve,
     )
-    card.save(card_file)
+    partial = card_file.with_name(".README.md.partial")
+    try:
+        card.save(partial)
+        partial.replace(card_file)
+    finally:
+        partial.unlink(missing_ok=True)
     print(card_file)
     return 0
 

@@ -1,6 +1,7 @@
 """`hf-cnllm convert glm130b SHARDS OUT`: the files of model-parallel ranks as a checkpoint that `from_pretrained` loads."""
 
 import argparse
+import math
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -36,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert; an interrupted run goes on where it was."""
     from ..conversion.glm130b.release import convert
 
-    if args.max_file_size <= 0:
-        raise ValueError(f"--max-file-size must be positive, got {args.max_file_size}")
+    if not 0 < args.max_file_size < math.inf:
+        raise ValueError(f"--max-file-size must be a number above 0, got {args.max_file_size}")
     if args.tokenizer is not None and not args.tokenizer.exists():
         raise FileNotFoundError(f"--tokenizer: there is no {args.tokenizer}")
     with tqdm(unit="B", unit_scale=True, desc="written", leave=False, disable=None) as bar:

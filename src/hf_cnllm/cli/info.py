@@ -74,6 +74,5 @@ def _support(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     uses = ["continues texts"] * is_causal + ["fills blanks"] * is_prefix
     yield "generate", f"{family.generates_with}: {' and '.join(uses)}"
     yield "PEFT", f"LoRA on {', '.join(family.config.adapter_targets.attention)} unless told otherwise"
-    trl = "trainers of causal models" if is_causal else "no: it trains causal models. Use Trainer"
-    yield "TRL", f"{trl}, without packing" if is_causal and is_prefix else trl
+    yield "TRL", "trainers of causal models" if is_causal else "no: it trains causal models. Use Trainer"
     yield "vLLM", kind.vllm

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from ..auto import family_of
 from ..hub.json_files import read_object
 from ..hub.saving import staged_folder
+from .checkpoint import ORIGINAL
 from .roads import moved, road_of
 from .weights import normalized, write_tensors
 
@@ -24,6 +27,11 @@ KINDS = re.compile(
 WITHOUT_ROWS = ("lora_A.weight", "lora_embedding_A", "lora_embedding_B")
 # What names modules or numbers of rows in a way of its own.
 UNKNOWN = ("rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "trainable_token_indices")
+# What an adapter was trained with; a base of the same shapes takes it, and computes something else.
+SAME = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "rms_norm_eps", "rope_parameters"),
+)
 MERGE = "merge it into its model (`merge_and_unload`) and export that"
 
 
@@ -37,11 +45,12 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
         base: folder of the exported model.
 
     Raises:
-        ValueError: it is no LoRA, adapts what the target does not have, or `base` is not the export of such a model.
+        ValueError: it is no LoRA, adapts what the target does not have, or `base` is not the export of such a model, or
+            is that of another generation.
         OSError: a file is missing or damaged, or `output` holds something.
     """
     road = road_of(config, target)
-    _check_base(base, target, road.config(config))
+    _check_base(base, target, config, road.config(config))
     settings = read_object(adapter / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise ValueError(
@@ -80,14 +89,27 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
         (staged / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _check_base(base: Path, target: str, expected: Any) -> None:
-    file = base / "config.json"
-    found = read_object(file) if file.is_file() else {}
-    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if any(found.get(name) != getattr(expected, name) for name in names):
+def _check_base(base: Path, target: str, config: Any, expected: Any) -> None:
+    found = AutoConfig.from_pretrained(base) if (base / "config.json").is_file() else None
+    others = [
+        f"another `{name}`" for name in SAME if not _holds(getattr(found, name, None), getattr(expected, name, None))
+    ]
+    family, original = family_of(config), base / ORIGINAL
+    if not others and family and (original / "config.json").is_file():
+        line, of_base = (family.line_of(one) for one in (config, AutoConfig.from_pretrained(original)))
+        # ChatGLM2 and ChatGLM3 have the same configuration, and a name on the Hub need not say which it is.
+        if line != of_base and (Path(config.name_or_path).is_dir() or line in config.name_or_path.lower()):
+            others = [f"{of_base}, not {line}"]
+    if others:
+        why = "no checkpoint" if found is None else ", ".join(others)
         raise ValueError(
-            f"{base} is not the export of the model that the adapter is for: `hf-cnllm export MODEL {base} --to {target}`"
+            f"{base} is not the export of the model that the adapter is for ({why}): `hf-cnllm export MODEL {base} --to {target}`"
         )
+
+
+def _holds(found: Any, expected: Any) -> bool:
+    """Of a dictionary, whether it has these entries: readers of `rope_parameters` add the older names."""
+    return found | expected == found if isinstance(found, dict) and isinstance(expected, dict) else found == expected
 
 
 def _read(adapter: Path) -> dict[str, torch.Tensor]:

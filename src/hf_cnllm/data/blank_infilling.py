@@ -244,7 +244,8 @@ class DataCollatorForBlankInfilling:
         [batch, length], and `position_ids` [batch, 2, length].
 
     Raises:
-        ValueError: the mix, the rate or the tokenizer are unfit; a text has neither field; no room for any text.
+        ValueError: the mix, the rate or the tokenizer are unfit; a text has neither field; no room for any text; no text of a
+            batch has a token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -288,7 +289,12 @@ class DataCollatorForBlankInfilling:
         return math.floor(room / (1 + 2 * self.mask_rate))
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        return self.pad([self.make_row(feature)[1] for feature in features])
+        rows = [self.make_row(feature)[1] for feature in features]
+        if not any(1 in row.block_positions for row in rows):
+            raise ValueError(
+                f"none of the {len(rows)} texts of a batch has a token, so that nothing is learned: leave empty texts out"
+            )
+        return self.pad(rows)
 
     def make_row(self, feature: Mapping[str, Any]) -> tuple[str, Example]:
         """The objective that was drawn for a text, and the row."""
@@ -345,6 +351,8 @@ class DataCollatorForBlankInfilling:
 
     def _shift(self, example: Example) -> Example:
         """Labels one place later, where a loss that shifts looks for them."""
+        if 1 not in example.block_positions:  # a text without tokens has nothing to learn
+            return example
         return Example(
             [*example.input_ids, self.control.end],
             [*example.positions, example.positions[-1]],

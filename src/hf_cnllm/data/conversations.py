@@ -293,11 +293,12 @@ def _encode_row(
     taken = _form_that_is_taken(tokenizer, messages, tools, system_in_question)
     ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)
     cuts: list[str] = []
-    if max_length is not None and len(ids) >= max_length:
+    lacking = int(is_ended.get(len(ids) - 1) is False)  # an end behind the last reply, which is appended below
+    if max_length is not None and len(ids) + lacking > max_length:
 
         def count_tokens(conversation: Conversation) -> int:
             encoded = tokenizer.apply_chat_template(taken(conversation), tools=tools, tokenize=True, return_dict=True)
-            return len(encoded["input_ids"]) + 1  # the end that a reply might lack
+            return len(encoded["input_ids"]) + lacking
 
         messages, cuts = shorten_conversation(messages, count_tokens, max_length)
         ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)

@@ -27,7 +27,7 @@ Conversation = list[Message]
 METADATA = frozenset(
     {
         *("id", "idx", "index", "uid", "uuid", "hash", "conversation_id", "num_turns", "split", "type", "tags"),
-        *("source", "dataset", "data_source", "origin", "url", "license", "author", "model"),
+        *("prompt_id", "source", "dataset", "data_source", "origin", "url", "license", "author", "model"),
         *("language", "lang", "category", "domain", "topic", "task", "task_type"),
         *("created", "created_at", "updated_at", "timestamp", "date"),
     }

@@ -92,7 +92,8 @@ def _rest(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise ConversationError(f"expected an object, got {type(row).__name__}")
     if missing := [name for name in names if row.get(name) is None]:
-        raise ConversationError(f"needs the field {missing[0]!r}; has {sorted(row)}")
+        filled = sorted(name for name, value in row.items() if value is not None)
+        raise ConversationError(f"needs the field {missing[0]!r}; has {filled}")
     return {name: value for name, value in row.items() if name not in names and value is not None}
 
 

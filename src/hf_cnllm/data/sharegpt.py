@@ -200,6 +200,7 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
     check_new_folder(settings.output)
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("input", "discarded", "changed", "output")}
     seen: set[str] = set()
+    files = Counter(path.name for path in settings.input)
     with full_disk_named(settings.output), staged_folder(settings.output) as folder:
         with (
             open(folder / ROWS_FILE, "w", encoding="utf-8") as taken,
@@ -207,7 +208,7 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
         ):
             for path in settings.input:
                 for number, row in read_rows(path):
-                    place = f"{path.name}:{number}"
+                    place = f"{path.name if files[path.name] == 1 else path}:{number}"
                     name = _name(row, place)
                     counts["input"]["rows"] += 1
                     changes: Counter[str] = Counter()

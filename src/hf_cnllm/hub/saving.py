@@ -1,11 +1,13 @@
 """Folders that appear whole or not at all: what is saved over an older checkpoint never mixes with it."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import distributed
 
 
@@ -28,6 +30,9 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
 
     Args:
         check: raises if `output` must not be replaced; called at the end, before it is.
+
+    Raises:
+        OSError: something could not be written.
     """
     if not is_first_process():
         yield Path(_of_first_process(""))
@@ -38,7 +43,12 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
         staged, old = Path(scratch) / "new", Path(scratch) / "old"
         staged.mkdir()
         _of_first_process(str(staged))
-        yield staged
+        try:
+            yield staged
+        except Exception as error:
+            if isinstance(error, OSError) or (cause := failed_write(error)) is None:
+                raise
+            raise OSError(f"writing {output} failed, is the disk full? ({cause})") from error
         wait_for_others()
         write_through(staged)
         check(output)
@@ -51,6 +61,18 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
                 old.rename(output)
             raise
         _write_through(output.parent)
+
+
+def failed_write(error: BaseException) -> str | None:
+    """What a write failed of, if that is what this error says: of libraries, each has its own."""
+    text = str(error)
+    is_write = (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        or (isinstance(error, SafetensorError) and text.startswith("Error while serializing"))
+        or (type(error) is Exception and "(os error " in text)  # tokenizers
+        or ("inline_container" in text and "Reader" not in text)  # torch.save
+    )
+    return text if is_write else None
 
 
 def write_through(folder: Path) -> None:

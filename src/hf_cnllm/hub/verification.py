@@ -71,7 +71,11 @@ def read_sums(file: Path) -> dict[str, str]:
         ValueError: a line is of another form, or names a file outside of the folder.
     """
     sums = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text, as `sha256sum` writes it") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         digest, separator, name = line.partition(" ")

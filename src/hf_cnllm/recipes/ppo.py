@@ -22,6 +22,7 @@ from hf_cnllm.data.conversations import encode_conversations, labels_of_whole, r
 from hf_cnllm.training.critic import Critic, adapter_of_classifier
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import rise_of
+from hf_cnllm.training.pretrain_data import Documents
 from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
 from hf_cnllm.training.reward import REWARDS, QueryArguments, load_queries, load_reward
 from hf_cnllm.training.sampling import pad_apart_from_ends
@@ -49,10 +50,8 @@ def read_ptx_rows(tokenizer: Any, model: Any, paths: Sequence[str], ends: Sequen
             continue
         if is_prefix_lm(model.config):
             raise ValueError(f"{path}: a prefix language model learns no plain text; give --ptx_data conversations")
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            ids = tokenizer(line)["input_ids"][:max_length]
-            if len(ids) > 1:
-                rows.append({"input_ids": ids, "labels": labels_of_whole(ids)})
+        texts = (document[:max_length] for document in Documents([path], tokenizer).epoch(0))
+        rows += [{"input_ids": ids, "labels": labels_of_whole(ids)} for ids in texts if len(ids) > 1]
     return rows
 
 

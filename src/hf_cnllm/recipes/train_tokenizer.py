@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, folder: Path) -> Any:
     options = {"character_coverage": args.character_coverage, "threads": args.threads}
     options = {name: value for name, value in options.items() if value is not None}
     if args.symbols is not None:
-        options["symbols"] = args.symbols.read_text(encoding="utf-8").splitlines()
+        options["symbols"] = args.symbols.read_text(encoding="utf-8-sig").splitlines()
     if options and args.style != "baichuan":
         raise ValueError(f"--style {args.style} has no {', '.join(options)}")
     STYLES[args.style](islice(read_texts(args.input), args.max_records), folder, args.vocab_size, **options)

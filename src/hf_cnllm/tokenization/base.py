@@ -64,6 +64,7 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
     """
 
     finds_added_tokens_in_raw_text: bool = False
+    can_be_trained_anew: bool = True
     model_type: str  # of the models that it is for
     MODEL_TOKENS: Mapping[str, tuple[str, ...]] = {}
     """Key of an id in config.json -> the tokens that it can be the id of, where these come behind the vocabulary."""
@@ -147,6 +148,16 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The files as they are: `__init__` reads them."""
         return kwargs
+
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises NotImplementedError where control tokens belong to the vocabulary file, at places of their
+        own: what training makes would not load again."""
+        if not self.can_be_trained_anew:
+            raise NotImplementedError(
+                "The rules of this tokenizer come from a SentencePiece model, its control tokens too. Train a new one "
+                f"with sentencepiece.SentencePieceTrainer, and load it as {self.vocab_files_names['vocab_file']}."
+            )
+        return super().train_new_from_iterator(*args, **kwargs)
 
     def save_pretrained(self, save_directory, legacy_format: bool | None = None, *args, **kwargs) -> tuple[str, ...]:
         """As [`~PreTrainedTokenizerBase.save_pretrained`]; nothing is written if `legacy_format=True` cannot be."""

@@ -29,7 +29,7 @@ TEXT_FIELDS = ("text", "content")
 
 def _read_lines(path: Path) -> Rows:
     number = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -43,10 +43,17 @@ def _read_json(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    rows = (row for batch in ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
-    return ((f"row {number}", row) for number, row in enumerate(rows))
+    number = 0
+    try:
+        for batch in ParquetFile(path).iter_batches(1024):
+            for row in batch.to_pylist():
+                yield f"row {number}", row
+                number += 1
+    except ArrowException as error:
+        raise ConversationError(f"{path}, after {number} rows: the file is damaged ({error})") from None
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

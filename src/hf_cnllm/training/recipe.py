@@ -13,7 +13,6 @@ the training as `checkpoint-N`.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import re
 import shutil
@@ -27,14 +26,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
 from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..hub.places import check_is_checkpoint
-from ..hub.saving import is_first_process, staged_folder, wait_for_others, write_through
+from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_through
 from ..recipes import config_file
 from .curves import draw_curves
 from .processes import gather_whole_model
@@ -320,8 +318,10 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             if interrupt.args:  # of a run within this one
                 raise
             raise KeyboardInterrupt(f": {_what_is_left(output)}") from interrupt
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-            if (cause := _failed_write(error)) is None:
+        except Exception as error:
+            # What several processes write together fails together.
+            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            if (cause := failed_write(first)) is None:
                 raise
             raise OSError(
                 f"writing into {output} failed, is the disk full? ({cause}) {_what_is_left(output)}"
@@ -334,19 +334,6 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
 def _what_is_left(output: Path) -> str:
     last = last_complete_checkpoint(output)
     return f"add --resume to go on from {last.name}" if last else "no checkpoint was complete yet"
-
-
-def _failed_write(error: BaseException) -> str | None:
-    """What a write failed of, if that is what this error says: of libraries, each has its own."""
-    if isinstance(error, CheckpointException):  # what several processes write together
-        error = next(iter(error.failures.values()))[0]
-    text = str(error)
-    is_write = (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        or (isinstance(error, SafetensorError) and text.startswith("Error while serializing"))
-        or ("inline_container" in text and "Reader" not in text)  # torch.save
-    )
-    return text if is_write else None
 
 
 def _leave_nothing_of_a_run_that_did_nothing(output: Path) -> None:

@@ -62,7 +62,7 @@ def use_template(tokenizer: Any, template: str | None) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token, which ends the answers in --template")
         tokenizer.chat_template = (
-            read_template(template) if template in FORMS else Path(template).read_text(encoding="utf-8")
+            read_template(template) if template in FORMS else Path(template).read_text(encoding="utf-8-sig")
         )
     elif getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(f"the tokenizer has no chat template: choose one with --template {'|'.join(FORMS)}")

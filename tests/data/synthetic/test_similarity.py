@@ -1,5 +1,7 @@
 """The ROUGE filter against `rouge-score` itself."""
 
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,3 +49,10 @@ def test_chinese_is_cut_into_words():
 def test_the_paper_s_threshold_itself_is_too_similar():
     pool = Pool(["a b c d e f g h i j"])
     assert pool.has_similar("a b c d e f g x y z") and not pool.has_similar("a b c d e f w x y z")
+
+
+def test_more_words_than_there_are_characters():
+    pool = Pool()
+    pool._letters.update((str(number), number + 1) for number in range(sys.maxunicode - 2))
+    pool.add("a b c d e")
+    assert pool.has_similar("b c d e") and pool.has_similar("a b c d e f") and not pool.has_similar("f g a b")

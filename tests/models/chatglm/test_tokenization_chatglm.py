@@ -91,11 +91,6 @@ def test_early_revision_fills_mask_tokens():
     assert tokenizer("你好")["input_ids"] == alone[0]  # nothing stays behind
 
 
-def test_training_a_new_vocabulary_is_refused(small):
-    with pytest.raises(NotImplementedError, match="SentencePieceTrainer"):
-        small.train_new_from_iterator(["a"], 100)
-
-
 def test_lower_case_and_squeezed_white_space():
     tokenizer = ChatGLMTokenizer.from_pretrained(VOCAB / "chatglm1_small", do_lower_case=True, remove_space=True)
     plain = TokenizerGolden("chatglm1_small").load(ChatGLMTokenizer)

@@ -4,6 +4,7 @@ ROUGE-L's F is 2·LCS / (m + n), for the longest common subsequence of the words
 normalized Indel similarity of their words; tests compare it with `rouge-score`.
 """
 
+import sys
 import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
@@ -39,13 +40,15 @@ class Pool:
     """Texts that a new one must not resemble."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._letters: dict[str, str] = {}  # a word is one character, so that rapidfuzz compares strings
-        self._texts: list[str] = []
+        self._letters: dict[str, int] = {}
+        self._texts: list[str | list[int]] = []
         for text in texts:
             self.add(text)
 
-    def _spelled(self, text: str) -> str:
-        return "".join(self._letters.setdefault(word, chr(len(self._letters) + 1)) for word in words(text))
+    def _spelled(self, text: str) -> str | list[int]:
+        # A word is one character, so that rapidfuzz compares strings, while there are characters: they are their numbers to it.
+        letters = [self._letters.setdefault(word, len(self._letters) + 1) for word in words(text)]
+        return "".join(map(chr, letters)) if max(letters, default=0) <= sys.maxunicode else letters
 
     def add(self, text: str) -> None:
         self._texts.append(self._spelled(text))

@@ -87,6 +87,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     finds_added_tokens_in_raw_text = True
+    can_be_trained_anew = False
     model_type = "chatglm"
     PUBLISHED_SIZES = {130_528: 130_344, 150_528: 150_344, 65_024: PUBLISHED_PIECES + 5}
     encodes_messages_alone = False  # the templates say where a text ends
@@ -334,12 +335,6 @@ class ChatGLMTokenizer(ChatTokenizer):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         with self._early_ending([*token_ids_0, *(token_ids_1 or [])]):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
-
-    def train_new_from_iterator(self, *args: Any, **kwargs: Any):
-        raise NotImplementedError(
-            "The rules of this tokenizer come from a SentencePiece model, its control tokens too. Train a new one "
-            f"with sentencepiece.SentencePieceTrainer, and load it as {self._version.vocab_file}."
-        )
 
     def _encode_texts(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
         if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text

@@ -12,6 +12,7 @@ same, byte for byte: what tells them apart stands beside the file (`recognize_ve
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -131,25 +132,41 @@ def recognize_version(
         " and ".join(found),
         VERSIONS[found[0]].vocab_file,
     )
-    names = ("tokenizer_config.json", "config.json", "special_tokens_map.json")
-    tokenizer_config, config, _ = recorded = [folder.read(name) for name in names]
     if generation is not None and generation not in found:
         raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {owners}.")
     if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
         raise ValueError(f"{vocab_file} holds the vocabulary of {owners}, whose name is {right_name}.")
-    if right_name == TOKENIZER_MODEL and "num_image_tokens" in tokenizer_config:
+    if right_name == TOKENIZER_MODEL and "num_image_tokens" in folder.read("tokenizer_config.json"):
         raise ValueError(
             f"{vocab_file} is the vocabulary of {owners}, but tokenizer_config.json beside it is that of ChatGLM-6B "
             f"(num_image_tokens), whose vocabulary is {ICE_TEXT}."
         )
     if generation is not None or len(found) == 1:
         return generation or found[0]
+    if version := version_beside(vocab_file, settings):
+        return version
+    raise ValueError(
+        f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and nothing beside it says which one this is. "
+        "Pass generation='chatglm2' or generation='chatglm3', or put it into tokenizer_config.json."
+    )
+
+
+def version_beside(vocab_file: str | os.PathLike | None, settings: Mapping[str, Any]) -> str | None:
+    """Whether ChatGLM2's and ChatGLM3's file, which need not be there, is of the one or the other, by what stands beside it and
+    by the `name_or_path` among the `settings`; None if nothing says it.
+
+    Raises:
+        ValueError: the files beside it say different things.
+    """
+    folder = Folder(vocab_file)
+    names = ("tokenizer_config.json", "config.json", "special_tokens_map.json")
+    tokenizer_config, config, _ = recorded = [folder.read(name) for name in names]
     known = json.dumps([recorded, settings], default=str, ensure_ascii=False)
     if "encode_special_tokens" in known or any(role in known for role in ROLES):
         return "chatglm3"
     said: dict[str, str] = {}  # where -> which
-    code = here.parent / "tokenization_chatglm.py"
-    if code.is_file():
+    code = folder.path and folder.path / "tokenization_chatglm.py"
+    if code and code.is_file():
         text = code.read_text(encoding="utf-8", errors="replace")
         if "[MASK]" in text or ROLES[1] in text:
             said[code.name] = "chatglm3" if ROLES[1] in text else "chatglm2"
@@ -169,10 +186,7 @@ def recognize_version(
         return next(iter(said.values()))
     if match := re.search(r"(chatglm|codegeex)-?([23])", str(settings.get("name_or_path")).lower()):
         return "chatglm" + match[2]
-    raise ValueError(
-        f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and nothing beside it says which one this is. "
-        "Pass generation='chatglm2' or generation='chatglm3', or put it into tokenizer_config.json."
-    )
+    return None
 
 
 def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:

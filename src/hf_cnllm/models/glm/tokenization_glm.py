@@ -260,6 +260,7 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     padding_side = "right"
     finds_added_tokens_in_raw_text = True
+    can_be_trained_anew = False
 
     OTHER_FAMILY = (
         "{} is not the vocabulary of GLM's Chinese models: it has other pieces or rules. " + DOWNLOAD_AGAIN + "."

@@ -57,6 +57,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
     vocab_files_names = {"vocab_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
     padding_side = "left"
     finds_added_tokens_in_raw_text = True
+    can_be_trained_anew = False
     model_type = "glm130b"
     PUBLISHED_SIZES = {150_528: 150_008}
     MODEL_TOKENS = {
