@@ -21,6 +21,9 @@ from ..old_names import FromConfig
 from ..row_parallel import row_parallel
 from .configuration_glm130b import GLM130BConfig
 
+# The mark of a cache whose rows were padded on the right.
+TURNED = "padding_was_turned"
+
 
 class RotaryEmbedding(chatglm.RotaryEmbedding):
     """ChatGLM-6B's over the whole head, but for half precision: there the original's angles are half precision too. Its
@@ -72,9 +75,7 @@ class SelfAttention(chatglm.SelfAttention):
     def attention_function(self, query_states: torch.Tensor, attention_mask: Any) -> Callable:
         """In half precision the original's, where scores may as well be a matrix: by eager, with a mask that is one, and on a
         CPU, where the linear layers take the time, by flex attention and in decoding."""
-        is_matrix = (
-            isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-        )  # flash attention's has 2 dimensions
+        is_matrix = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4  # flash attention's has 2
         has_matrix = is_matrix or self.config._attn_implementation == "eager"
         if query_states.device.type == "cpu":
             is_decoding = attention_mask is None and query_states.shape[2] == 1
@@ -168,10 +169,6 @@ class GLM130BForConditionalGeneration(BlankFilling, GLM130BPreTrainedModel, Gene
         if (cache := getattr(output, CACHE, cache)) is not None:
             setattr(cache, TURNED, True)
         return output
-
-
-# The mark of a cache whose rows were padded on the right.
-TURNED = "padding_was_turned"
 
 
 def turn_to_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
