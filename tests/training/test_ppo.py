@@ -392,13 +392,13 @@ def test_the_recipe_resumes_with_the_numbers_of_a_run_that_did_not_stop(flags, c
 
 
 def test_texts_beside_ppo_are_those_of_pre_training(checkpoint, tmp_path):
-    """Ended, and without control tokens of their own."""
+    """Ended, and without control tokens of their own; nothing predicts the first token."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
     (tmp_path / "ptx.txt").write_text("The </s> sun\u2028is.\n\n好\n", encoding="utf-8-sig")
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     rows = read_ptx_rows(tokenizer, model, [str(tmp_path / "ptx.txt")], [tokenizer.eos_token_id], 64)
     documents = list(Documents([str(tmp_path / "ptx.txt")], tokenizer).epoch(0))
-    assert rows == [{"input_ids": ids, "labels": ids} for ids in documents] and len(rows) == 2
+    assert rows == [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in documents] and len(rows) == 2
     assert [ids.index(tokenizer.eos_token_id) for ids in documents] == [len(ids) - 1 for ids in documents]
 
 
