@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..hub.model_card import create_model_card
+from ..hub.saving import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +47,7 @@ def run(args: argparse.Namespace) -> int:
         evaluated_on=args.evaluated_on,
         loss_curve=args.loss_curve,
     )
-    partial = card_file.with_name(".README.md.partial")
-    try:
-        card.save(partial)
-        partial.replace(card_file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(card_file, str(card))
     print(card_file)
     return 0
 

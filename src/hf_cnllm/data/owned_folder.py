@@ -9,14 +9,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..hub.saving import write_whole
+
 LOCK_FILE, RUN_FILE = ".lock", "run.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: what is saved over an older checkpoint never mixes with it."""
+"""Folders and files that appear whole or not at all: what is saved over an older checkpoint never mixes with it."""
 
 import errno
 import os
@@ -61,6 +61,16 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
                 old.rename(output)
             raise
         _write_through(output.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all: what was there before stays until then."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def failed_write(error: BaseException) -> str | None:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from datatrove.pipeline.base import PipelineStep
 
-from ..owned_folder import owned_folder, write_whole
+from ...hub.saving import write_whole
+from ..owned_folder import owned_folder
 from ..records import MAX_LINE_BYTES, SHARD_BYTES, Piece, Shard, plan_shards
 from . import statistics
 from .duplicates import exact_duplicates, near_duplicates, repeated_paragraphs, repeated_sentences

@@ -12,9 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...hub.saving import write_whole
 from ..conversations import read_json_rows
 from ..formats import ConversationError, read_text
-from ..owned_folder import owned_folder, write_whole
+from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Request
 from .heuristics import language_of
 from .journal import Asker, Journal

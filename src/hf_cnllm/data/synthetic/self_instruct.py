@@ -19,7 +19,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..owned_folder import owned_folder, write_whole
+from ...hub.saving import write_whole
+from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Reply, Request
 from .heuristics import Instance, against_instances, against_instruction, language_of
 from .journal import Asker, Journal
