@@ -1,4 +1,5 @@
 import gc
+import importlib.util
 import os
 from contextlib import contextmanager
 
@@ -11,6 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if importlib.util.find_spec("hypothesis"):  # which `nox -s week` is without
+    from hypothesis import settings
+
+    # The same examples in every run, so that a change is judged by itself, or others every time.
+    settings.register_profile("same", derandomize=True)
+    settings.register_profile("drawn")
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -22,6 +31,14 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # what importing everything left behind need not be searched again and again
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_what_stays():
+    """Nor need what tests imported, while trainers collect garbage after every training."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

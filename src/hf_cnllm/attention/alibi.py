@@ -39,7 +39,7 @@ from .._compat.modeling import (
     sdpa_attention_forward,
 )
 from .alibi_flash import FlashAlibi, alibi_flash_attention, make_flash_alibi
-from .flex import fixed_size
+from .flex import fixed_number
 from .masks import FULL, TENSOR_MASK_BACKENDS, AttentionMask, follow_restarts, read_mask
 
 
@@ -60,10 +60,10 @@ class FoldedAlibi(NamedTuple):
 
 
 class FlexAlibi(NamedTuple):
-    """For flex attention; slopes [heads], and the positions of the queries, with more behind them."""
+    """For flex attention; slopes [heads], and the position of the first query."""
 
     slopes: torch.Tensor
-    positions: torch.Tensor
+    first_query: torch.Tensor
     block_mask: BlockMask
 
 
@@ -192,9 +192,9 @@ def create_alibi_mask(
     mask = follow_restarts(mask, position_ids, cache)
     if backend == "flash_attention_2":
         return make_flash_alibi(slopes, mask)
-    queries, keys = mask.query_positions, mask.key_positions
     if backend == "flex_attention":
-        return FlexAlibi(slopes, fixed_size(queries), mask.block_mask())
+        return FlexAlibi(slopes, fixed_number(mask.past, mask.device), mask.block_mask())
+    queries, keys = mask.query_positions, mask.key_positions
     # The dtype of the queries to come. Meta tensors, which measure a model without running it, know no autocast.
     autocast = mask.device.type != "meta" and torch.is_autocast_enabled(mask.device.type)
     dtype = torch.get_autocast_dtype(mask.device.type) if autocast else inputs_embeds.dtype
@@ -281,10 +281,10 @@ def alibi_flex_attention(module, query, key, value, attention_mask, scaling, dro
     """The bias as a `score_mod`, the mask as a `BlockMask`."""
     if dropout > 0:
         raise ValueError("flex_attention has no attention dropout; use sdpa or eager.")
-    slopes, positions, block_mask = attention_mask
+    slopes, first_query, block_mask = attention_mask
 
     def add_bias(score, batch_idx, head_idx, q_idx, kv_idx):
-        return score + slopes[head_idx] * (kv_idx - positions[q_idx])
+        return score + slopes[head_idx] * (kv_idx - q_idx - first_query)
 
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)

@@ -24,15 +24,26 @@ def fixed_size(lookup: torch.Tensor) -> torch.Tensor:
     return lookup
 
 
+def fixed_number(number: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of `number` as it is now: a static cache counts in one that moves on, and an int would be compiled in."""
+    return torch.full((), number, device=device) if isinstance(number, int) else number.to(device, copy=True)
+
+
 def make_block_mask(
-    mask_function: Callable, batch: int, query_positions: torch.Tensor, key_positions: torch.Tensor
+    mask_function: Callable,
+    batch: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    first_query: int | torch.Tensor = 0,
+    first_key: int | torch.Tensor = 0,
 ) -> BlockMask:
-    """The block mask of `mask_function(batch, head, query position, key position)` at positions [queries] and [keys]."""
-    queries, keys, device = len(query_positions), len(key_positions), query_positions.device
-    query_positions, key_positions = fixed_size(query_positions), fixed_size(key_positions)
+    """The block mask of `mask_function(batch, head, query position, key position)`, whose positions count on from the first
+    of each."""
+    first_query, first_key = fixed_number(first_query, device), fixed_number(first_key, device)
 
     def at_positions(batch_idx, head_idx, q_idx, kv_idx):
-        return mask_function(batch_idx, head_idx, query_positions[q_idx], key_positions[kv_idx])
+        return mask_function(batch_idx, head_idx, q_idx + first_query, kv_idx + first_key)
 
     # torch's compiler for CPUs stumbles over some of these functions, and there the mask is quickly made without it.
     return create_block_mask(at_positions, batch, None, queries, keys, device=device, _compile=device.type != "cpu")

@@ -34,7 +34,7 @@ from .._compat.modeling import (
     padding_mask_function,
     sliding_window_overlay,
 )
-from .flex import fixed_size, make_block_mask
+from .flex import fixed_number, fixed_size, make_block_mask
 from .layer_types import FULL, SLIDING
 
 # The number of keys that the queries of every sequence see.
@@ -99,7 +99,7 @@ class AttentionMask:
     ) -> BlockMask:
         """For flex attention; arguments as in [`make_mask`]."""
         if self.complete is not None:
-            return make_block_mask(self._look_up(), self.batch, self.query_positions, self.key_positions)
+            return self._blocks(self._look_up(), self.keys)
         keys, first_key = self.keys, 0
         if window is not None and cache is not None:  # layers with windows keep less
             keys, first_key = cache.get_mask_sizes(self.queries, _layer_of(cache, sliding=True))
@@ -111,15 +111,17 @@ class AttentionMask:
                 functions.append(padding_mask_function(fixed_size(sequences != 0)))
             else:
                 functions.append(same_sequence(fixed_size(sequences), padding_sees=self.packed is None))
-        key_positions = torch.arange(keys, device=self.device) + first_key
-        return make_block_mask(and_masks(*functions), self.batch, self.query_positions, key_positions)
+        return self._blocks(and_masks(*functions), keys, first_key)
+
+    def _blocks(self, function: Callable, keys: int, first_key: int | torch.Tensor = 0) -> BlockMask:
+        return make_block_mask(function, self.batch, self.queries, keys, self.device, self.past, first_key)
 
     def _look_up(self) -> Callable:
         """The mask function that looks `complete` up."""
         if self.complete.shape[1] != 1:
             raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
         pairs = fixed_size(as_bool(self.complete)[:, 0].expand(self.batch, -1, -1))
-        first_query = self.query_positions[0]
+        first_query = fixed_number(self.past, self.device)
 
         def mask_function(batch_idx, head_idx, q_idx, kv_idx):
             return pairs[batch_idx, q_idx - first_query, kv_idx]

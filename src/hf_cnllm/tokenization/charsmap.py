@@ -16,6 +16,7 @@ is right only where a cluster is one character. So the clusters are taken apart 
 import struct
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 from tokenizers import Regex, normalizers
@@ -149,6 +150,12 @@ class CharsMap:
         for base, tails in marks.items():
             bases[frozenset(tails)].append(base)
         return "|".join(f"[{_class(group)}]{any_of(tails)}" for tails, group in bases.items())
+
+
+@lru_cache(maxsize=4)  # reading a map takes a tenth of a second, and most vocabularies have the same
+def read_charsmap(data: bytes) -> CharsMap:
+    """[`CharsMap`] of `data`, to be read only."""
+    return CharsMap(data)
 
 
 def _text(key: bytes) -> str | None:

@@ -33,7 +33,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from .charsmap import CharsMap
+from .charsmap import CharsMap, read_charsmap
 from .regex import any_of
 
 SPACE = "▁"  # SentencePiece's visible space, U+2581
@@ -109,7 +109,7 @@ class SentencePieceModel:
             types=[piece.type for piece in proto.pieces],
             model_type=ModelType(proto.trainer_spec.model_type),
             byte_fallback=proto.trainer_spec.byte_fallback,
-            charsmap=CharsMap(rules) if rules else None,
+            charsmap=read_charsmap(rules) if rules else None,
             add_dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
             remove_extra_whitespaces=proto.normalizer_spec.remove_extra_whitespaces,
             data=proto.SerializeToString(),

@@ -42,6 +42,18 @@ def agrees(scorer, texts, text, threshold):
     assert Pool(texts).has_similar(text, threshold) == (max(scores, default=0) >= threshold)
 
 
+def test_every_score_reaches_itself_and_no_more():
+    """rapidfuzz, whose cutoffs are not exact, is asked for a little less."""
+    for words_here in range(1, 13):
+        for words_there in range(1, 13):
+            for common in range(1, min(words_here, words_there) + 1):
+                here = "a " * common + "b " * (words_here - common)
+                there = "a " * common + "c " * (words_there - common)
+                score = 2 * common / (words_here + words_there)
+                assert Pool([here]).has_similar(there, score)
+                assert not Pool([here]).has_similar(there, score + 1e-8)
+
+
 def test_chinese_is_cut_into_words():
     assert words("今天我们去公园散步，Hello, GPT-4!") == ["今天", "我们", "去", "公园", "散步", "hello", "gpt", "4"]
 

@@ -16,6 +16,7 @@ from rapidfuzz.distance import Indel
 # As `rouge-score` has English; what lies between in other scripts is left to jieba.
 RUN = regex.compile(r"[a-z0-9]+|[[\p{L}\p{M}\p{N}]--[a-z0-9]]+", regex.V1)
 ROUNDING = 1e-9  # two different scores are further apart
+CUTOFF_SLACK = 1e-6  # rapidfuzz drops scores that are less than some 1e-8 above its cutoff
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +57,7 @@ class Pool:
     def has_similar(self, text: str, threshold: float = 0.7) -> bool:
         """Whether ROUGE-L's F with one of the texts is `threshold` or more."""
         spelled = self._spelled(text)
-        found = spelled and process.extractOne(
-            spelled, self._texts, scorer=Indel.normalized_similarity, score_cutoff=threshold - ROUNDING
+        best = spelled and process.extractOne(
+            spelled, self._texts, scorer=Indel.normalized_similarity, score_cutoff=threshold - CUTOFF_SLACK
         )
-        return bool(found)
+        return bool(best) and best[1] >= threshold - ROUNDING
