@@ -60,4 +60,4 @@ class Pool:
         best = spelled and process.extractOne(
             spelled, self._texts, scorer=Indel.normalized_similarity, score_cutoff=threshold - CUTOFF_SLACK
         )
-        return bool(best) and best[1] >= threshold - ROUNDING
+        return bool(best) and float(best[1]) >= threshold - ROUNDING
