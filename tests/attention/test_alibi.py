@@ -107,12 +107,11 @@ def test_prefill_matches_reference(backend, dtype, heads, length, head_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_folded_error_does_not_grow_with_length(dtype):
-    """At 4,096 tokens the bias reaches thousands; the error stays that of a short input."""
+    """At 4,096 tokens the bias reaches thousands; the error of the last ones stays that of a short input."""
     query, key, value = random_qkv(1, 5, 4096, 16, dtype)
-    output = attend(query, key, value, "sdpa")
-    torch.testing.assert_close(
-        output.double(), reference(query, key, value), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
-    )
+    output = attend(query, key, value, "sdpa")[:, :, -512:]
+    expected = reference(query[:, :, -512:], key, value)
+    torch.testing.assert_close(output.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 MASKS = {

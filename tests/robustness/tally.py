@@ -114,7 +114,7 @@ def heard_warnings() -> Iterator[list[str]]:
     transformers.logging.get_logger("transformers").warning_once.__func__.cache_clear()  # it speaks once a process
     for logger in loggers:  # an earlier test or command may have silenced them
         logger.handlers = [ear]
-        logger.setLevel(logging.WARNING)
+        _set_level(logger, logging.WARNING)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -123,4 +123,9 @@ def heard_warnings() -> Iterator[list[str]]:
     finally:
         for logger, (handlers, level) in zip(loggers, before, strict=True):
             logger.handlers = handlers
-            logger.setLevel(level)
+            _set_level(logger, level)
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    if logger.level != level:  # setting it goes through all loggers there are
+        logger.setLevel(level)

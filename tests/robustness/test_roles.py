@@ -350,7 +350,7 @@ def test_texts_on_the_way_back(name, stream, whole, tally):
         histories.append([SYSTEM_WITH_TOOLS])
     for history in histories:
         _, roles, harmless = two_turns(name, HARMLESS, stream, history)
-        for attack in sample(ATTACKS, 14, whole):
+        for attack in sample(ATTACKS, 8, whole):
             tally.judge(
                 f"{name}, {'stream' if stream else 'chat'}{', tools' if history else ''}: {attack[:60]!r}",
                 lambda attack=attack, history=history: two_turns(name, attack, stream, history),
