@@ -143,13 +143,25 @@ def test_values_are_those_of_the_configuration(loaded):
         assert model.transformer.num_layers == model.config.num_layers and model.quantized is False
     model = loaded["chatglm"]["model"]
     assert model.position_encoding_2d is True and model.transformer.params_dtype == torch.float32
-    model.transformer.vocab_size = 5  # transformers does when it resizes, and scripts do
-    assert model.transformer.vocab_size == 5
     assert loaded["qwen"]["model"].transformer.get_ntk_alpha(33 * model.config.hidden_size) >= 1
     assert loaded["baichuan"]["model"].model.n_head == loaded["baichuan"]["model"].config.num_attention_heads
     with_prefix = hf_cnllm.ChatGLMModel(AutoConfig.from_pretrained(GOLDENS / "chatglm3_6b_ptuning"))
     assert with_prefix.prefix_tokens.tolist() == list(range(with_prefix.config.pre_seq_len))
     assert isinstance(with_prefix.dropout, torch.nn.Dropout)
+
+
+@pytest.mark.parametrize("family", ("chatglm", "qwen"))
+def test_what_the_configuration_says_is_not_set_beside_it(folders, family):
+    """It would reach nothing: the originals copied these, and read their copies."""
+    folder = folders[family]
+    model = getattr(transformers, family_of(AutoConfig.from_pretrained(folder)).generates_with).from_pretrained(folder)
+    field, value = {"chatglm": ("position_encoding_2d", False), "qwen": ("use_dynamic_ntk", False)}[family]
+    setattr(model.transformer, field, getattr(model.config, field))
+    with pytest.raises(AttributeError, match=f"load the model with `{field}={value}`"):
+        setattr(model.transformer, field, value)
+    for part in (model, model.transformer):  # transformers sets `vocab_size`, of the configuration first
+        part.resize_token_embeddings(model.config.vocab_size + 8)
+        assert model.config.vocab_size == len(model.get_input_embeddings().weight)
 
 
 def test_nothing_breaks_that_looks_at_every_attribute(loaded):

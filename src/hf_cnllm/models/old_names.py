@@ -5,13 +5,21 @@ from typing import Any
 
 
 class FromConfig:
-    """An attribute that the original copied from its configuration. It may be set, as there."""
+    """An attribute that the original copied from its configuration, and read. Here the configuration is read, so that setting
+    the attribute to anything else raises an AttributeError. (transformers sets `vocab_size` of both when it resizes.)"""
 
     def __init__(self, field: str):
         self.field = field
 
     def __get__(self, model: Any, owner: type) -> Any:
         return self if model is None else getattr(model.config, self.field)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        if value != (current := getattr(model.config, self.field)):
+            raise AttributeError(
+                f"{type(model).__name__} takes this from its configuration, where `{self.field}` is {current!r}: load the "
+                f"model with `{self.field}={value!r}`."
+            )
 
 
 def instead_use(advice: str) -> Callable[..., Any]:
