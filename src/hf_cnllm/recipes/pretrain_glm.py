@@ -25,6 +25,7 @@ from hf_cnllm.data.blank_infilling import (
     context_with_blanks,
     infill,
 )
+from hf_cnllm.data.packing import pieces
 from hf_cnllm.recipes.sft import with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
@@ -33,7 +34,6 @@ from hf_cnllm.training.pretrain import (
     make_trainer,
     read_documents,
 )
-from hf_cnllm.training.pretrain_data import pieces
 from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import fills_blanks
 
