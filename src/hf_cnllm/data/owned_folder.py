@@ -1,6 +1,5 @@
 """An output folder that belongs to one run, which the same command goes on with."""
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..hub.saving import write_whole
+from ..hub.saving import failed_write, write_whole
 
 LOCK_FILE, RUN_FILE = ".lock", "run.json"
 
@@ -19,10 +18,10 @@ def full_disk_named(output: Path) -> Iterator[None]:
     """Says where the disk is full, and that the same command can be given again."""
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if (cause := failed_write(error)) is None:
             raise
-        raise OSError(f"the disk of {output} is full; make room and give the same command again") from error
+        raise OSError(f"the disk of {output} is full ({cause}); make room and give the same command again") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:
