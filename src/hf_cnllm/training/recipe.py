@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
 from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
+from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
 from ..hub.places import check_is_checkpoint
 from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_through
 from ..recipes import config_file
 from .curves import draw_curves
 from .processes import gather_whole_model
 
-SUMMARY_FILE, CURVES_FILE, RUN_FILE, LOCK_FILE = "summary.json", "curves.png", "run.json", ".lock"
+SUMMARY_FILE, CURVES_FILE = "summary.json", "curves.png"
 COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of it
 FINAL_FOLDER = ".final"  # until what is saved last moves into the output folder
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
@@ -351,10 +351,7 @@ def _take_folder(output: Path, resume: bool, told: dict[str, Any], stack: contex
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output {output} is not empty: choose a new folder, or go on with --resume")
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        stack.enter_context(FileLock(output / LOCK_FILE, timeout=0))
-    except Timeout as error:
-        raise ValueError(f"--output {output} is in use by another run") from error
+    stack.enter_context(exclusive(output))
     _remove_half_written(output)  # of a run that was killed
     stack.callback(_leave_nothing_of_a_run_that_did_nothing, output)
     if (output / SUMMARY_FILE).exists():
