@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..hub.saving import failed_write, write_whole
+from ..hub.saving import failed_write, write_json
 
 LOCK_FILE, RUN_FILE = ".lock", "run.json"
 
@@ -79,5 +79,5 @@ def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
                     f"--output {output} is the folder of a run with other {', '.join(changed)}: choose a new folder"
                 )
         else:
-            write_whole(record, json.dumps(identity, ensure_ascii=False, indent=2) + "\n")
+            write_json(record, identity)
         yield

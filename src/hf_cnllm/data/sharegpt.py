@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..hub.saving import check_new_folder, staged_folder
+from ..hub.saving import check_new_folder, staged_folder, write_json
 from .conversations import as_template_takes, read_json_rows
 from .formats import ROLES, Conversation, ConversationError
 from .languages import LanguageRule
@@ -235,8 +235,7 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
         statistics = {name: dict(sorted(found.items())) for name, found in counts.items()}
         if not seen:
             raise ConversationError(f"no conversation is left of the input: {json.dumps(statistics)}")
-        text = json.dumps(statistics, ensure_ascii=False, indent=2) + "\n"
-        (folder / STATISTICS_FILE).write_text(text, encoding="utf-8")
+        write_json(folder / STATISTICS_FILE, statistics)
     return statistics
 
 

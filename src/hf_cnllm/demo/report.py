@@ -1,12 +1,11 @@
 """What a run leaves: the summary of what it measured, on the terminal, as JSON, as a loss curve and as the model card."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..hub.model_card import fine_tuned_model_card
-from ..hub.saving import check_new_folder
+from ..hub.saving import check_new_folder, write_json
 from ..training.curves import draw_curves
 
 SUMMARY_FILE = "summary.json"  # written last; it marks a folder as one of ours
@@ -93,8 +92,7 @@ class Summary:
             loss_curve=LOSS_CURVE_FILE,
             **card,
         ).save(folder / "README.md")
-        text = json.dumps({**asdict(self), "passed": self.passed}, ensure_ascii=False, indent=2)
-        (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / SUMMARY_FILE, {**asdict(self), "passed": self.passed})
 
 
 def check_output(output: Path, overwrite: bool) -> None:

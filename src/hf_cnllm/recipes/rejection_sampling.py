@@ -21,7 +21,7 @@ from trl import ModelConfig
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
-from hf_cnllm.hub.saving import is_first_process, wait_for_others
+from hf_cnllm.hub.saving import is_first_process, wait_for_others, write_json_lines
 from hf_cnllm.recipes.sft import SFTArguments, learn, load_model
 from hf_cnllm.training.recipe import (
     SUMMARY_FILE,
@@ -146,8 +146,7 @@ class Versions:
                 best = best_answers(samples, readable_control_tokens(self.tokenizer))
                 if not best:
                     raise ValueError(f"all answers in {self.folder(number)} are blank: there is nothing to learn")
-                lines = [json.dumps(row, ensure_ascii=False) for row in best]
-                selected.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                write_json_lines(selected, best)
                 folder.mkdir(exist_ok=True)
             wait_for_others()
             arguments = self.learning(number, data=[str(selected)], output=str(folder))

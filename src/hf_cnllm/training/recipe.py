@@ -32,7 +32,7 @@ from yaml import YAMLError
 from .._stack import LIBRARIES, installed_version, own_version
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
 from ..hub.places import check_is_checkpoint
-from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_through
+from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_json, write_through
 from ..recipes import config_file
 from .curves import draw_curves
 from .processes import gather_whole_model
@@ -276,8 +276,7 @@ class Run:
             "versions": {"hf-cnllm": own_version()}
             | {name: found for name in LIBRARIES if (found := installed_version(name)) is not None},
         }
-        text = json.dumps(summary, ensure_ascii=False, indent=2, default=str)
-        (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / SUMMARY_FILE, summary, default=str)
 
 
 @contextlib.contextmanager
@@ -357,7 +356,7 @@ def _take_folder(output: Path, resume: bool, told: dict[str, Any], stack: contex
     if (output / SUMMARY_FILE).exists():
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")
     if not resume:
-        record.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(record, told)
         return
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = [

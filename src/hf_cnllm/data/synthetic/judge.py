@@ -3,7 +3,6 @@ section 3.4: a win must be one in both orders)."""
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...hub.saving import write_whole
+from ...hub.saving import write_json, write_json_lines, write_whole
 from ..conversations import read_json_rows
 from ..formats import ConversationError, read_text
 from ..owned_folder import owned_folder
@@ -111,10 +110,9 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
             "answers_without_question": [len(each.keys() - questions.keys()) for each in answers],
             "categories": _count(rows),
         }
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(settings.output / VERDICTS_FILE, "".join(lines))
+        write_json_lines(settings.output / VERDICTS_FILE, rows)
         write_whole(settings.output / TABLE_FILE, table(statistics))
-        write_whole(settings.output / STATISTICS_FILE, json.dumps(statistics, ensure_ascii=False, indent=2) + "\n")
+        write_json(settings.output / STATISTICS_FILE, statistics)
     return statistics
 
 

@@ -14,12 +14,12 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...hub.saving import write_whole
+from ...hub.saving import write_json, write_json_lines
 from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Reply, Request
 from .heuristics import Instance, against_instances, against_instruction, language_of
@@ -279,10 +279,5 @@ def _write(output: Path, tasks: Sequence[Task], ledger: Ledger, statistics: dict
         for place, one in enumerate(instances):
             rows.append({"id": f"{name}_{place}", "language": task.language, "instruction": task.instruction, **one})
     for name, content in ((ROWS_FILE, rows), (TASKS_FILE, listed), (DISCARDED_FILE, ledger.discarded)):
-        write_whole(output / name, _json_lines(content))
-    write_whole(output / STATISTICS_FILE, json.dumps(statistics, ensure_ascii=False, indent=2) + "\n")
-
-
-def _json_lines(rows: Iterable[Any]) -> str:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return "".join(lines).encode("utf-8", "replace").decode()  # of what is discarded, half a surrogate pair
+        write_json_lines(output / name, content)
+    write_json(output / STATISTICS_FILE, statistics)
