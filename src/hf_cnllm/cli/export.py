@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from tqdm.auto import tqdm
 
 from .._compat import logging
 from ..conversion.adapters import export_adapter
@@ -12,6 +11,7 @@ from ..conversion.checkpoint import export_checkpoint, restore_checkpoint
 from ..conversion.roads import TARGETS
 from ..hub.places import find_folder
 from ..hub.saving import check_new_folder
+from . import bar_of_bytes
 from .checkpoint import read_checkpoint
 
 BACK = "original"
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check_new_folder(args.output)
     logging.set_verbosity_error()
-    with tqdm(unit="B", unit_scale=True, desc="written", leave=False, disable=None) as bar:
+    with bar_of_bytes("written") as bar:
         if args.to == BACK and args.base is not None:
             raise ValueError("adapters do not go back: merge them into the exported model, and take that back")
         if args.to == BACK:

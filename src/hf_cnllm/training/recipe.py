@@ -30,6 +30,7 @@ from transformers import TrainerCallback, TrainingArguments
 from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
+from ..cli import one_line
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
 from ..hub.places import check_is_checkpoint
 from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_json, write_through
@@ -115,7 +116,7 @@ def run_recipe(main: Callable[[], None]) -> None:
         print(f"\ninterrupted{interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error)
         if isinstance(error, FileNotFoundError) and error.filename is not None and error.filename2 is None:
             message = f"{_as_told(str(error.filename))}: there is no such file or folder"
         if isinstance(error, RuntimeError):

@@ -57,7 +57,7 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def write_weights(
-    folder: Path, files: Mapping[str, Mapping[str, Planned]], progress: Callable[[str, int], None]
+    folder: Path, files: Mapping[str, Mapping[str, Planned]], progress: Callable[[str, int], object]
 ) -> None:
     """Writes the files that are not there yet, each at once under its name, and the index.
 
