@@ -297,8 +297,7 @@ def _encode_row(
     if max_length is not None and len(ids) + lacking > max_length:
 
         def count_tokens(conversation: Conversation) -> int:
-            encoded = tokenizer.apply_chat_template(taken(conversation), tools=tools, tokenize=True, return_dict=True)
-            return len(encoded["input_ids"]) + lacking
+            return len(tokenizer.apply_chat_template(taken(conversation), tools=tools, return_dict=False)) + lacking
 
         messages, cuts = shorten_conversation(messages, count_tokens, max_length)
         ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)

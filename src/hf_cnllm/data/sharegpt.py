@@ -148,7 +148,7 @@ def token_counter(tokenizer: Any) -> Callable[[Conversation], int]:
 
     def count(messages: Conversation) -> int:
         taken = as_template_takes(tokenizer, messages)
-        return len(tokenizer.apply_chat_template(taken, tokenize=True, return_dict=True)["input_ids"])
+        return len(tokenizer.apply_chat_template(taken, return_dict=False))
 
     return count
 

@@ -242,10 +242,7 @@ def _short_enough(policy: Policy, rows: Sequence[Row], max_length: int) -> Any:
     dataset = as_dataset(policy, rows)
 
     def length(row: Mapping[str, Any]) -> int:
-        asked = policy.tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return len(asked["input_ids"])
+        return len(policy.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
 
     places = [place for place, row in enumerate(dataset) if length(row) <= max_length]
     if not places:

@@ -40,10 +40,10 @@ def encode_queries(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: i
     encoded = []
     for row in rows:
         messages = as_template_takes(tokenizer, row["messages"], row["tools"])
-        asked = tokenizer.apply_chat_template(
-            messages, tools=row["tools"], add_generation_prompt=True, tokenize=True, return_dict=True
+        query = tokenizer.apply_chat_template(
+            messages, tools=row["tools"], add_generation_prompt=True, return_dict=False
         )
-        encoded.append({**row, "query": list(asked["input_ids"])})
+        encoded.append({**row, "query": query})
     kept = [row for row in encoded if len(row["query"]) <= max_length]
     if not kept:
         raise ValueError(f"all of the {len(encoded)} queries are longer than --max_prompt_length {max_length}")

@@ -174,7 +174,7 @@ class Local:
 
         tokenizer = self.pipe.tokenizer
         chat = [{"role": "user", "content": request.prompt}]
-        asked: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+        asked: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=request.max_tokens,
@@ -184,7 +184,7 @@ class Local:
             **(sampling if request.temperature else {"do_sample": False}),
         )
         found: Any = self.pipe(chat, return_tensors=True, generation_config=config)
-        new = found[0]["generated_token_ids"][len(asked["input_ids"]) :]
+        new = found[0]["generated_token_ids"][len(asked) :]
         return Reply(tokenizer.decode(new, skip_special_tokens=True).strip(), new[-1] in self.ends)
 
     def close(self) -> None:
