@@ -331,11 +331,12 @@ def _form_that_is_taken(
             return error
 
     form: Callable[[Conversation], Conversation] = with_system_in_question if system_in_question else list
-    if isinstance(rendered := render(form, probe, tools), Exception):
+    rendered = first = render(form, probe, tools)
+    if isinstance(first, Exception):
         form = with_system_in_question
-        if isinstance(render(form, probe, tools), Exception):
-            raise ConversationError(str(rendered))
         rendered = render(form, probe, tools)
+    if isinstance(rendered, Exception):
+        raise ConversationError(str(first))
     uncalled = [{name: value for name, value in message.items() if name != "tool_calls"} for message in probe]
     silent = [{**message, "loss": False} for message in probe]
     dropped = {
