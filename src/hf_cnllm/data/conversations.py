@@ -10,16 +10,18 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
 from .formats import DECODER, Conversation, ConversationError, Message, parse_json, to_messages
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 IGNORE_INDEX = -100
 
@@ -47,12 +49,7 @@ def read_conversations(path: str | Path, **options: Any) -> list[Row]:
         ConversationError: a row is of none of the formats, or the file holds none; file, line and field are named.
         OSError: the file cannot be read.
     """
-    rows = []
-    for number, value in read_json_rows(path):
-        try:
-            rows.append(to_messages(value, **options))
-        except ConversationError as error:
-            raise ConversationError(f"{path}, line {number}: {error}") from None
+    rows = list(read_each(path, rows_of_file(path), partial(to_messages, **options)))
     if not rows:
         raise ConversationError(f"{path}: the file holds no conversation")
     return rows
@@ -68,11 +65,7 @@ def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "tr
     rows: list[Row] = []
     for name in names:
         count = len(rows)
-        for place, value in _rows_of(name, split):
-            try:
-                rows.append(read(value))
-            except ConversationError as error:
-                raise ConversationError(f"{name}, {place}: {error}") from None
+        rows += read_each(name, _rows_of(name, split), read)
         if len(rows) == count:
             raise ConversationError(f"{name}: there is no row")
     return rows
@@ -80,10 +73,24 @@ def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "tr
 
 def _rows_of(name: str, split: str) -> Iterable[tuple[str, Any]]:
     if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
-        return ((f"line {number}", value) for number, value in read_json_rows(name))
+        return rows_of_file(name)
     from datasets import load_dataset
 
     return ((f"row {number}", value) for number, value in enumerate(load_dataset(name, split=split)))
+
+
+def rows_of_file(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """("line N", value) of each row by [`read_json_rows`]."""
+    return ((f"line {number}", value) for number, value in read_json_rows(path))
+
+
+def read_each(source: object, rows: Iterable[tuple[str, Any]], read: Callable[[Any], T]) -> Iterator[T]:
+    """What `read` makes of each of (place, value); where it raises ConversationError, source and place are put in front."""
+    for place, value in rows:
+        try:
+            yield read(value)
+        except ConversationError as error:
+            raise ConversationError(f"{source}, {place}: {error}") from None
 
 
 def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:

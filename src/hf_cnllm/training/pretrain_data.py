@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data.conversations import IGNORE_INDEX, read_json_rows
+from ..data.conversations import IGNORE_INDEX, rows_of_file
 from ..data.formats import ConversationError
 
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
@@ -38,10 +38,6 @@ def _read_lines(path: Path) -> Rows:
             raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
 
 
-def _read_json(path: Path) -> Rows:
-    return ((f"line {number}", row) for number, row in read_json_rows(path))
-
-
 def _read_parquet(path: Path) -> Rows:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -58,8 +54,8 @@ def _read_parquet(path: Path) -> Rows:
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".txt": _read_lines,
-    ".json": _read_json,
-    ".jsonl": _read_json,
+    ".json": rows_of_file,
+    ".jsonl": rows_of_file,
     ".parquet": _read_parquet,
 }
 

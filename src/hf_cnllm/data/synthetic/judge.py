@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...hub.saving import write_json, write_json_lines, write_whole
-from ..conversations import read_json_rows
+from ..conversations import read_each, rows_of_file
 from ..formats import ConversationError, read_text
 from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Request
@@ -119,19 +119,20 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
 def _read(path: Path, fields: Sequence[str]) -> dict[str, dict[str, str]]:
     """The rows of a file by their `question_id`."""
     found: dict[str, dict[str, str]] = {}
-    for number, row in read_json_rows(path):
-        try:
-            if not isinstance(row, Mapping):
-                raise ConversationError(f"expected an object, got {type(row).__name__}")
-            name = row.get("question_id")
-            name = str(name) if isinstance(name, int) else read_text(row, "question_id")
-            texts = {field: read_text(row, field, may_be_blank=field == "text") for field in fields}
-            if name in found:
-                raise ConversationError(f"field 'question_id' {name!r} is there twice")
-            if texts.get("category") == ALL:
-                raise ConversationError(f"field 'category' must not be {ALL!r}, which is the line of the sums")
-        except ConversationError as error:
-            raise ConversationError(f"{path}, line {number}: {error}") from None
+
+    def read(row: Any) -> tuple[str, dict[str, str]]:
+        if not isinstance(row, Mapping):
+            raise ConversationError(f"expected an object, got {type(row).__name__}")
+        name = row.get("question_id")
+        name = str(name) if isinstance(name, int) else read_text(row, "question_id")
+        texts = {field: read_text(row, field, may_be_blank=field == "text") for field in fields}
+        if name in found:
+            raise ConversationError(f"field 'question_id' {name!r} is there twice")
+        if texts.get("category") == ALL:
+            raise ConversationError(f"field 'category' must not be {ALL!r}, which is the line of the sums")
+        return name, texts
+
+    for name, texts in read_each(path, rows_of_file(path), read):
         found[name] = texts
     if not found:
         raise ConversationError(f"{path}: there is no row in the file")
