@@ -10,14 +10,14 @@ from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
 from .pretrain_data import Documents, Place, Stream, StreamState, find_sources
-from .recipe import RecipeArguments, Run, StopAtNonFiniteLoss
+from .recipe import DataArguments, Run, StopAtNonFiniteLoss
 
 STREAM_FILE = "stream.json"  # in a checkpoint
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
-class PretrainArguments(RecipeArguments):
+class PretrainArguments(DataArguments):
     config_name: str | None = field(
         default=None,
         metadata={
@@ -25,10 +25,6 @@ class PretrainArguments(RecipeArguments):
             "without weights makes one of its own"
         },
     )
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
-    )
-    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
     text_field: str | None = field(default=None, metadata={"help": "field of the text; default: text, or content"})
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "documents among which the next one is drawn; 0 keeps their order"}

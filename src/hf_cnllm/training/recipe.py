@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..cli import one_line
+from ..data.conversations import Row, read_rows
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
 from ..hub.places import check_is_checkpoint
 from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_json, write_through
@@ -63,6 +65,33 @@ class RecipeArguments:
         for one in dataclasses.fields(self):  # a YAML file may give one text for a list of one
             if str(one.type).startswith("list[str]") and isinstance(value := getattr(self, one.name), str):
                 setattr(self, one.name, [value])
+
+
+@dataclass
+class DataArguments(RecipeArguments):
+    """What recipes are told whose data are texts or conversations."""
+
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
+    )
+    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
+
+
+@dataclass
+class ChatArguments(DataArguments):
+    """What recipes are told whose data are conversations, in one of the formats that are read."""
+
+    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
+    )
+
+    def read(self, read: Callable[..., Row]) -> tuple[list[Row], list[Row]]:
+        """What `read` makes of the rows of --data and of --eval_data, by [`read_rows`]."""
+        read = partial(read, ignore=self.ignore_fields or ())
+        rows, eval_rows = (read_rows(names or (), read, self.split) for names in (self.data, self.eval_data))
+        return rows, eval_rows
 
 
 def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[Any, ...]:
