@@ -23,6 +23,7 @@ import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
 from hf_cnllm.hub.saving import is_first_process, wait_for_others, write_json_lines
 from hf_cnllm.recipes.sft import SFTArguments, learn, load_model
+from hf_cnllm.training.models import merged
 from hf_cnllm.training.recipe import (
     SUMMARY_FILE,
     Run,
@@ -175,8 +176,7 @@ def main() -> None:
                     found |= {} if loss is None else {"loss": loss}
         except KeyboardInterrupt:
             raise KeyboardInterrupt(": add --resume to go on behind the answers and models that are written") from None
-        if isinstance(model, PeftModel) and not getattr(model, "is_quantized", False):
-            model = model.merge_and_unload()
+        model = merged(model)
         with run.saving() as folder:
             if is_first_process():
                 model.save_pretrained(folder)

@@ -12,10 +12,11 @@ from typing import Any
 import transformers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.formats import to_messages
+from hf_cnllm.training.models import NEEDS_ADAPTER, loading_options
 from hf_cnllm.training.processes import tensor_parallel_options
 from hf_cnllm.training.recipe import ChatArguments, Run, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import (
@@ -74,9 +75,7 @@ def load_model(arguments: SFTArguments, training: TrainingArguments, options: Mo
     return kind.from_pretrained(
         arguments.model,
         config=config,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        quantization_config=get_quantization_config(options),
+        **loading_options(options),
         **tensor_parallel_options(training),
     )
 
@@ -94,7 +93,7 @@ def with_adapter(model: Any, training: TrainingArguments, options: ModelConfig, 
         if adapter is not None:
             raise ValueError("--adapter names an adapter to train: add --use_peft")
         if quantizer is not None:
-            raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
+            raise ValueError(NEEDS_ADAPTER)
         return model
     if quantizer is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from ..data.conversations import ConversationError, Row, as_template_takes, reply_end_ids
 from ..data.preferences import Reader, read_question
+from .models import loading_options
 from .ppo_equations import rise_of
 from .recipe import ChatArguments, open_run, parse_arguments
 from .reward import REWARDS
@@ -51,19 +52,12 @@ class Policy(NamedTuple):
         config = AutoConfig.from_pretrained(arguments.model)
         if fills_blanks(config):
             raise ValueError(f"{config.model_type} fills blanks and has no chats, which preferences are about")
-        if (options.load_in_4bit or options.load_in_8bit) and not options.use_peft:
-            raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         use_template(tokenizer, arguments.template)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         set_seed(training.seed)
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-            quantization_config=get_quantization_config(options),
-        )
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, **loading_options(options))
         ends = reply_end_ids(tokenizer, model.generation_config)
         model.generation_config.eos_token_id = ends
         return cls(model, tokenizer, ends)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
+from .models import loading_options
 from .pretrain_data import Documents, Place, Stream, StreamState, find_sources
 from .recipe import DataArguments, Run, StopAtNonFiniteLoss
 
@@ -43,15 +44,13 @@ def load_config(arguments: PretrainArguments) -> Any:
 def load_model(arguments: PretrainArguments, options: ModelConfig, config: Any, kind: Any, seed: int) -> Any:
     """A new model of the configuration, or the checkpoint, in fp32 unless the options say otherwise: what is trained in 16 bits
     without master weights loses small steps."""
-    dtype, attention = options.dtype or "float32", options.attn_implementation
+    given = loading_options(options) | {"dtype": options.dtype or "float32"}
     folder = Path(arguments.model)
     if arguments.config_name or (folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)):
         set_seed(seed)
-        return kind.from_config(config, dtype=dtype, attn_implementation=attention)
-    quantization = get_quantization_config(options)
-    return kind.from_pretrained(
-        arguments.model, config=config, dtype=dtype, attn_implementation=attention, quantization_config=quantization
-    )
+        del given["quantization_config"]
+        return kind.from_config(config, **given)
+    return kind.from_pretrained(arguments.model, config=config, **given)
 
 
 def read_documents(
