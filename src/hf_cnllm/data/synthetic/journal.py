@@ -11,11 +11,16 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ...hub.saving import write_through
+from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Reply, Request
+
+JOURNAL_FILE, STATISTICS_FILE = "journal.jsonl", "statistics.json"  # of every run that asks a model
 
 
 class Journal:
@@ -92,6 +97,22 @@ class Journal:
 
 def _digest(request: Request) -> str:
     return hashlib.sha256(repr(tuple(request)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@contextmanager
+def asking(
+    model: ChatModel, output: Path, identity: Mapping[str, Any], attempts: int, most_failures: int
+) -> "Iterator[Asker]":
+    """An [`Asker`] whose journal is in the folder of this run, which is kept from others meanwhile; raises as `owned_folder`.
+
+    Args:
+        identity: of the run, besides the model.
+    """
+    with (
+        owned_folder(output, {"model": model.name, **identity}),
+        closing(Journal(output / JOURNAL_FILE)) as journal,
+    ):
+        yield Asker(model, journal, attempts, most_failures)
 
 
 class ModelGone(OSError):

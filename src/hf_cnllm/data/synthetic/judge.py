@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,11 @@ from typing import Any
 from ...hub.saving import write_json, write_json_lines, write_whole
 from ..conversations import read_each, rows_of_file
 from ..formats import ConversationError, read_text
-from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Request
 from .heuristics import language_of
-from .journal import Asker, Journal
+from .journal import STATISTICS_FILE, asking
 
-JOURNAL_FILE, VERDICTS_FILE, STATISTICS_FILE, TABLE_FILE = (
-    "journal.jsonl", "verdicts.jsonl", "statistics.json", "table.md"
-)  # fmt: skip
+VERDICTS_FILE, TABLE_FILE = "verdicts.jsonl", "table.md"
 PROMPTS = {
     "en": "Two assistants have answered the question below. Compare the answers: are they right, do they help with what was "
     "asked, are they complete and clear? Neither their order nor their length counts. Give your reasons in a few sentences. "
@@ -87,11 +83,7 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
     }
     if not pairs:
         raise ValueError(f"{settings.questions} has no question that is answered in both files of --answers")
-    with (
-        owned_folder(settings.output, _identity(settings, model.name)),
-        closing(Journal(settings.output / JOURNAL_FILE)) as journal,
-    ):
-        asker = Asker(model, journal, settings.attempts, most_failures)
+    with asking(model, settings.output, _identity(settings), settings.attempts, most_failures) as asker:
         requests = [
             Request(f"verdicts/{name}/{order}", _prompt(questions[name]["text"], pair, order), settings.max_tokens)
             for name, pair in pairs.items()
@@ -139,10 +131,10 @@ def _read(path: Path, fields: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _identity(settings: Settings, model: str) -> dict[str, Any]:
+def _identity(settings: Settings) -> dict[str, Any]:
     paths = {"questions": settings.questions, "answers of A": settings.answers[0], "answers of B": settings.answers[1]}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-    told = {"model": model, "max_tokens": settings.max_tokens, "attempts": settings.attempts}
+    told = {"max_tokens": settings.max_tokens, "attempts": settings.attempts}
     return {"recipe": "judge", **told, **digests}
 
 
