@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +33,7 @@ def load_instructions(language: str | None = None) -> list[Conversation]:
     """
     if language not in (None, "zh", "en"):
         raise ValueError(f"language must be 'zh', 'en' or None, got {language!r}")
-    text = files("hf_cnllm.data").joinpath("instructions.jsonl").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("instructions.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return [row["messages"] for row in rows if language in (None, row["language"])]
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,7 +339,7 @@ def _render(
     )
     return ModelCard.from_template(
         metadata,
-        template_str=files("hf_cnllm.hub").joinpath("fine_tuned_model_card.md").read_text(encoding="utf-8"),
+        template_str=Path(__file__).with_name("fine_tuned_model_card.md").read_text(encoding="utf-8"),
         title=title,
         origin=line,
         line=origin.line,

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,5 +24,5 @@ class SettingsParser(argparse.ArgumentParser):
 
 def config_file(name: str, folder: str = "") -> str:
     """The path of a YAML file; one that is not there is looked for among those of this package, `configs/` and below."""
-    ours = files(__name__) / "configs" / folder / name
+    ours = Path(__file__).with_name("configs") / folder / name
     return str(ours) if not Path(name).exists() and ours.is_file() else name

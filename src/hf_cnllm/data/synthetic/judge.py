@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ COLUMNS = {  # of the table -> what is counted
 
 def own_questions() -> Path:
     """The Chinese and English questions that come with the package: four in each of Vicuna's eight categories."""
-    return Path(str(files(__package__).joinpath("judge_questions.jsonl")))
+    return Path(__file__).with_name("judge_questions.jsonl")
 
 
 @dataclasses.dataclass

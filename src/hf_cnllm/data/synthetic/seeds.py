@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ class Task:
 
 def own_seeds() -> Path:
     """The Chinese and English tasks that come with the package."""
-    return Path(str(files(__package__).joinpath("seed_tasks.jsonl")))
+    return Path(__file__).with_name("seed_tasks.jsonl")
 
 
 def read_seeds(path: Path, languages: Sequence[str]) -> list[Task]:
