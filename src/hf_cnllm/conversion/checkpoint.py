@@ -1,7 +1,6 @@
 """A checkpoint in another architecture, and back."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def restore_checkpoint(folder: Path, output: Path, progress: Progress = lambda s
         write_shards(staged, planned, source, progress)
         if changed:
             file = staged / "config.json"
-            write_json(file, json.loads(file.read_bytes()) | {"norm_head": False})
+            write_json(file, read_object(file) | {"norm_head": False})
     if changed:
         return (
             f"{', '.join(changed)} was trained after the export, so that its rows are not normalized any more: config.json says "
@@ -153,7 +152,7 @@ def _copy_other_files(folder: Path, output: Path) -> None:
 def _write_config(road: Road, config: Any, file: Path) -> None:
     exported = road.config(config)
     exported.to_json_file(file, use_diff=False)
-    values = json.loads(file.read_bytes())
+    values = read_object(file)
     rope = values.get("rope_parameters") or {}
     # What readers older than transformers 5 look for.
     values |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
@@ -164,7 +163,7 @@ def _write_config(road: Road, config: Any, file: Path) -> None:
 
 def _drop_unset_lengths(file: Path) -> None:
     """llama.cpp's converter takes null, which this package writes where ALiBi has no limit, for a number."""
-    values = json.loads(file.read_bytes())
+    values = read_object(file)
     if values.get("max_position_embeddings", 0) is None:
         del values["max_position_embeddings"]
         write_json(file, values)

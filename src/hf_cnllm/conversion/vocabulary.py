@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import TokenizersBackend
 
+from ..hub.json_files import read_object
 from ..hub.saving import write_json
 from ..models.chatglm import ChatGLMTokenizer
 from ..tokenization.chat_sections import ChatTokenizer
@@ -75,7 +75,7 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
             raise
         raise OSError(f"tokenizer.json could not be written ({error})") from error  # tokenizers has no class for that
     file = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(file.read_bytes())
+    settings = read_object(file)
     settings |= {"tokenizer_class": tokenizer_class, "add_bos_token": tokenizer.add_bos_token}
     settings["added_tokens_decoder"] = {
         str(index): token.__getstate__() for index, token in exported.added_tokens_decoder.items()
