@@ -12,8 +12,8 @@ from typing import Any
 from ...hub.saving import write_json, write_json_lines, write_whole
 from ..conversations import read_each, rows_of_file
 from ..formats import ConversationError, read_text
+from ..languages import language_of
 from .chat_models import ChatModel, Failure, Outcome, Request
-from .heuristics import language_of
 from .journal import STATISTICS_FILE, asking
 
 VERDICTS_FILE, TABLE_FILE = "verdicts.jsonl", "table.md"

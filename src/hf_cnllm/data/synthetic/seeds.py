@@ -7,7 +7,8 @@ from typing import Any
 
 from ..conversations import read_each, rows_of_file
 from ..formats import ConversationError, read_text
-from .heuristics import Instance, language_of
+from ..languages import language_of
+from .heuristics import Instance
 
 
 @dataclass(frozen=True)

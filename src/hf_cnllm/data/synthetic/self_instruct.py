@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...hub.saving import write_json, write_json_lines
+from ..languages import language_of
 from .chat_models import ChatModel, Failure, Outcome, Reply, Request
-from .heuristics import Instance, against_instances, against_instruction, language_of
+from .heuristics import Instance, against_instances, against_instruction
 from .journal import STATISTICS_FILE, Asker, asking
 from .prompts import (
     MOST_INSTANCES,
