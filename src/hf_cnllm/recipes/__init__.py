@@ -2,8 +2,19 @@
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Says which of this package's extras brings a module that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}: pip install "hf-cnllm[{name}]"') from error
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -11,14 +22,16 @@ class SettingsParser(argparse.ArgumentParser):
 
     def __init__(self, description: str, settings: type) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(settings)}
+        self.defaults: dict[str, Any] = {}
+        for field in dataclasses.fields(settings):
+            default = () if field.default is dataclasses.MISSING else field.default
+            self.defaults[field.name] = list(default) if isinstance(default, tuple) else default
 
     def add(self, name: str, text: str, **options: Any) -> None:
         known = self.defaults.get(name.replace("-", "_"))
-        shown = "" if known in (None, dataclasses.MISSING, ()) or "default" in options else f" (default: {known})"
+        told = " ".join(known) if isinstance(known, list) else known
+        shown = "" if told in (None, "") or "default" in options else f" (default: {told})"
         options = {"type": type(known) if isinstance(known, int | float) else None, "default": known} | options
-        if options["default"] is dataclasses.MISSING:
-            options["default"] = []
         self.add_argument(f"--{name}", help=text + shown, **options)
 
 
