@@ -367,9 +367,9 @@ def _encode(
     ids, is_reply = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if not any(is_reply) and all(message.get("loss", True) for message in messages):
         raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    # ChatGLM3's `<|user|>` is a piece of its vocabulary.
-    is_special = getattr(tokenizer, "is_control_token", special.__contains__)
+    is_special = getattr(tokenizer, "is_control_token", None)  # ChatGLM3's `<|user|>` is a piece of its vocabulary
+    if is_special is None:
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        is_special = special.union(tokenizer.all_special_ids).__contains__
     lasts = [last for last, pair in enumerate(pairwise([*is_reply, 0])) if pair == (1, 0)]
     return ids, is_reply, {last: is_special(ids[last]) for last in lasts}
