@@ -18,7 +18,7 @@ from ..data.conversations import ConversationError, Row, as_template_takes, repl
 from ..data.preferences import Reader, read_question
 from .models import loading_options
 from .ppo_equations import rise_of
-from .recipe import ChatArguments, open_run, parse_arguments
+from .recipe import ChatArguments, open_run, parse_arguments, tell_left_out
 from .reward import REWARDS
 from .sampling import tokens_out_of_place
 from .sft_data import fills_blanks, refuse_control_tokens, use_template
@@ -128,11 +128,7 @@ def train_on_answers(
             processing_class=policy.tokenizer,
             peft_config=get_peft_config(options),
         )
-        kept = len(trainer.train_dataset)
-        if not kept:
-            raise ValueError(f"all of the {len(rows)} questions are longer than --max_length {training.max_length}")
-        if kept < len(rows):
-            print(f"{len(rows) - kept} of {len(rows)} questions are longer than --max_length and left out")
+        tell_left_out(len(trainer.train_dataset), len(rows), "questions", "max_length", training.max_length)
         run.train(trainer)
         run.finish(trainer, policy.tokenizer, curves=("loss", "eval_loss", *curves))
 
@@ -226,8 +222,5 @@ def _short_enough(policy: Policy, rows: Sequence[Row], max_length: int) -> Any:
         return len(policy.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
 
     places = [place for place, row in enumerate(dataset) if length(row) <= max_length]
-    if not places:
-        raise ValueError(f"all of the {len(rows)} questions are longer than --max_prompt_length {max_length}")
-    if len(places) < len(rows):
-        print(f"{len(rows) - len(places)} of {len(rows)} questions are longer than --max_prompt_length and left out")
+    tell_left_out(len(places), len(rows), "questions", "max_prompt_length", max_length)
     return dataset.select(places)

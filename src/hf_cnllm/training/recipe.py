@@ -129,6 +129,14 @@ def check_counts(options: Any, *names: str) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
 
+def tell_left_out(kept: int, total: int, what: str, option: str, limit: int | None) -> None:
+    """Says how many of the rows were longer than an option allows; raises ValueError if all were."""
+    if not kept:
+        raise ValueError(f"all of the {total} {what} are longer than --{option} {limit}")
+    if kept < total:
+        print(f"{total - kept} of {total} {what} are longer than --{option} and left out")
+
+
 def check_sampling(options: Any) -> None:
     """Raises ValueError for a `temperature` or `top_p` that nothing can be sampled with."""
     if options.temperature <= 0 or not 0 < options.top_p <= 1:

@@ -12,6 +12,7 @@ from ..models.glm_line.blank_positions import MASK_FIELDS
 from ..models.glm_line.generation import PrefixLMGenerationMixin
 from .critic import plain_model
 from .ppo_equations import response_mask
+from .recipe import tell_left_out
 
 
 def read_queries(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -45,10 +46,7 @@ def encode_queries(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: i
         )
         encoded.append({**row, "query": query})
     kept = [row for row in encoded if len(row["query"]) <= max_length]
-    if not kept:
-        raise ValueError(f"all of the {len(encoded)} queries are longer than --max_prompt_length {max_length}")
-    if len(kept) < len(encoded):
-        print(f"{len(encoded) - len(kept)} of {len(encoded)} queries are longer than --max_prompt_length and left out")
+    tell_left_out(len(kept), len(encoded), "queries", "max_prompt_length", max_length)
     return kept
 
 
