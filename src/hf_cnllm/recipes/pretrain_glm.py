@@ -18,13 +18,8 @@ from trl import ModelConfig
 
 import hf_cnllm
 from hf_cnllm.auto import is_prefix_lm
-from hf_cnllm.data.blank_infilling import (
-    MIX,
-    ControlTokens,
-    DataCollatorForBlankInfilling,
-    context_with_blanks,
-    infill,
-)
+from hf_cnllm.data.blank_infilling import MIX, ControlTokens, DataCollatorForBlankInfilling
+from hf_cnllm.data.infilling import context_with_blanks, infill
 from hf_cnllm.data.packing import pieces
 from hf_cnllm.recipes.sft import with_adapter
 from hf_cnllm.training.pretrain import (
