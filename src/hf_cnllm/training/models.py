@@ -14,13 +14,12 @@ def loading_options(options: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: the weights would be quantized, and no adapter is asked for.
     """
-    quantization = get_quantization_config(options)
-    if quantization is not None and not options.use_peft:
+    if (options.load_in_4bit or options.load_in_8bit) and not options.use_peft:
         raise ValueError(NEEDS_ADAPTER)
     return {
         "dtype": options.dtype,
         "attn_implementation": options.attn_implementation,
-        "quantization_config": quantization,
+        "quantization_config": get_quantization_config(options),
     }
 
 
