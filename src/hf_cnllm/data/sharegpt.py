@@ -200,37 +200,33 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
     check_new_folder(settings.output)
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("input", "discarded", "changed", "output")}
     seen: set[str] = set()
-    files = Counter(path.name for path in settings.input)
     with full_disk_named(settings.output), staged_folder(settings.output) as folder:
         with (
             open(folder / ROWS_FILE, "w", encoding="utf-8") as taken,
             open(folder / DISCARDED_FILE, "w", encoding="utf-8") as discarded,
         ):
-            for path in settings.input:
-                for number, row in read_rows(path):
-                    place = f"{path.name if files[path.name] == 1 else path}:{number}"
-                    name = _name(row, place)
-                    counts["input"]["rows"] += 1
-                    changes: Counter[str] = Counter()
-                    try:
-                        if isinstance(row, str):
-                            raise Discarded(row)
-                        if not is_utf8(name):
-                            raise Discarded("undecodable")
-                        messages = clean(row, rule, changes)
-                        if name in seen:
-                            raise Discarded("double_id")
-                    except Discarded as reason:
-                        counts["discarded"][str(reason)] += 1
-                        discarded.write(json.dumps({"id": name, "place": place, "reason": str(reason)}) + "\n")
-                        continue
-                    seen.add(name)
-                    for piece_name, piece in _pieces(name, messages, count_tokens, settings.max_length, changes):
-                        listed = [{"from": SENDERS[one["role"]], "value": one["content"]} for one in piece]
-                        line = json.dumps({"id": piece_name, "conversations": listed}, ensure_ascii=False)
-                        taken.write(line + "\n")
-                        counts["output"].update({"rows": 1, "answers": sum(one["from"] == "gpt" for one in listed)})
-                    counts["changed"].update(changes)
+            for name, place, row in _named_rows(settings.input):
+                counts["input"]["rows"] += 1
+                changes: Counter[str] = Counter()
+                try:
+                    if isinstance(row, str):
+                        raise Discarded(row)
+                    if not is_utf8(name):
+                        raise Discarded("undecodable")
+                    messages = clean(row, rule, changes)
+                    if name in seen:
+                        raise Discarded("double_id")
+                except Discarded as reason:
+                    counts["discarded"][str(reason)] += 1
+                    discarded.write(json.dumps({"id": name, "place": place, "reason": str(reason)}) + "\n")
+                    continue
+                seen.add(name)
+                for piece_name, piece in _pieces(name, messages, count_tokens, settings.max_length, changes):
+                    listed = [{"from": SENDERS[one["role"]], "value": one["content"]} for one in piece]
+                    line = json.dumps({"id": piece_name, "conversations": listed}, ensure_ascii=False)
+                    taken.write(line + "\n")
+                    counts["output"].update({"rows": 1, "answers": sum(one["from"] == "gpt" for one in listed)})
+                counts["changed"].update(changes)
         counts["output"]["conversations"] = len(seen)
         statistics = {name: dict(sorted(found.items())) for name, found in counts.items()}
         if not seen:
@@ -239,10 +235,14 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
     return statistics
 
 
-def _name(row: Any, place: str) -> str:
-    """The id of a row; what has none is named by its place."""
-    name = row.get("id") if isinstance(row, Mapping) else None
-    return place if name in (None, "") else str(name)
+def _named_rows(paths: Sequence[Path]) -> Iterator[tuple[str, str, Any]]:
+    """(id, place, row) of all files by [`read_rows`]; what has no id is named by its place."""
+    files = Counter(path.name for path in paths)
+    for path in paths:
+        for number, row in read_rows(path):
+            place = f"{path.name if files[path.name] == 1 else path}:{number}"
+            name = row.get("id") if isinstance(row, Mapping) else None
+            yield place if name in (None, "") else str(name), place, row
 
 
 def _pieces(

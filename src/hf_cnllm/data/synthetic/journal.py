@@ -127,7 +127,7 @@ class Asker:
         most_failures: failures in a row after which the run ends.
     """
 
-    def __init__(self, model: ChatModel, journal: Journal, attempts: int = 3, most_failures: int = 16) -> None:
+    def __init__(self, model: ChatModel, journal: Journal, attempts: int, most_failures: int) -> None:
         self.model, self.journal = model, journal
         self.attempts, self.most_failures = attempts, most_failures
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
