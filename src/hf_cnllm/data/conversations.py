@@ -66,7 +66,7 @@ def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "tr
         count = len(rows)
         rows += read_each(name, _rows_of(name, split), read)
         if len(rows) == count:
-            raise ConversationError(f"{name}: there is no row")
+            raise ConversationError(f"{name} holds no conversation: there is no row")
     return rows
 
 

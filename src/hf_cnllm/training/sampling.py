@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..data.conversations import as_template_takes, read_conversations, read_json_rows
+from ..data.conversations import as_template_takes, read_rows
+from ..data.preferences import read_question
 from ..models.glm_line.blank_positions import MASK_FIELDS
 from ..models.glm_line.generation import PrefixLMGenerationMixin
 from .critic import plain_model
@@ -15,21 +16,9 @@ from .ppo_equations import response_mask
 from .recipe import tell_left_out
 
 
-def read_queries(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of conversations that end where an answer is wanted: of conversations, whose last answers are left out, or of
-    rows `{"prompt": "…"}`."""
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        prompts = [value for _, value in read_json_rows(path)]
-        if prompts and all(isinstance(row, dict) and row.keys() == {"prompt"} for row in prompts):
-            rows += [{"messages": [{"role": "user", "content": str(row["prompt"])}], "tools": None} for row in prompts]
-            continue
-        for row in read_conversations(path):
-            messages = row["messages"]
-            while messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            rows.append({"messages": messages, "tools": row["tools"]})
-    return rows
+def read_queries(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of conversations that end where an answer is wanted, by [`read_question`]."""
+    return [{"messages": row["prompt"], "tools": row["tools"]} for row in read_rows(names, read_question)]
 
 
 def encode_queries(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
