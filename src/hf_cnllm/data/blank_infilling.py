@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+from .conversations import IGNORE_INDEX
 
 MASK_RATE = 0.15
 SPAN_LENGTH = 3.0
@@ -160,7 +160,7 @@ class Example(NamedTuple):
     def of_context(cls, context: Sequence[int]) -> "Example":
         """A row in which no blank is filled yet."""
         length = len(context)
-        return cls([*context], [*range(length)], [0] * length, [IGNORED] * length)
+        return cls([*context], [*range(length)], [0] * length, [IGNORE_INDEX] * length)
 
     def fill(self, place: int, tokens: Sequence[int], labels: Sequence[int] = (), done: int = 0) -> None:
         """Writes `tokens` into the blank at `place`, behind `done` others that are in it already."""
@@ -321,7 +321,7 @@ class DataCollatorForBlankInfilling:
         pad_id = self.control.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         input_ids, positions, block_positions, labels = (
             torch.tensor([[*row, *[filling] * (length - len(row))] for row in rows])
-            for rows, filling in zip(zip(*examples, strict=True), (pad_id, 0, 0, IGNORED), strict=True)
+            for rows, filling in zip(zip(*examples, strict=True), (pad_id, 0, 0, IGNORE_INDEX), strict=True)
         )
         lengths = torch.tensor([len(example.input_ids) for example in examples])
         return {
@@ -354,5 +354,5 @@ class DataCollatorForBlankInfilling:
             [*example.input_ids, self.control.end],
             [*example.positions, example.positions[-1]],
             [*example.block_positions, example.block_positions[-1] + 1],
-            [IGNORED, *example.labels],
+            [IGNORE_INDEX, *example.labels],
         )

@@ -227,12 +227,5 @@ def opened(arguments: argparse.Namespace, seed: int = 0) -> "closing[Endpoint | 
         raise ValueError(f"--base-url {arguments.base_url}: expected an address that begins with http:// or https://")
     if not arguments.timeout > 0 or arguments.retries < 0 or arguments.at_once < 1:
         raise ValueError("--timeout must be a number above 0, --retries at least 0 and --at-once at least 1")
-    return closing(
-        Endpoint(
-            arguments.model,
-            arguments.base_url,
-            timeout=arguments.timeout,
-            retries=arguments.retries,
-            at_once=arguments.at_once,
-        )
-    )
+    options = {name: getattr(arguments, name) for name in MODEL_ARGUMENTS}
+    return closing(Endpoint(**options))
