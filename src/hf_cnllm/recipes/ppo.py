@@ -4,7 +4,7 @@ python -m hf_cnllm.recipes.ppo --config ppo_qwen.yaml --model MODEL --reward REW
 … --config ppo_llama2.yaml --reward HELPFUL_MODEL SAFE_MODEL --safety_data FILE.jsonl
 accelerate launch -m hf_cnllm.recipes.ppo …          # on several GPUs: DDP
 
-`--data` are conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": "…"}`.
+`--data` are conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": …}`, a text or messages.
 """
 
 from collections.abc import Sequence

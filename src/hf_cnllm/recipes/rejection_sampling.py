@@ -5,7 +5,7 @@ python -m hf_cnllm.recipes.rejection_sampling --config rejection_sampling_llama2
 accelerate launch -m hf_cnllm.recipes.rejection_sampling …          # each process samples its part of the queries
 
 Each round samples answers to all queries, keeps the best to each by its reward, and learns them as recipes.sft does. `--data` are
-conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": "…"}`. The folder of round N holds
+conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": …}`, a text or messages. The folder of round N holds
 `samples-*.jsonl`, `selected.jsonl` and the model (or adapter); the output folder the last model, which recipes.ppo can go on with.
 """
 
