@@ -117,7 +117,7 @@ def test_what_cannot_be_trained_is_one_line(options, said, checkpoint, data, tmp
 @pytest.mark.parametrize("bits", ["--load_in_8bit", "--load_in_4bit"])
 @pytest.mark.parametrize("recipe", [sft, ppo, rejection_sampling], ids=["sft", "ppo", "rejection_sampling"])
 def test_weights_to_be_quantized_need_an_adapter(recipe, bits, checkpoint, data, tmp_path, monkeypatch):
-    """PPO went on without one, and rejection sampling came to it after a round of sampling."""
+    """PPO did not ask for one, and rejection sampling only when it came to learning."""
     folder = checkpoint("baichuan alibi")
     words = f"recipe --model {folder} --data {data} --output {tmp_path / 'out'} --use_cpu --report_to none {bits}"
     monkeypatch.setattr(sys, "argv", words.split() + ["--reward", "length"] * (recipe is not sft))
