@@ -34,6 +34,14 @@ def test_chinese_is_similar_where_rouge_score_says_so_of_its_words(texts, text, 
     agrees(rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words()), texts, text, threshold)
 
 
+@pytest.mark.parametrize("shared", range(1, 6))
+@pytest.mark.parametrize("other", range(5))
+def test_a_score_that_is_the_threshold_is_similar(shared, other):
+    pool, text = Pool([" ".join("abcde"[:shared])]), " ".join("abcde"[:shared] + "vwxyz"[:other])
+    score = 2 * shared / (2 * shared + other)
+    assert pool.has_similar(text, score) and not pool.has_similar(text, score + 1e-6)
+
+
 def agrees(scorer, texts, text, threshold):
     scores = [scorer.score(other, text)["rougeL"].fmeasure for other in texts]
     if any(abs(score - threshold) < 1e-12 for score in scores):
