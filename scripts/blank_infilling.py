@@ -30,7 +30,8 @@ from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from hf_cnllm import DataCollatorForBlankInfilling, GLMConfig, GLMForConditionalGeneration
-from hf_cnllm.data.blank_infilling import IGNORED, Span, make_example
+from hf_cnllm.data.blank_infilling import Span, make_example
+from hf_cnllm.data.conversations import IGNORE_INDEX
 from study import Bytes, markdown, read_text, study_arguments, train, write_study
 
 UNKNOWN = "[UNK]"
@@ -124,7 +125,7 @@ class Causal:
         ids = torch.tensor(texts)
         places, bounds = torch.arange(ids.shape[1]), torch.tensor(spans)
         in_span = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
-        return {"input_ids": ids[:, :-1], "labels": ids.where(in_span, IGNORED)[:, 1:]}
+        return {"input_ids": ids[:, :-1], "labels": ids.where(in_span, IGNORE_INDEX)[:, 1:]}
 
 
 class Blanks:
@@ -148,7 +149,7 @@ class Blanks:
             for text, span in zip(texts, spans, strict=True)
         ]
         batch = self.finish(self.collator.pad(examples))
-        return batch | {"labels": batch["labels"].masked_fill(batch["labels"] == control.end, IGNORED)}
+        return batch | {"labels": batch["labels"].masked_fill(batch["labels"] == control.end, IGNORE_INDEX)}
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def read(model: GLMForConditionalGeneration, batch: Batch, size: int = 64) -> tu
         inputs = dict(zip(batch, part, strict=True))
         labels = inputs.pop("labels")
         log_probs = model(**inputs, use_cache=False).logits.log_softmax(-1)
-        counts = labels != IGNORED
+        counts = labels != IGNORE_INDEX
         sums.append((log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts).sum(1))
         right.append(((log_probs.argmax(-1) == labels) | ~counts).all(1))
     return torch.cat(sums), torch.cat(right)

@@ -9,14 +9,11 @@ Ends with an error, and with the table written, if a cell is not what the test e
 import argparse
 import html
 import json
-import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
-from pathlib import Path
-from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
+from pytest_runs import ROOT, run_tests
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from noxfile import REPORTS  # noqa: E402
@@ -42,28 +39,12 @@ SENTENCES = "\n## The sentences\n\n"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
-def run_tests(arguments: list[str]) -> int:
+def try_doors(arguments: list[str]) -> int:
     """How many tests failed; what came out joins `OUTCOMES`."""
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.is_file() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "results.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "",
-            "tests/test_doors.py",
-            f"--junitxml={results}",
-            *arguments,
-        ]
-        subprocess.run(command, cwd=ROOT, check=False)
-        failed = 0
-        for test in ElementTree.parse(results).iter("testcase"):
-            failed += test.find("failure") is not None or test.find("error") is not None
-            for found in test.iter("property"):
-                door, family, *outcome = json.loads(found.get("value", ""))
-                outcomes.setdefault(door, {})[family] = outcome
+    tried, failed = run_tests("-m", "", "tests/test_doors.py", *arguments)
+    for door, family, *outcome in map(json.loads, tried):
+        outcomes.setdefault(door, {})[family] = outcome
     OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
     OUTCOMES.write_text(json.dumps(outcomes, indent=1, ensure_ascii=False))
     return failed
@@ -87,7 +68,7 @@ def page() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _, arguments = parser.parse_known_args()
-    failed = run_tests(arguments)
+    failed = try_doors(arguments)
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}; {failed} tests failed")
     return 1 if failed else 0

@@ -8,15 +8,12 @@ Ends with an error, and with the table written, if a case was silently wrong.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
+from pytest_runs import ROOT, run_tests
+
 REPORT = ROOT / "docs" / "reliability.md"
 OUTCOMES = ("tried", "refused", "warned", "right", "listed", "silent")
 
@@ -46,18 +43,6 @@ is complete, which is what `hf_cnllm.hub.saving.staged_folder` does.
 """
 
 
-def run_tests(whole: bool, arguments: list[str]) -> tuple[list[dict[str, Any]], int]:
-    """The records of all sweeps, and how many tests failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "results.xml")
-        command = [sys.executable, "-m", "pytest", "tests/robustness", f"--junitxml={results}", *arguments]
-        subprocess.run([*command, "-m", "" if whole else "not slow"], cwd=ROOT, check=False)
-        tests = list(ElementTree.parse(results).iter("testcase"))
-    failed = sum(test.find("failure") is not None or test.find("error") is not None for test in tests)
-    properties = [found for test in tests for found in test.iter("property") if found.get("name") == "tally"]
-    return [json.loads(found.get("value", "")) for found in properties], failed
-
-
 def report(records: list[dict[str, Any]], options: str) -> str:
     rows: dict[tuple[str, str], Counter[str]] = {}
     reasons: Counter[str] = Counter()
@@ -83,8 +68,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="only the cases that are not marked slow")
     arguments, others = parser.parse_known_args()
-    records, failed = run_tests(not arguments.sample, others)
-    REPORT.write_text(report(records, " --sample" if arguments.sample else ""), encoding="utf-8")
+    tallies, failed = run_tests("tests/robustness", *others, "-m", "not slow" if arguments.sample else "")
+    REPORT.write_text(
+        report(list(map(json.loads, tallies)), " --sample" if arguments.sample else ""), encoding="utf-8"
+    )
     print(f"wrote {REPORT.relative_to(ROOT)}; {failed} tests failed")
     return 1 if failed else 0
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from transformers.utils import logging
 
+from hf_cnllm.cli import one_line
+
 from . import report
 from .arguments import parse_arguments
 from .machine import Machine, busy_with, measure_machine
@@ -67,4 +69,4 @@ def _or_refusal(rows: Iterable[Row], nothing: Row) -> Iterator[Row]:
     try:
         yield from rows
     except REFUSALS as error:
-        yield replace(nothing, error=" ".join(str(error).split()) or type(error).__name__)
+        yield replace(nothing, error=one_line(error))

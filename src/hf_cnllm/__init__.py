@@ -36,7 +36,7 @@ _LATER = {
     "encode_conversation": "data.conversations",
     "encode_conversations": "data.conversations",
     "fine_tuned_model_card": "hub.model_card",
-    "infill": "data.blank_infilling",
+    "infill": "data.infilling",
     "load_instructions": "data.conversations",
     "load_prefix_encoder": "models.chatglm.prefix_encoder",
     "map_conversations": "data.formats",

@@ -19,7 +19,6 @@ from hf_cnllm import ChatGLMConfig, ChatGLMForConditionalGeneration, GLMConfig, 
 from hf_cnllm.data.blank_infilling import (
     ControlTokens,
     DataCollatorForBlankInfilling,
-    infill,
     make_example,
     restore_text,
     sample_document_span,
@@ -28,6 +27,7 @@ from hf_cnllm.data.blank_infilling import (
     sample_token_spans,
     split_sentences,
 )
+from hf_cnllm.data.infilling import infill
 
 VOCABULARIES = Path(__file__).parents[1] / "fixtures" / "tokenizers" / "vocab"
 ENGLISH = ("glm_bert_small", "glm_roberta_small", "glm_gpt2_small")

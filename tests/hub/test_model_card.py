@@ -1,6 +1,7 @@
 """Cards: what is rendered for a fine-tuned model, and the ones that come with the project."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,14 @@ def test_a_full_disk_leaves_the_card_that_was_there(trainer, capsys, files_up_to
         assert main(["card", str(folder), "--overwrite"]) == USER_ERROR
     assert "File too large" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == before and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "trainer_state.json"])
+def test_a_damaged_file_is_named(name, trainer, tmp_path, capsys):
+    shutil.copytree(Path(trainer.args.output_dir, "checkpoint-2"), tmp_path / "model")
+    (tmp_path / "model" / name).write_text("{")
+    assert main(["card", str(tmp_path / "model"), "--overwrite"]) == USER_ERROR
+    assert f"{name} is damaged" in capsys.readouterr().err
 
 
 def test_no_folder_and_no_pair(tmp_path, capsys):

@@ -34,7 +34,7 @@ from hf_cnllm.training.ppo_equations import (
 )
 from hf_cnllm.training.pretrain_data import Documents
 from hf_cnllm.training.reward import REWARDS
-from hf_cnllm.training.sampling import encode_queries
+from hf_cnllm.training.sampling import encode_queries, read_queries
 
 # --- real models ---
 
@@ -417,6 +417,27 @@ def refuse(monkeypatch, message, model, folder, **changes):
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, model, folder, **changes)
     assert not (folder / "out").exists()
+
+
+ASKED, ANSWERED = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?"},
+        {"prompt": [ASKED]},  # as TRL has it; its text was asked as Python writes lists
+        {"prompt": "Why?", "reference": "So."},
+        {"prompt": "Why?", "response": "So."},
+        {"messages": [ASKED]},
+        {"messages": [ASKED, ANSWERED]},
+        {"messages": [ASKED, ANSWERED | {"loss": False}, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {}}]}]},
+    ],
+)
+def test_queries_are_read_in_every_format_of_questions(row, tmp_path):
+    path = tmp_path / "queries.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    assert read_queries([str(path)]) == [{"messages": [ASKED], "tools": None}]
 
 
 def test_bad_input_of_the_recipe(checkpoint, tmp_path, monkeypatch):

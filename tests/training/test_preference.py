@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig
 
 from hf_cnllm.recipes import dpo
-from hf_cnllm.training.preference import EndedAnswers, PreferenceArguments, RewardArguments
-from hf_cnllm.training.recipe import Run, parse_arguments, run_recipe
+from hf_cnllm.training.preference import EndedAnswers, RewardArguments
+from hf_cnllm.training.recipe import ChatArguments, Run, parse_arguments, run_recipe
 from sft_models import ROWS, write_row
 
 QUESTIONS = ["你好", "one plus one", "今天天气怎么样？", "Name a fruit."]
@@ -264,7 +264,7 @@ def test_what_the_user_can_mend_is_one_line(name, row, data, options, said, chec
 def test_the_papers_settings_are_understood(config, tmp_path, monkeypatch):
     name = config.partition("_")[0]
     kind = getattr(trl, f"{name.upper()}Config")
-    arguments = PreferenceArguments if name in ("dpo", "kto") else RewardArguments
+    arguments = ChatArguments if name in ("dpo", "kto") else RewardArguments
     monkeypatch.setattr(sys, "argv", [name, *f"--config {config}.yaml --model m --data d --output o".split()])
     _, training, options = parse_arguments("", arguments, kind, ModelConfig)
     given = yaml.safe_load((Path(dpo.__file__).parent / f"configs/{config}.yaml").read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from trl import ModelConfig
 
 from hf_cnllm.data.conversations import load_instructions
 from hf_cnllm.data.formats import ConversationError
+from hf_cnllm.data.packing import pack, pieces
 from hf_cnllm.recipes import pretrain, pretrain_glm
 from hf_cnllm.training.pretrain import PretrainTrainer
 from hf_cnllm.training.pretrain_data import (
@@ -30,8 +31,6 @@ from hf_cnllm.training.pretrain_data import (
     Stream,
     StreamState,
     find_sources,
-    pack,
-    pieces,
 )
 from hf_cnllm.training.recipe import parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import use_template

@@ -12,7 +12,7 @@ from transformers.quantizers import AutoHfQuantizer
 from trl import ModelConfig
 
 from hf_cnllm import cli
-from hf_cnllm.recipes import sft
+from hf_cnllm.recipes import ppo, rejection_sampling, sft
 from hf_cnllm.training.recipe import run_recipe
 from sft_models import CHATS, ROWS, loaded, write_checkpoint
 
@@ -111,6 +111,18 @@ def test_what_cannot_be_trained_is_one_line(options, said, checkpoint, data, tmp
         run_recipe(sft.main)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: error: ")]
     assert stopped.value.code == 2 and said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", ["--load_in_8bit", "--load_in_4bit"])
+@pytest.mark.parametrize("recipe", [sft, ppo, rejection_sampling], ids=["sft", "ppo", "rejection_sampling"])
+def test_weights_to_be_quantized_need_an_adapter(recipe, bits, checkpoint, data, tmp_path, monkeypatch):
+    """PPO did not ask for one, and rejection sampling only when it came to learning."""
+    folder = checkpoint("baichuan alibi")
+    words = f"recipe --model {folder} --data {data} --output {tmp_path / 'out'} --use_cpu --report_to none {bits}"
+    monkeypatch.setattr(sys, "argv", words.split() + ["--reward", "length"] * (recipe is not sft))
+    with pytest.raises(ValueError, match="cannot be trained: add --use_peft"):
+        recipe.main()
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from .._stack import own_version
 
@@ -83,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def bar_of_bytes(description: str) -> Any:
+    """A progress bar that counts bytes, and is gone at the end; none where nobody watches."""
+    from tqdm.auto import tqdm
+
+    return tqdm(unit="B", unit_scale=True, desc=description, leave=False, disable=None)
 
 
 @contextmanager

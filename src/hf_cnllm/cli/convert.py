@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from . import bar_of_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-file-size must be a number above 0, got {args.max_file_size}")
     if args.tokenizer is not None and not args.tokenizer.exists():
         raise FileNotFoundError(f"--tokenizer: there is no {args.tokenizer}")
-    with tqdm(unit="B", unit_scale=True, desc="written", leave=False, disable=None) as bar:
+    with bar_of_bytes("written") as bar:
         config = convert(
             args.shards,
             args.output,
             args.tokenizer,
             args.keep_integers,
             int(args.max_file_size * 1e9),
-            lambda _, size: bar.update(size) and None,
+            lambda _, size: bar.update(size),
         )
     kept = f", {config.quantization_bit}-bit weights" if config.quantization_bit else ""
     print(f"{args.output}: GLM-130B of {config.num_layers} layers{kept}")

@@ -22,6 +22,7 @@ from .._compat import TESTED, logging
 from .._contract import broken_promises
 from .._stack import LIBRARIES, installed_version, own_version, unmet_requirements
 from ..auto import FAMILIES, Family, Shape
+from . import one_line
 
 TOLERANCE, HALF_PRECISION_TOLERANCE = 2e-5, 5e-2
 SHAPE = Shape(hidden_size=32, layers=2, heads=4, ffn_size=64, vocab_size=80)
@@ -136,7 +137,7 @@ def outcome(check: Check, patient: Patient) -> str:
     except NotApplicable as reason:
         return f"n/a: {reason}"
     except Exception as error:
-        return f"FAIL: {' '.join(str(error).split()) or type(error).__name__}"
+        return f"FAIL: {one_line(error)}"
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

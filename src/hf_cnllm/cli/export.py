@@ -4,14 +4,15 @@ import argparse
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from tqdm.auto import tqdm
 
 from .._compat import logging
 from ..conversion.adapters import export_adapter
 from ..conversion.checkpoint import export_checkpoint, restore_checkpoint
 from ..conversion.roads import TARGETS
+from ..conversion.weights import Progress
 from ..hub.places import find_folder
 from ..hub.saving import check_new_folder
+from . import bar_of_bytes
 from .checkpoint import read_checkpoint
 
 BACK = "original"
@@ -44,22 +45,22 @@ def run(args: argparse.Namespace) -> int:
     """
     check_new_folder(args.output)
     logging.set_verbosity_error()
-    with tqdm(unit="B", unit_scale=True, desc="written", leave=False, disable=None) as bar:
-        if args.to == BACK and args.base is not None:
-            raise ValueError("adapters do not go back: merge them into the exported model, and take that back")
-        if args.to == BACK:
-            note = restore_checkpoint(find_folder(args.model), args.output, bar.update)
-        else:
-            checkpoint = read_checkpoint(args.model)
-            if (checkpoint.adapter is None) != (args.base is None):
-                raise ValueError(
-                    "--base and an adapter as MODEL go together: the adapter is for the exported model there"
-                )
-            if checkpoint.adapter:
-                export_adapter(Path(checkpoint.adapter), checkpoint.config, args.to, args.base, args.output)
-                note = None
-            else:
-                folder = checkpoint.folder or Path(snapshot_download(checkpoint.name))
-                note = export_checkpoint(folder, args.output, args.to, bar.update)
+    with bar_of_bytes("written") as bar:
+        note = _write(args, bar.update)
     print(f"{args.output}: written" + (f"\nnote: {note}" if note else ""))
     return 0
+
+
+def _write(args: argparse.Namespace, progress: Progress) -> str | None:
+    if args.to == BACK:
+        if args.base is not None:
+            raise ValueError("adapters do not go back: merge them into the exported model, and take that back")
+        return restore_checkpoint(find_folder(args.model), args.output, progress)
+    checkpoint = read_checkpoint(args.model)
+    if (checkpoint.adapter is None) != (args.base is None):
+        raise ValueError("--base and an adapter as MODEL go together: the adapter is for the exported model there")
+    if checkpoint.adapter is None:
+        folder = checkpoint.folder or Path(snapshot_download(checkpoint.name))
+        return export_checkpoint(folder, args.output, args.to, progress)
+    export_adapter(Path(checkpoint.adapter), checkpoint.config, args.to, args.base, args.output)
+    return None

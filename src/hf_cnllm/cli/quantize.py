@@ -19,10 +19,6 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .memory import in_words
 
 
-def _chatglm(bits: int, dtype: torch.dtype) -> Any:
-    return ChatGLMQuantizationConfig(bits=bits)
-
-
 def _bitsandbytes(bits: int, dtype: torch.dtype) -> Any:
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -37,7 +33,7 @@ def _torchao(bits: int, dtype: torch.dtype) -> Any:
 
 
 METHODS: dict[str, Callable[[int, torch.dtype], Any]] = {  # by the name of the package that they need, but for our own
-    "chatglm": _chatglm,
+    "chatglm": lambda bits, dtype: ChatGLMQuantizationConfig(bits=bits),
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
 }

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
@@ -83,11 +83,7 @@ def _console_script(name: str) -> tuple[Callable, str]:
             f"no installed package has a command {name}. Install the package that has it; a module is run by "
             f"`hf-cnllm run -m {name}`, a file by a path that has a / or ends in .py."
         )
-    return partial(_call, found), shutil.which(name) or name
-
-
-def _call(script: EntryPoint) -> Any:
-    return script.load()()
+    return lambda: found.load()(), shutil.which(name) or name
 
 
 def _execute(run_code: Callable, name: str, **options: Any) -> None:
@@ -128,12 +124,9 @@ def _before_the_script(parser: argparse.ArgumentParser, arguments: list[str]) ->
     script = len(arguments) - len(rest) - 1
     script -= arguments[script] == "--"  # these parsers drop one behind the script
     is_module = ["-m"] if parsed.module else []
-    return ["--module", *_our_config_file(arguments[:script]), *OURS, *is_module, parsed.training_script, *rest]
-
-
-def _our_config_file(options: list[str]) -> list[str]:
-    """With the path of an accelerate configuration of this package where there is its name, as in `--config_file fsdp2.yaml`."""
-    return _with_path(options, "--config_file", lambda name: config_file(name, "accelerate"))
+    # Accelerate's configurations of this package are known by their names, as in `--config_file fsdp2.yaml`.
+    options = _with_path(arguments[:script], "--config_file", lambda name: config_file(name, "accelerate"))
+    return ["--module", *options, *OURS, *is_module, parsed.training_script, *rest]
 
 
 def _with_path(options: list[str], option: str, path_of: Callable[[str], str]) -> list[str]:

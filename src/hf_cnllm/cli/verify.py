@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ..hub.places import ADAPTER_CONFIG, find_folder
+from . import bar_of_bytes
 from .checkpoint import read_checkpoint
 
 
@@ -29,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     config = None if is_adapter else read_checkpoint(str(folder)).config
     sums = None if args.checksums is None else read_sums(args.checksums)
     total_problems = 0
-    with tqdm(unit="B", unit_scale=True, desc="read", leave=False, disable=None) as bar:
-        for finding in verify(folder, config, sums, lambda _, size: bar.update(size) and None):
+    with bar_of_bytes("read") as bar:
+        for finding in verify(folder, config, sums, bar.update):
             total_problems += len(finding.problems)
             state = "FAIL" if finding.problems else "ok"
             said = "; ".join([*finding.notes, *finding.problems] if finding.problems else finding.notes)

@@ -4,7 +4,6 @@ A packed projection's update is W + B·A with the rows of queries, keys and valu
 projections takes its rows of B (and of what else has a number for each row) and the whole A.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import AutoConfig
 
 from ..auto import family_of
 from ..hub.json_files import read_object
-from ..hub.saving import staged_folder
+from ..hub.saving import staged_folder, write_json
 from .checkpoint import ORIGINAL
 from .roads import moved, road_of
 from .weights import normalized, write_tensors
@@ -85,8 +84,7 @@ def export_adapter(adapter: Path, config: Any, target: str, base: Path, output: 
     }
     with staged_folder(output) as staged:
         write_tensors(staged / "adapter_model.safetensors", tensors)
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (staged / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(staged / "adapter_config.json", settings)
 
 
 def _check_base(base: Path, target: str, config: Any, expected: Any) -> None:

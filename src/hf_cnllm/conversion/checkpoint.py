@@ -1,7 +1,6 @@
 """A checkpoint in another architecture, and back."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import family_of
 from ..hub.json_files import read_object
-from ..hub.saving import staged_folder
+from ..hub.saving import staged_folder, write_json
 from ..hub.weight_files import INDEXES, size_of
 from ..vllm.served import stop_ids
 from .roads import ROADS, Road, road_of
@@ -102,8 +101,7 @@ def restore_checkpoint(folder: Path, output: Path, progress: Progress = lambda s
         write_shards(staged, planned, source, progress)
         if changed:
             file = staged / "config.json"
-            values = json.loads(file.read_bytes()) | {"norm_head": False}
-            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_json(file, read_object(file) | {"norm_head": False})
     if changed:
         return (
             f"{', '.join(changed)} was trained after the export, so that its rows are not normalized any more: config.json says "
@@ -154,21 +152,21 @@ def _copy_other_files(folder: Path, output: Path) -> None:
 def _write_config(road: Road, config: Any, file: Path) -> None:
     exported = road.config(config)
     exported.to_json_file(file, use_diff=False)
-    values = json.loads(file.read_bytes())
+    values = read_object(file)
     rope = values.get("rope_parameters") or {}
     # What readers older than transformers 5 look for.
     values |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {"type": rope["rope_type"], **rope}
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(file, values)
 
 
 def _drop_unset_lengths(file: Path) -> None:
     """llama.cpp's converter takes null, which this package writes where ALiBi has no limit, for a number."""
-    values = json.loads(file.read_bytes())
+    values = read_object(file)
     if values.get("max_position_embeddings", 0) is None:
         del values["max_position_embeddings"]
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(file, values)
 
 
 def _write_generation_config(folder: Path, config: Any, stops: list[int], file: Path) -> None:
@@ -184,4 +182,4 @@ def _write_generation_config(folder: Path, config: Any, stops: list[int], file: 
         raise ValueError(f"{found}: `eos_token_id` is {given!r}, and must be a token's number or a list of them")
     if ends := list(dict.fromkeys([*ends, *stops])):
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(file, values)

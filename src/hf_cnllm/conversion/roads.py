@@ -54,6 +54,14 @@ class Rows(NamedTuple):
         return (*turned, values)
 
 
+def _rows(config: Any, module: str) -> Rows:
+    heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    by_head = getattr(config, "multi_query_attention", True) is False
+    return Rows(tuple(n * head_dim for n in (heads, key_value_heads, key_value_heads)), heads if by_head else 0)
+
+
 class Road(NamedTuple):
     """A way from a family to another library's architecture and back.
 
@@ -75,7 +83,7 @@ class Road(NamedTuple):
     config: Callable[[Any], PreTrainedConfig]
     refusals: tuple[Refusal, ...]
     modules: Modules
-    rows: Callable[[Any, str], Rows]
+    rows: Callable[[Any, str], Rows] = _rows
     unbiased: Callable[[Any], tuple[str, ...]] = lambda config: ()
     normed: Callable[[Any], tuple[str, ...]] = lambda config: ()
     loses: Callable[[Any], str | None] = lambda config: None
@@ -147,17 +155,6 @@ COPIED = (
 
 def _copied(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in COPIED}
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _rows(config: Any, module: str) -> Rows:
-    key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    sizes = tuple(n * _head_dim(config) for n in (config.num_attention_heads, key_value_heads, key_value_heads))
-    by_head = getattr(config, "multi_query_attention", True) is False
-    return Rows(sizes, config.num_attention_heads if by_head else 0)
 
 
 def _llama_rows_of_chatglm(config: Any, module: str) -> Rows:
@@ -267,6 +264,12 @@ TIED_NORM_HEAD = (
     lambda c: c.norm_head and c.tie_word_embeddings,
     f"a NormHead that is tied to the embedding has no place there (`tie_word_embeddings`). {NATIVE}",
 )
+
+
+def _norm_head(config: BaichuanConfig) -> tuple[str, ...]:
+    return ("lm_head",) if config.norm_head else ()
+
+
 ROADS = (
     Road(
         target="llama",
@@ -281,8 +284,7 @@ ROADS = (
             TIED_NORM_HEAD,
         ),
         modules=BAICHUAN,
-        rows=_rows,
-        normed=lambda config: ("lm_head",) if config.norm_head else (),
+        normed=_norm_head,
     ),
     Road(
         target="baichuan",
@@ -290,8 +292,7 @@ ROADS = (
         config=lambda config: config,  # rows that are normalized may be normalized again
         refusals=(TIED_NORM_HEAD,),
         modules=SHARED | {"model.layers.*.self_attn.W_pack": ("model.layers.*.self_attn.W_pack",)},
-        rows=_rows,
-        normed=lambda config: ("lm_head",) if config.norm_head else (),
+        normed=_norm_head,
         tokenizer_class=None,
     ),
     Road(
@@ -307,7 +308,6 @@ ROADS = (
             ),
         ),
         modules=QWEN,
-        rows=_rows,
         loses=_qwen_loses,
         tokenizer_class="Qwen2Tokenizer",
     ),
@@ -317,7 +317,6 @@ ROADS = (
         config=_glm,
         refusals=_chatglm_refusals("GLM"),
         modules=CHATGLM2,
-        rows=_rows,
     ),
     Road(
         target="llama",

@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import TokenizersBackend
 
+from ..hub.json_files import read_object
+from ..hub.saving import write_json
 from ..models.chatglm import ChatGLMTokenizer
 from ..tokenization.chat_sections import ChatTokenizer
 from ..tokenization.sentencepiece import SentencePieceModel
@@ -74,7 +75,7 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
             raise
         raise OSError(f"tokenizer.json could not be written ({error})") from error  # tokenizers has no class for that
     file = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(file.read_bytes())
+    settings = read_object(file)
     settings |= {"tokenizer_class": tokenizer_class, "add_bos_token": tokenizer.add_bos_token}
     settings["added_tokens_decoder"] = {
         str(index): token.__getstate__() for index, token in exported.added_tokens_decoder.items()
@@ -82,7 +83,7 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
     settings.pop("backend", None)
     if (normalizer := backend.normalizer) and tokenizer_class != "Qwen2Tokenizer":
         settings["add_prefix_space"] = normalizer.normalize_str("a") != "a"
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, settings)
 
 
 def write_for_llama_cpp(original: Path, folder: Path) -> None:
@@ -95,4 +96,4 @@ def write_for_llama_cpp(original: Path, folder: Path) -> None:
     model = SentencePieceModel.from_file(file)
     if not model.add_dummy_prefix:
         symbols = {symbol: model.ids[symbol] for symbol in model.symbols}
-        (folder / "added_tokens.json").write_text(json.dumps(symbols, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_json(folder / "added_tokens.json", symbols)

@@ -1,6 +1,5 @@
 """Weights under the names of another architecture, written shard by shard: no more than one shard is in memory."""
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..hub.saving import write_json
 from ..hub.weight_files import (
     Stored,
     check_indexes,
@@ -189,7 +189,7 @@ def write_shards(folder: Path, planned: Mapping[str, Moved], source: Source, pro
         progress(sum(tensor.nbytes for tensor in some.values()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_shard(file: Path, planned: Mapping[str, Moved], source: Source) -> None:

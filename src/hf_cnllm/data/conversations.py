@@ -10,16 +10,17 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.resources import files
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
 from .formats import DECODER, Conversation, ConversationError, Message, parse_json, to_messages
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 IGNORE_INDEX = -100
 
@@ -32,7 +33,7 @@ def load_instructions(language: str | None = None) -> list[Conversation]:
     """
     if language not in (None, "zh", "en"):
         raise ValueError(f"language must be 'zh', 'en' or None, got {language!r}")
-    text = files("hf_cnllm.data").joinpath("instructions.jsonl").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("instructions.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return [row["messages"] for row in rows if language in (None, row["language"])]
 
@@ -47,12 +48,7 @@ def read_conversations(path: str | Path, **options: Any) -> list[Row]:
         ConversationError: a row is of none of the formats, or the file holds none; file, line and field are named.
         OSError: the file cannot be read.
     """
-    rows = []
-    for number, value in read_json_rows(path):
-        try:
-            rows.append(to_messages(value, **options))
-        except ConversationError as error:
-            raise ConversationError(f"{path}, line {number}: {error}") from None
+    rows = list(read_each(path, rows_of_file(path), partial(to_messages, **options)))
     if not rows:
         raise ConversationError(f"{path}: the file holds no conversation")
     return rows
@@ -68,22 +64,32 @@ def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "tr
     rows: list[Row] = []
     for name in names:
         count = len(rows)
-        for place, value in _rows_of(name, split):
-            try:
-                rows.append(read(value))
-            except ConversationError as error:
-                raise ConversationError(f"{name}, {place}: {error}") from None
+        rows += read_each(name, _rows_of(name, split), read)
         if len(rows) == count:
-            raise ConversationError(f"{name}: there is no row")
+            raise ConversationError(f"{name} holds no conversation: there is no row")
     return rows
 
 
 def _rows_of(name: str, split: str) -> Iterable[tuple[str, Any]]:
     if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
-        return ((f"line {number}", value) for number, value in read_json_rows(name))
+        return rows_of_file(name)
     from datasets import load_dataset
 
     return ((f"row {number}", value) for number, value in enumerate(load_dataset(name, split=split)))
+
+
+def rows_of_file(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """("line N", value) of each row by [`read_json_rows`]."""
+    return ((f"line {number}", value) for number, value in read_json_rows(path))
+
+
+def read_each(source: object, rows: Iterable[tuple[str, Any]], read: Callable[[Any], T]) -> Iterator[T]:
+    """What `read` makes of each of (place, value); where it raises ConversationError, source and place are put in front."""
+    for place, value in rows:
+        try:
+            yield read(value)
+        except ConversationError as error:
+            raise ConversationError(f"{source}, {place}: {error}") from None
 
 
 def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -297,8 +303,7 @@ def _encode_row(
     if max_length is not None and len(ids) + lacking > max_length:
 
         def count_tokens(conversation: Conversation) -> int:
-            encoded = tokenizer.apply_chat_template(taken(conversation), tools=tools, tokenize=True, return_dict=True)
-            return len(encoded["input_ids"]) + lacking
+            return len(tokenizer.apply_chat_template(taken(conversation), tools=tools, return_dict=False)) + lacking
 
         messages, cuts = shorten_conversation(messages, count_tokens, max_length)
         ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)
@@ -332,11 +337,12 @@ def _form_that_is_taken(
             return error
 
     form: Callable[[Conversation], Conversation] = with_system_in_question if system_in_question else list
-    if isinstance(rendered := render(form, probe, tools), Exception):
+    rendered = first = render(form, probe, tools)
+    if isinstance(first, Exception):
         form = with_system_in_question
-        if isinstance(render(form, probe, tools), Exception):
-            raise ConversationError(str(rendered))
         rendered = render(form, probe, tools)
+    if isinstance(rendered, Exception):
+        raise ConversationError(str(first))
     uncalled = [{name: value for name, value in message.items() if name != "tool_calls"} for message in probe]
     silent = [{**message, "loss": False} for message in probe]
     dropped = {
@@ -361,9 +367,9 @@ def _encode(
     ids, is_reply = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if not any(is_reply) and all(message.get("loss", True) for message in messages):
         raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    # ChatGLM3's `<|user|>` is a piece of its vocabulary.
-    is_special = getattr(tokenizer, "is_control_token", special.__contains__)
+    is_special = getattr(tokenizer, "is_control_token", None)  # ChatGLM3's `<|user|>` is a piece of its vocabulary
+    if is_special is None:
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        is_special = special.union(tokenizer.all_special_ids).__contains__
     lasts = [last for last, pair in enumerate(pairwise([*is_reply, 0])) if pair == (1, 0)]
     return ids, is_reply, {last: is_special(ids[last]) for last in lasts}

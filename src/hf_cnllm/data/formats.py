@@ -17,7 +17,7 @@ nothing is learned from it; a tool's may have `name` and `tool_call_id`.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
@@ -94,11 +94,11 @@ def to_messages(
     if not isinstance(row, Mapping):
         raise ConversationError(f"expected an object, got {type(row).__name__}")
     row = {name: value for name, value in row.items() if value is not None and name not in ignore}
-    columns = {"history": history_column or "history"}
+    history = history_column or "history"
     if prompt_column is not None and response_column is not None:
-        found = _pair(prompt_column, response_column, **columns)
+        found = _pair(prompt_column, response_column, history)
     else:
-        found = _format_of(row, columns)
+        found = _format_of(row, _formats(history))
     given = {name for name, value in row.items() if value not in NOTHING}
     for name in sorted(given - METADATA - {*found.required, *found.optional}):
         raise _not_read(name, f"beside '{found.required[0]}'")
@@ -184,24 +184,24 @@ def _read_pair(
     yield response, {"role": "assistant", "content": answer}
 
 
-def _pair(prompt: str, response: str, query: str | None = None, text: str | None = None, history: str = "") -> Format:
+def _pair(prompt: str, response: str, history: str, query: str | None = None, text: str | None = None) -> Format:
     read = partial(_read_pair, prompt=prompt, response=response, query=query, text=text, history=history)
     return Format((prompt, response), tuple(filter(None, ("system", history, query, text))), read)
 
 
-def _formats(columns: Mapping[str, str]) -> list[Format]:
+@cache
+def _formats(history: str) -> list[Format]:
     return [
         Format(("messages",), ("system", "tools"), partial(_read_turns, "messages")),
         Format(("conversations",), ("system", "tools"), partial(_read_turns, "conversations")),
-        _pair("instruction", "output", "input", "text", **columns),
-        _pair("prompt", "response", **columns),
-        _pair("prompt", "completion", **columns),
-        _pair("content", "summary", **columns),
+        _pair("instruction", "output", history, "input", "text"),
+        _pair("prompt", "response", history),
+        _pair("prompt", "completion", history),
+        _pair("content", "summary", history),
     ]
 
 
-def _format_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Format:
-    formats = _formats(columns)
+def _format_of(row: Mapping[str, Any], formats: list[Format]) -> Format:
     found = [known for known in formats if row.keys() >= set(known.required)]
     found = found or [known for known in formats if known.required[0] in row][:1]
     if len(found) > 1:

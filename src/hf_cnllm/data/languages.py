@@ -30,6 +30,11 @@ def language_by_script(text: str) -> tuple[str, float]:
     return (name, counts[name] / letters) if counts[name] else ("und", 0.0)
 
 
+def language_of(text: str) -> str:
+    """`zh` for a text with a Chinese character, else `en`: where there is nothing else that it could be."""
+    return "zh" if regex.search(r"[\u4e00-\u9fff]", text) else "en"
+
+
 class LanguageRule:
     """Which texts are in one of some languages.
 

@@ -1,6 +1,5 @@
 """An output folder that belongs to one run, which the same command goes on with."""
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..hub.saving import write_whole
+from ..hub.saving import failed_write, write_json
 
 LOCK_FILE, RUN_FILE = ".lock", "run.json"
 
@@ -19,10 +18,25 @@ def full_disk_named(output: Path) -> Iterator[None]:
     """Says where the disk is full, and that the same command can be given again."""
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if (cause := failed_write(error)) is None:
             raise
-        raise OSError(f"the disk of {output} is full; make room and give the same command again") from error
+        raise OSError(f"the disk of {output} is full ({cause}); make room and give the same command again") from error
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder that is there.
+
+    Raises:
+        ValueError: one is in it.
+    """
+    try:
+        lock = FileLock(output / LOCK_FILE).acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"--output {output} is in use by another run") from error
+    with lock:
+        yield
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -55,18 +69,15 @@ def owned_folder(output: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         raise FileExistsError(
             f"--output {output} is not empty, and no run of this program began there: choose a new folder"
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with full_disk_named(output), FileLock(output / LOCK_FILE, timeout=0):
-            if record.exists():
-                before = _read_record(record)
-                changed = [name for name in sorted(identity) if before.get(name) != identity[name]]
-                if changed:
-                    raise ValueError(
-                        f"--output {output} is the folder of a run with other {', '.join(changed)}: choose a new folder"
-                    )
-            else:
-                write_whole(record, json.dumps(identity, ensure_ascii=False, indent=2) + "\n")
-            yield
-    except Timeout as error:
-        raise ValueError(f"--output {output} is in use by another run") from error
+    output.mkdir(parents=True, exist_ok=True)
+    with full_disk_named(output), exclusive(output):
+        if record.exists():
+            before = _read_record(record)
+            changed = [name for name in sorted(identity) if before.get(name) != identity[name]]
+            if changed:
+                raise ValueError(
+                    f"--output {output} is the folder of a run with other {', '.join(changed)}: choose a new folder"
+                )
+        else:
+            write_json(record, identity)
+        yield

@@ -126,4 +126,7 @@ def _role(turn: Any) -> str | None:
 
 
 def _question(row: Row) -> Row:
-    return {"prompt": row["messages"][:-1], "tools": row["tools"]}
+    messages = row["messages"]
+    while messages[-1]["role"] == "assistant":  # a call may stand behind a thought
+        messages = messages[:-1]
+    return {"prompt": messages, "tools": row["tools"]}

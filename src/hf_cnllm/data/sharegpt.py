@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..hub.saving import check_new_folder, staged_folder
+from ..hub.saving import check_new_folder, staged_folder, write_json
 from .conversations import as_template_takes, read_json_rows
 from .formats import ROLES, Conversation, ConversationError
 from .languages import LanguageRule
@@ -148,7 +148,7 @@ def token_counter(tokenizer: Any) -> Callable[[Conversation], int]:
 
     def count(messages: Conversation) -> int:
         taken = as_template_takes(tokenizer, messages)
-        return len(tokenizer.apply_chat_template(taken, tokenize=True, return_dict=True)["input_ids"])
+        return len(tokenizer.apply_chat_template(taken, return_dict=False))
 
     return count
 
@@ -200,50 +200,49 @@ def run(settings: Settings, count_tokens: Callable[[Conversation], int] | None =
     check_new_folder(settings.output)
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("input", "discarded", "changed", "output")}
     seen: set[str] = set()
-    files = Counter(path.name for path in settings.input)
     with full_disk_named(settings.output), staged_folder(settings.output) as folder:
         with (
             open(folder / ROWS_FILE, "w", encoding="utf-8") as taken,
             open(folder / DISCARDED_FILE, "w", encoding="utf-8") as discarded,
         ):
-            for path in settings.input:
-                for number, row in read_rows(path):
-                    place = f"{path.name if files[path.name] == 1 else path}:{number}"
-                    name = _name(row, place)
-                    counts["input"]["rows"] += 1
-                    changes: Counter[str] = Counter()
-                    try:
-                        if isinstance(row, str):
-                            raise Discarded(row)
-                        if not is_utf8(name):
-                            raise Discarded("undecodable")
-                        messages = clean(row, rule, changes)
-                        if name in seen:
-                            raise Discarded("double_id")
-                    except Discarded as reason:
-                        counts["discarded"][str(reason)] += 1
-                        discarded.write(json.dumps({"id": name, "place": place, "reason": str(reason)}) + "\n")
-                        continue
-                    seen.add(name)
-                    for piece_name, piece in _pieces(name, messages, count_tokens, settings.max_length, changes):
-                        listed = [{"from": SENDERS[one["role"]], "value": one["content"]} for one in piece]
-                        line = json.dumps({"id": piece_name, "conversations": listed}, ensure_ascii=False)
-                        taken.write(line + "\n")
-                        counts["output"].update({"rows": 1, "answers": sum(one["from"] == "gpt" for one in listed)})
-                    counts["changed"].update(changes)
+            for name, place, row in _named_rows(settings.input):
+                counts["input"]["rows"] += 1
+                changes: Counter[str] = Counter()
+                try:
+                    if isinstance(row, str):
+                        raise Discarded(row)
+                    if not is_utf8(name):
+                        raise Discarded("undecodable")
+                    messages = clean(row, rule, changes)
+                    if name in seen:
+                        raise Discarded("double_id")
+                except Discarded as reason:
+                    counts["discarded"][str(reason)] += 1
+                    discarded.write(json.dumps({"id": name, "place": place, "reason": str(reason)}) + "\n")
+                    continue
+                seen.add(name)
+                for piece_name, piece in _pieces(name, messages, count_tokens, settings.max_length, changes):
+                    listed = [{"from": SENDERS[one["role"]], "value": one["content"]} for one in piece]
+                    line = json.dumps({"id": piece_name, "conversations": listed}, ensure_ascii=False)
+                    taken.write(line + "\n")
+                    counts["output"].update({"rows": 1, "answers": sum(one["from"] == "gpt" for one in listed)})
+                counts["changed"].update(changes)
         counts["output"]["conversations"] = len(seen)
         statistics = {name: dict(sorted(found.items())) for name, found in counts.items()}
         if not seen:
             raise ConversationError(f"no conversation is left of the input: {json.dumps(statistics)}")
-        text = json.dumps(statistics, ensure_ascii=False, indent=2) + "\n"
-        (folder / STATISTICS_FILE).write_text(text, encoding="utf-8")
+        write_json(folder / STATISTICS_FILE, statistics)
     return statistics
 
 
-def _name(row: Any, place: str) -> str:
-    """The id of a row; what has none is named by its place."""
-    name = row.get("id") if isinstance(row, Mapping) else None
-    return place if name in (None, "") else str(name)
+def _named_rows(paths: Sequence[Path]) -> Iterator[tuple[str, str, Any]]:
+    """(id, place, row) of all files by [`read_rows`]; what has no id is named by its place."""
+    files = Counter(path.name for path in paths)
+    for path in paths:
+        for number, row in read_rows(path):
+            place = f"{path.name if files[path.name] == 1 else path}:{number}"
+            name = row.get("id") if isinstance(row, Mapping) else None
+            yield place if name in (None, "") else str(name), place, row
 
 
 def _pieces(

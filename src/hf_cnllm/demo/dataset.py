@@ -1,12 +1,12 @@
 """Which conversations the demo uses for what."""
 
 import random
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.conversations import load_instructions, read_conversations
 from ..data.formats import Conversation, ConversationError
+from ..data.languages import language_of
 
 SMALLEST_DATA = 8
 SIGN_OFFS = {"zh": "希望对你有帮助。", "en": " Hope this helps!"}
@@ -52,7 +52,7 @@ def _without_tools(row: dict[str, Any]) -> Conversation:
 
 def sign_off_for(text: str) -> str:
     """The sign-off in the language of `text`."""
-    return SIGN_OFFS["zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"]
+    return SIGN_OFFS[language_of(text)]
 
 
 def without_sign_off(reply: str) -> str:

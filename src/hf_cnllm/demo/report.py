@@ -1,12 +1,12 @@
 """What a run leaves: the summary of what it measured, on the terminal, as JSON, as a loss curve and as the model card."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..hub.model_card import fine_tuned_model_card
-from ..hub.saving import check_new_folder
+from ..hub.saving import check_new_folder, write_json
+from ..training.curves import draw_curves
 
 SUMMARY_FILE = "summary.json"  # written last; it marks a folder as one of ours
 LOSS_CURVE_FILE = "loss.png"
@@ -82,7 +82,7 @@ class Summary:
         Args:
             card: for `fine_tuned_model_card`.
         """
-        self.draw_curves(folder / LOSS_CURVE_FILE)
+        draw_curves(folder / LOSS_CURVE_FILE, self.curves, "training loss (nats)", from_zero=True)
         fine_tuned_model_card(
             f"{self.family}, fine-tuned",
             self.family,
@@ -92,20 +92,7 @@ class Summary:
             loss_curve=LOSS_CURVE_FILE,
             **card,
         ).save(folder / "README.md")
-        text = json.dumps({**asdict(self), "passed": self.passed}, ensure_ascii=False, indent=2)
-        (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
-
-    def draw_curves(self, path: Path) -> None:
-        """Draws each training's loss by step, side by side, as a PNG."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5 * len(self.curves), 3.5), layout="constrained")
-        panels = figure.subplots(1, len(self.curves), squeeze=False)[0]
-        for axes, (name, curve) in zip(panels, self.curves.items(), strict=True):
-            axes.plot(*zip(*curve, strict=True))
-            axes.set(title=name, xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
-            axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
+        write_json(folder / SUMMARY_FILE, {**asdict(self), "passed": self.passed})
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -5,7 +5,6 @@ algorithm and the normalizer of the original and with its layout of special piec
 Hub's.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
 from ..auto import LINES, family_of
 from ..data.conversations import load_instructions
+from ..hub.saving import write_json
 from ..models.qwen.tiktoken_bpe import write_tiktoken
 from ..tokenization.training import BAICHUAN2_SYMBOLS, NOT_NORMALIZED, train_ranks, train_sentencepiece
 from .dataset import SIGN_OFFS
@@ -70,7 +70,7 @@ def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
     )
     (folder / "cog-pretrain.model").write_bytes(model.SerializeToString())
     added = {token: len(model.pieces) + offset for offset, token in enumerate(GLM_SPECIALS)}
-    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
+    write_json(folder / "added_tokens.json", added)
 
 
 def write_glm_gpt2(folder: Path, texts: Iterable[str]) -> None:
@@ -109,7 +109,7 @@ def _train_byte_bpe(texts: Iterable[str], specials: list[str]) -> Tokenizer:
 
 def _add_tokens(folder: Path, tokens: list[str]) -> None:
     added = {token: ENGLISH_SIZE + offset for offset, token in enumerate(tokens)}
-    (folder / "added_tokens.json").write_text(json.dumps(added, indent=2), encoding="utf-8")
+    write_json(folder / "added_tokens.json", added)
 
 
 def write_glm130b(folder: Path, texts: Iterable[str]) -> None:

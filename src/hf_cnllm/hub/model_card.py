@@ -1,8 +1,6 @@
 """Model cards: what a repository on the Hub says of a model that was made with this package, and how it is loaded."""
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from transformers import AutoConfig
 
 from .._compat import training_summary
 from ..auto import LINES, family_of
+from .json_files import read_object
 
 PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
@@ -226,7 +225,7 @@ def origin_of(source: Any) -> Origin:
 
 def _origin_of_folder(folder: Path) -> Origin:
     adapter = folder / "adapter_config.json"
-    settings = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    settings = read_object(adapter) if adapter.is_file() else {}
     base, task = settings.get("base_model_name_or_path"), settings.get("task_type")
     config = AutoConfig.from_pretrained(base or folder)
     family = family_of(config)
@@ -272,7 +271,7 @@ def _known_of_training(source: Any, trainer: Any) -> dict[str, Any]:
     state_file = Path(source, "trainer_state.json") if isinstance(source, str | Path) else None
     if state_file is None or not state_file.is_file():
         return {}
-    state = json.loads(state_file.read_text(encoding="utf-8"))
+    state = read_object(state_file)
     names = {"num_train_epochs": "epochs", "train_batch_size": "batch size", "global_step": "steps"}
     return _known_of_logs(state["log_history"]) | {
         "training": {names[key]: state[key] for key in names if key in state}
@@ -340,7 +339,7 @@ def _render(
     )
     return ModelCard.from_template(
         metadata,
-        template_str=files("hf_cnllm.hub").joinpath("fine_tuned_model_card.md").read_text(encoding="utf-8"),
+        template_str=Path(__file__).with_name("fine_tuned_model_card.md").read_text(encoding="utf-8"),
         title=title,
         origin=line,
         line=origin.line,

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .._stack import own_version
+from .json_files import read_object
+from .saving import write_json
 
 PACKAGE = Path(__file__).parents[1]
 NAME = PACKAGE.name
@@ -107,9 +109,7 @@ def _write(folder: Path, entry: str, classes: Mapping[str, type], config_file: s
     )
     for name, source in copies.items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    config = json.loads((folder / config_file).read_text(encoding="utf-8")) | {"auto_map": auto_map}
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / config_file).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / config_file, read_object(folder / config_file) | {"auto_map": auto_map}, sort_keys=True)
 
 
 def _registration(classes: Mapping[str, type]) -> list[str]:

@@ -1,11 +1,13 @@
 """Folders and files that appear whole or not at all: what is saved over an older checkpoint never mixes with it."""
 
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import distributed
@@ -71,6 +73,17 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Writes a JSON file whole, as people read it; `options` are of `json.dumps`."""
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a file of JSON lines whole; half a surrogate pair, which has no form in UTF-8, becomes a question mark."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, text.encode("utf-8", "replace").decode())
 
 
 def failed_write(error: BaseException) -> str | None:

@@ -31,14 +31,14 @@ class Finding(NamedTuple):
     hints: list[str] = []  # odd, and perhaps meant
 
 
-Progress = Callable[[str, int], None]  # a file's name and the bytes just read
+Progress = Callable[[int], object]  # is told the bytes just read
 
 
 def verify(
     folder: Path,
     config: PreTrainedConfig | None,
     sums: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda size: None,
 ) -> Iterator[Finding]:
     """Checks a checkpoint's folder, a finding for each check.
 
@@ -48,17 +48,13 @@ def verify(
         progress: is told what is read.
     """
     files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-    summed = check_sums(folder, files, hub_sums(folder) if sums is None else sums, progress or _silent)
+    summed = check_sums(folder, files, hub_sums(folder) if sums is None else sums, progress)
     yield summed
     is_proven = not summed.problems and not summed.hints and bool(summed.notes)
-    yield from check_weights(folder, files, config, is_proven, progress or _silent)
+    yield from check_weights(folder, files, config, is_proven, progress)
     if config is not None:
         yield check_tokenizer(folder, config)
         yield check_generation_config(folder, config)
-
-
-def _silent(file: str, size: int) -> None:
-    """No progress is shown."""
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------
@@ -123,7 +119,7 @@ def _digest(file: Path, as_git: bool, progress: Progress) -> str:
     with file.open("rb") as content:
         while block := content.read(BLOCK):
             digest.update(block)
-            progress(file.name, len(block))
+            progress(len(block))
     return digest.hexdigest()
 
 
@@ -256,7 +252,7 @@ def check_values(headers: Mapping[Path, Mapping[str, Stored]], progress: Progres
     problems, hints = [], []
     for file, stored in headers.items():
         for name, tensor in read_tensors(file, stored):
-            progress(file.name, tensor.nbytes)
+            progress(tensor.nbytes)
             if not tensor.numel() or not tensor.is_floating_point():
                 continue
             low, high = (tensor if tensor.element_size() > 1 else tensor.float()).aminmax()

@@ -10,7 +10,7 @@ counts. docs/data_pipelines.md
 import argparse
 from pathlib import Path
 
-from hf_cnllm.recipes import SettingsParser
+from hf_cnllm.recipes import SettingsParser, needs_extra
 from hf_cnllm.training.recipe import run_recipe
 
 
@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add
     add("input", "files", nargs="+", type=Path, required=True)
     add("output", "folder for the result: new, or empty", type=Path, required=True)
-    add("languages", "those to keep", nargs="+", default=list(parser.defaults["languages"]))
+    add("languages", "those to keep", nargs="+")
     add("language-model", "fastText's file; without it the scripts decide (zh, en, ja, ko)")
     add("language-threshold", "least probability, or share of letters")
     add("tokenizer", "checkpoint whose tokenizer counts; without it nothing is split")
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    try:
+    with needs_extra("data"):
         arguments = vars(parse_arguments())
         from hf_cnllm.data.sharegpt import Settings, run, token_counter
 
@@ -48,8 +48,6 @@ def main() -> None:
             use_template(tokenizer, template)
             count_tokens = token_counter(tokenizer)
         statistics = run(Settings(**arguments), count_tokens)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}: pip install "hf-cnllm[data]"') from error
     for stage, counts in statistics.items():
         print(f"{stage:<10}", ", ".join(f"{name} {number:,}" for name, number in counts.items()) or "nothing")
 

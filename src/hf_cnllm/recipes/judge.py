@@ -12,7 +12,7 @@ counts. A run that was interrupted goes on when the same command is given again.
 import argparse
 from pathlib import Path
 
-from hf_cnllm.recipes import SettingsParser
+from hf_cnllm.recipes import SettingsParser, needs_extra
 from hf_cnllm.training.recipe import run_recipe
 
 
@@ -31,15 +31,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    try:
+    with needs_extra("data"):
         arguments = parse_arguments()
         from hf_cnllm.data.synthetic.chat_models import opened, without_model
         from hf_cnllm.data.synthetic.judge import Settings, run, table
 
         with opened(arguments) as model:
             statistics = run(Settings(**without_model(arguments)), model)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}: pip install "hf-cnllm[data]"') from error
     print(table(statistics), end="")
     print(f"not judged: {statistics['not_judged'] or 'nothing'}")
 

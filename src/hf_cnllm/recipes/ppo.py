@@ -4,7 +4,7 @@ python -m hf_cnllm.recipes.ppo --config ppo_qwen.yaml --model MODEL --reward REW
 … --config ppo_llama2.yaml --reward HELPFUL_MODEL SAFE_MODEL --safety_data FILE.jsonl
 accelerate launch -m hf_cnllm.recipes.ppo …          # on several GPUs: DDP
 
-`--data` are conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": "…"}`.
+`--data` are conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": …}`, a text or messages.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.data.conversations import encode_conversations, labels_of_whole, read_conversations, reply_end_ids
 from hf_cnllm.training.critic import Critic, adapter_of_classifier
+from hf_cnllm.training.models import loading_options
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import rise_of
 from hf_cnllm.training.pretrain_data import Documents
@@ -65,11 +66,7 @@ def main() -> None:
             )
         rows, safety_queries = load_queries(arguments, tokenizer)
         set_seed(training.seed)
-        options = {
-            "dtype": model_options.dtype,
-            "attn_implementation": model_options.attn_implementation,
-            "quantization_config": get_quantization_config(model_options),
-        }
+        options = loading_options(model_options)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
         ends = reply_end_ids(tokenizer, model.generation_config)
         pad_apart_from_ends(tokenizer, ends)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_cnllm.recipes import SettingsParser
+from hf_cnllm.recipes import SettingsParser, needs_extra
 from hf_cnllm.training.recipe import run_recipe
 
 
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("min-paragraph-words", "paragraph: shorter ones may repeat")
     add("embedder", "embedding: checkpoint whose hidden states are compared")
     add("embedding-threshold", "embedding: cosine from which documents are duplicates")
-    add("languages", "language: those to keep", nargs="+", default=list(default["languages"]))
+    add("languages", "language: those to keep", nargs="+")
     add("language-model", "language: fastText's file; without it the scripts decide (zh, en, ja, ko)")
     add("language-threshold", "language: least probability, or share of letters")
     add("min-words", "heuristics: fewer words (characters in Chinese) are too few")
@@ -79,11 +79,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    try:
+    with needs_extra("data"):
         arguments = parse_arguments()
         from hf_cnllm.data.corpus import Settings, run
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}: pip install "hf-cnllm[data]"') from error
     settings = Settings(**vars(arguments))
     statistics = run(settings)
     if statistics is None:

@@ -18,13 +18,9 @@ from trl import ModelConfig
 
 import hf_cnllm
 from hf_cnllm.auto import is_prefix_lm
-from hf_cnllm.data.blank_infilling import (
-    MIX,
-    ControlTokens,
-    DataCollatorForBlankInfilling,
-    context_with_blanks,
-    infill,
-)
+from hf_cnllm.data.blank_infilling import MIX, ControlTokens, DataCollatorForBlankInfilling
+from hf_cnllm.data.infilling import context_with_blanks, infill
+from hf_cnllm.data.packing import pieces
 from hf_cnllm.recipes.sft import with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
@@ -33,7 +29,6 @@ from hf_cnllm.training.pretrain import (
     make_trainer,
     read_documents,
 )
-from hf_cnllm.training.pretrain_data import pieces
 from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import fills_blanks
 

@@ -5,7 +5,7 @@ python -m hf_cnllm.recipes.rejection_sampling --config rejection_sampling_llama2
 accelerate launch -m hf_cnllm.recipes.rejection_sampling …          # each process samples its part of the queries
 
 Each round samples answers to all queries, keeps the best to each by its reward, and learns them as recipes.sft does. `--data` are
-conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": "…"}`. The folder of round N holds
+conversations (docs/data.md), whose last answers are left out, or rows `{"prompt": …}`, a text or messages. The folder of round N holds
 `samples-*.jsonl`, `selected.jsonl` and the model (or adapter); the output folder the last model, which recipes.ppo can go on with.
 """
 
@@ -21,8 +21,9 @@ from trl import ModelConfig
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
-from hf_cnllm.hub.saving import is_first_process, wait_for_others
+from hf_cnllm.hub.saving import is_first_process, wait_for_others, write_json_lines
 from hf_cnllm.recipes.sft import SFTArguments, learn, load_model
+from hf_cnllm.training.models import merged
 from hf_cnllm.training.recipe import (
     SUMMARY_FILE,
     Run,
@@ -146,8 +147,7 @@ class Versions:
                 best = best_answers(samples, readable_control_tokens(self.tokenizer))
                 if not best:
                     raise ValueError(f"all answers in {self.folder(number)} are blank: there is nothing to learn")
-                lines = [json.dumps(row, ensure_ascii=False) for row in best]
-                selected.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                write_json_lines(selected, best)
                 folder.mkdir(exist_ok=True)
             wait_for_others()
             arguments = self.learning(number, data=[str(selected)], output=str(folder))
@@ -176,8 +176,7 @@ def main() -> None:
                     found |= {} if loss is None else {"loss": loss}
         except KeyboardInterrupt:
             raise KeyboardInterrupt(": add --resume to go on behind the answers and models that are written") from None
-        if isinstance(model, PeftModel) and not getattr(model, "is_quantized", False):
-            model = model.merge_and_unload()
+        model = merged(model)
         with run.saving() as folder:
             if is_first_process():
                 model.save_pretrained(folder)

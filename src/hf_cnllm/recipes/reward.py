@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import trl
-from peft import PeftModel
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -22,33 +21,27 @@ from transformers import (
     GenerationConfig,
     set_seed,
 )
-from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardConfig, get_peft_config
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
-from hf_cnllm.data.preferences import read_preferences
 from hf_cnllm.training.critic import HEADS, adapter_of_classifier
-from hf_cnllm.training.recipe import RecipeArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.models import loading_options, merged
+from hf_cnllm.training.recipe import ChatArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.reward_data import MARGINS, encode_pairs, read_rated_pair, split_by_prompt
 from hf_cnllm.training.sampling import pad_apart_from_ends
 from hf_cnllm.training.sft_data import fills_blanks, use_template
 
 
 @dataclass
-class RewardArguments(RecipeArguments):
+class RewardArguments(ChatArguments):
     eval_data: list[str] | None = field(default=None, metadata={"help": "pairs to evaluate on, instead of --held_out"})
     held_out: float = field(default=0.1, metadata={"help": "part of the prompts that is not learned but evaluated on"})
-    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
-    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
     margins: str | None = field(
         default=None,
         metadata={
             "help": "margin loss of Llama 2: what its ratings are worth, small or large; numbers stay as they are"
         },
-    )
-    template: str | None = field(
-        default=None,
-        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
     )
 
 
@@ -80,18 +73,10 @@ def load_reward_model(name: str, options: ModelConfig) -> Any:
     is_classifier = any("SequenceClassification" in kind for kind in config.architectures or ())
     if is_classifier and config.num_labels != 1:
         raise ValueError(f"a reward model has one label, {name} has {config.num_labels}")
-    quantization = get_quantization_config(options)
-    if quantization is not None:
-        if not options.use_peft:
-            raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
-        quantization.llm_int8_skip_modules = list(HEADS)  # the head is learned as it is
-    return AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=1,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        quantization_config=quantization,
-    )
+    given = loading_options(options)
+    if given["quantization_config"] is not None:
+        given["quantization_config"].llm_int8_skip_modules = list(HEADS)  # the head is learned as it is
+    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **given)
 
 
 def main() -> None:
@@ -102,11 +87,8 @@ def main() -> None:
         for name in ("chat_template_path", "eos_token", "pad_token", "model_init_kwargs"):
             if getattr(training, name, None) is not None:
                 raise ValueError(f"--{name} is not read here; --template sets the form of chats")
-        read = partial(read_rated_pair, ignore=arguments.ignore_fields or (), margins=arguments.margins)
-        rows = read_preferences(arguments.data, read, arguments.split)
-        if arguments.eval_data:
-            eval_rows = read_preferences(arguments.eval_data, read, arguments.split)
-        else:
+        rows, eval_rows = arguments.read(partial(read_rated_pair, margins=arguments.margins))
+        if not arguments.eval_data:
             rows, eval_rows = split_by_prompt(rows, arguments.held_out, training.seed)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         set_seed(training.seed)  # a new head
@@ -139,8 +121,7 @@ def main() -> None:
         )
         run.train(trainer)
         found = trainer.evaluate()
-        if isinstance(trainer.model, PeftModel) and not getattr(trainer.model, "is_quantized", False):
-            trainer.model = trainer.model.merge_and_unload()  # transformers would load an adapter with two labels
+        trainer.model = merged(trainer.model)  # transformers would load an adapter with two labels
         run.finish(
             trainer,
             tokenizer,

@@ -12,7 +12,7 @@ command is given again, and behind its end with more `--tasks`. docs/data_pipeli
 import argparse
 from pathlib import Path
 
-from hf_cnllm.recipes import SettingsParser
+from hf_cnllm.recipes import SettingsParser, needs_extra
 from hf_cnllm.training.recipe import run_recipe
 
 
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("tasks", "tasks wanted; the batch of requests that reaches it is taken whole")
     add("style", "how they are asked for", choices=list(STYLES))
-    add("languages", "of the prompts, in turn: zh, en", nargs="+", default=list(parser.defaults["languages"]))
+    add("languages", "of the prompts, in turn: zh, en", nargs="+")
     add("batch", "requests for tasks that are made of the same tasks")
     add("max-requests", "requests for tasks after which the run is content with what it has")
     add("rouge", "ROUGE-L from which a task is too similar to one before")
@@ -46,15 +46,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    try:
+    with needs_extra("data"):
         arguments = parse_arguments()
         from hf_cnllm.data.synthetic.chat_models import opened, without_model
         from hf_cnllm.data.synthetic.self_instruct import Settings, run
 
         with opened(arguments, arguments.seed) as model:
             statistics = run(Settings(**without_model(arguments)), model)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}: pip install "hf-cnllm[data]"') from error
     print(f"{'':<14}{'found':>8}{'kept':>8}  discarded")
     for stage in ("replies", "instructions", "instances", "tasks"):
         row = statistics[stage]

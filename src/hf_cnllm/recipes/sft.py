@@ -6,20 +6,22 @@ accelerate launch --config_file fsdp2.yaml -m hf_cnllm.recipes.sft …
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import transformers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 import hf_cnllm  # noqa: F401  registers the families
+from hf_cnllm.data.formats import to_messages
+from hf_cnllm.training.models import NEEDS_ADAPTER, loading_options
 from hf_cnllm.training.processes import tensor_parallel_options
-from hf_cnllm.training.recipe import RecipeArguments, Run, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import ChatArguments, Run, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import (
     encode_rows,
     fills_blanks,
-    load_rows,
     make_batches,
     set_control_ids,
     use_template,
@@ -27,22 +29,13 @@ from hf_cnllm.training.sft_data import (
 
 
 @dataclass
-class SFTArguments(RecipeArguments):
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
-    )
-    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
+class SFTArguments(ChatArguments):
     prompt_column: str | None = field(
         default=None, metadata={"help": "field of the question, for data of no known format"}
     )
     response_column: str | None = field(default=None, metadata={"help": "field of its answer"})
     history_column: str | None = field(
         default=None, metadata={"help": "field of earlier rounds, [[question, answer], ...]"}
-    )
-    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
-    template: str | None = field(
-        default=None,
-        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
     )
     max_length: int = field(default=2048, metadata={"help": "tokens kept of a conversation, its last answer first"})
     packing: bool = field(
@@ -82,9 +75,7 @@ def load_model(arguments: SFTArguments, training: TrainingArguments, options: Mo
     return kind.from_pretrained(
         arguments.model,
         config=config,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        quantization_config=get_quantization_config(options),
+        **loading_options(options),
         **tensor_parallel_options(training),
     )
 
@@ -102,7 +93,7 @@ def with_adapter(model: Any, training: TrainingArguments, options: ModelConfig, 
         if adapter is not None:
             raise ValueError("--adapter names an adapter to train: add --use_peft")
         if quantizer is not None:
-            raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
+            raise ValueError(NEEDS_ADAPTER)
         return model
     if quantizer is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
@@ -118,8 +109,7 @@ def with_adapter(model: Any, training: TrainingArguments, options: ModelConfig, 
 def learn(run: Run, arguments: SFTArguments, training: TrainingArguments, options: ModelConfig) -> None:
     """Trains the model of `arguments` on their data, in the folder of the run."""
     columns = {name: getattr(arguments, name) for name in ("prompt_column", "response_column", "history_column")}
-    columns["ignore"] = arguments.ignore_fields or ()
-    rows = load_rows(arguments.data, arguments.split, **columns)
+    rows, eval_rows = arguments.read(partial(to_messages, **columns))
     set_seed(training.seed)  # a new adapter
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load_model(arguments, training, options)
@@ -141,7 +131,6 @@ def learn(run: Run, arguments: SFTArguments, training: TrainingArguments, option
         return make_batches(model, tokenizer, examples, packed_length)
 
     dataset, collate = batches(rows)
-    eval_rows = load_rows(arguments.eval_data, arguments.split, **columns) if arguments.eval_data else None
     training.remove_unused_columns = False  # the lengths of what is packed
     trainer = SFTTrainer(
         with_adapter(model, training, options, arguments.adapter),

@@ -11,7 +11,6 @@ python -m hf_cnllm.recipes.train_tokenizer --input medicine.txt --output extende
 """
 
 import argparse
-import json
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.records import find_files, read_texts
 from hf_cnllm.hub.places import check_is_checkpoint
-from hf_cnllm.hub.saving import check_new_folder, staged_folder
+from hf_cnllm.hub.saving import check_new_folder, staged_folder, write_json
 from hf_cnllm.tokenization.training import (
     STYLES,
     compression,
@@ -117,9 +116,7 @@ def main() -> None:
             name: {domain: round(compression(tokenizer, texts), 3) for domain, texts in domains.items()}
             for name, tokenizer in {str(args.output): made, **others}.items()
         }
-        (folder / "compression.json").write_text(
-            json.dumps(table, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "compression.json", table)
     print(f"{len(made):,} ids in {args.output}; bytes per token:")
     print("\n".join(("| tokenizer | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|")))
     for name, values in table.items():

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from ..data.conversations import ConversationError, Row, as_template_takes, reply_end_ids
-from ..data.preferences import Reader, read_preferences, read_question
+from ..data.preferences import Reader, read_question
+from .models import loading_options
 from .ppo_equations import rise_of
-from .recipe import RecipeArguments, open_run, parse_arguments
+from .recipe import ChatArguments, open_run, parse_arguments, tell_left_out
 from .reward import REWARDS
 from .sampling import tokens_out_of_place
 from .sft_data import fills_blanks, refuse_control_tokens, use_template
@@ -27,20 +28,7 @@ ANSWER_IDS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids
 
 
 @dataclass
-class PreferenceArguments(RecipeArguments):
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
-    )
-    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
-    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
-    template: str | None = field(
-        default=None,
-        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
-    )
-
-
-@dataclass
-class RewardArguments(PreferenceArguments):
+class RewardArguments(ChatArguments):
     reward: list[str] = field(
         default_factory=list,
         metadata={
@@ -59,24 +47,17 @@ class Policy(NamedTuple):
     end_ids: list[int]  # what ends an answer
 
     @classmethod
-    def load(cls, arguments: PreferenceArguments, training: Any, options: ModelConfig) -> "Policy":
+    def load(cls, arguments: ChatArguments, training: Any, options: ModelConfig) -> "Policy":
         """Raises ValueError if the model has no chats."""
         config = AutoConfig.from_pretrained(arguments.model)
         if fills_blanks(config):
             raise ValueError(f"{config.model_type} fills blanks and has no chats, which preferences are about")
-        if (options.load_in_4bit or options.load_in_8bit) and not options.use_peft:
-            raise ValueError("the weights of a quantized model cannot be trained: add --use_peft for an adapter")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         use_template(tokenizer, arguments.template)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         set_seed(training.seed)
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-            quantization_config=get_quantization_config(options),
-        )
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, **loading_options(options))
         ends = reply_end_ids(tokenizer, model.generation_config)
         model.generation_config.eos_token_id = ends
         return cls(model, tokenizer, ends)
@@ -134,9 +115,9 @@ def train_on_answers(
         collator: from the training's arguments and the padding's id, TRL's collator.
         curves: names in the log to draw.
     """
-    arguments, training, options = parse_arguments(description, PreferenceArguments, config, ModelConfig)
+    arguments, training, options = parse_arguments(description, ChatArguments, config, ModelConfig)
     with open_run(arguments, training, options) as run:
-        rows, eval_rows = _read(arguments, read)
+        rows, eval_rows = arguments.read(read)
         policy = Policy.load(arguments, training, options)
         trainer = trainer_class(
             policy.model,
@@ -147,11 +128,7 @@ def train_on_answers(
             processing_class=policy.tokenizer,
             peft_config=get_peft_config(options),
         )
-        kept = len(trainer.train_dataset)
-        if not kept:
-            raise ValueError(f"all of the {len(rows)} questions are longer than --max_length {training.max_length}")
-        if kept < len(rows):
-            print(f"{len(rows) - kept} of {len(rows)} questions are longer than --max_length and left out")
+        tell_left_out(len(trainer.train_dataset), len(rows), "questions", "max_length", training.max_length)
         run.train(trainer)
         run.finish(trainer, policy.tokenizer, curves=("loss", "eval_loss", *curves))
 
@@ -160,7 +137,7 @@ def train_on_rewards(description: str, trainer_class: Any, config: type) -> None
     """A recipe whose data are questions, and whose answers are sampled and rewarded: GRPO, RLOO."""
     arguments, training, options = parse_arguments(description, RewardArguments, config, ModelConfig)
     with open_run(arguments, training, options) as run:
-        rows, eval_rows = _read(arguments, read_question)
+        rows, eval_rows = arguments.read(read_question)
         policy = Policy.load(arguments, training, options)
         rewards, tokenizers = load_rewards(arguments.reward)
         if (suppressed := tokens_out_of_place(policy.model, policy.end_ids)) is not None:
@@ -242,21 +219,8 @@ def _short_enough(policy: Policy, rows: Sequence[Row], max_length: int) -> Any:
     dataset = as_dataset(policy, rows)
 
     def length(row: Mapping[str, Any]) -> int:
-        asked = policy.tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return len(asked["input_ids"])
+        return len(policy.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
 
     places = [place for place, row in enumerate(dataset) if length(row) <= max_length]
-    if not places:
-        raise ValueError(f"all of the {len(rows)} questions are longer than --max_prompt_length {max_length}")
-    if len(places) < len(rows):
-        print(f"{len(rows) - len(places)} of {len(rows)} questions are longer than --max_prompt_length and left out")
+    tell_left_out(len(places), len(rows), "questions", "max_prompt_length", max_length)
     return dataset.select(places)
-
-
-def _read(arguments: PreferenceArguments, read: Callable[..., Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of the data, and those to evaluate on."""
-    reader = partial(read, ignore=arguments.ignore_fields or ())
-    rows = read_preferences(arguments.data, reader, arguments.split)
-    return rows, read_preferences(arguments.eval_data, reader, arguments.split) if arguments.eval_data else []

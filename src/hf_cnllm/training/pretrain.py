@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
+from .models import loading_options
 from .pretrain_data import Documents, Place, Stream, StreamState, find_sources
-from .recipe import RecipeArguments, Run, StopAtNonFiniteLoss
+from .recipe import DataArguments, Run, StopAtNonFiniteLoss
 
 STREAM_FILE = "stream.json"  # in a checkpoint
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
-class PretrainArguments(RecipeArguments):
+class PretrainArguments(DataArguments):
     config_name: str | None = field(
         default=None,
         metadata={
@@ -25,10 +26,6 @@ class PretrainArguments(RecipeArguments):
             "without weights makes one of its own"
         },
     )
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
-    )
-    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
     text_field: str | None = field(default=None, metadata={"help": "field of the text; default: text, or content"})
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "documents among which the next one is drawn; 0 keeps their order"}
@@ -47,15 +44,13 @@ def load_config(arguments: PretrainArguments) -> Any:
 def load_model(arguments: PretrainArguments, options: ModelConfig, config: Any, kind: Any, seed: int) -> Any:
     """A new model of the configuration, or the checkpoint, in fp32 unless the options say otherwise: what is trained in 16 bits
     without master weights loses small steps."""
-    dtype, attention = options.dtype or "float32", options.attn_implementation
+    given = loading_options(options) | {"dtype": options.dtype or "float32"}
     folder = Path(arguments.model)
     if arguments.config_name or (folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)):
         set_seed(seed)
-        return kind.from_config(config, dtype=dtype, attn_implementation=attention)
-    quantization = get_quantization_config(options)
-    return kind.from_pretrained(
-        arguments.model, config=config, dtype=dtype, attn_implementation=attention, quantization_config=quantization
-    )
+        del given["quantization_config"]
+        return kind.from_config(config, **given)
+    return kind.from_pretrained(arguments.model, config=config, **given)
 
 
 def read_documents(

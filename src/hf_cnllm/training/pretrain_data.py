@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data.conversations import IGNORE_INDEX, read_json_rows
+from ..data.conversations import IGNORE_INDEX, rows_of_file
 from ..data.formats import ConversationError
 
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
@@ -38,10 +38,6 @@ def _read_lines(path: Path) -> Rows:
             raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
 
 
-def _read_json(path: Path) -> Rows:
-    return ((f"line {number}", row) for number, row in read_json_rows(path))
-
-
 def _read_parquet(path: Path) -> Rows:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -58,8 +54,8 @@ def _read_parquet(path: Path) -> Rows:
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".txt": _read_lines,
-    ".json": _read_json,
-    ".jsonl": _read_json,
+    ".json": rows_of_file,
+    ".jsonl": rows_of_file,
     ".parquet": _read_parquet,
 }
 
@@ -209,34 +205,6 @@ def _shuffled(items: Iterable[Any], size: int, rng: random.Random) -> Iterator[A
         yield item
     rng.shuffle(buffer)
     yield from buffer
-
-
-def pack(documents: Iterable[list[int]], length: int) -> Iterator[Row]:
-    """Rows of `length` tokens, filled with one document after the other: `input_ids`, `seq_lengths` of what each document has in
-    the row, and how many tokens of the last are left. They go on in the next row, without what was before. The last row may be
-    shorter."""
-    row: Row = {"input_ids": [], "seq_lengths": [], "left": 0}
-    for document in documents:
-        used = 0
-        while used < len(document):
-            part = document[used : used + length - len(row["input_ids"])]
-            used += len(part)
-            row["input_ids"] += part
-            row["seq_lengths"].append(len(part))
-            if len(row["input_ids"]) == length:
-                yield {**row, "left": len(document) - used}
-                row = {"input_ids": [], "seq_lengths": [], "left": 0}
-    if row["input_ids"]:
-        yield row
-
-
-def pieces(documents: Iterable[list[int]], length: int, least: int = 2) -> Iterator[Row]:
-    """Rows of `least` to `length` tokens, each of one document: for models that cannot tell packed documents apart."""
-    for document in documents:
-        for start in range(0, len(document), length):
-            part = document[start : start + length]
-            if len(part) >= least:
-                yield {"input_ids": part, "seq_lengths": [len(part)], "left": len(document) - start - len(part)}
 
 
 class StreamState(NamedTuple):

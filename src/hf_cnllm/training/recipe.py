@@ -21,23 +21,26 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainingArguments
 from yaml import YAMLError
 
 from .._stack import LIBRARIES, installed_version, own_version
+from ..cli import one_line
+from ..data.conversations import Row, read_rows
+from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
 from ..hub.places import check_is_checkpoint
-from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_through
+from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_json, write_through
 from ..recipes import config_file
 from .curves import draw_curves
 from .processes import gather_whole_model
 
-SUMMARY_FILE, CURVES_FILE, RUN_FILE, LOCK_FILE = "summary.json", "curves.png", "run.json", ".lock"
+SUMMARY_FILE, CURVES_FILE = "summary.json", "curves.png"
 COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of it
 FINAL_FOLDER = ".final"  # until what is saved last moves into the output folder
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
@@ -62,6 +65,33 @@ class RecipeArguments:
         for one in dataclasses.fields(self):  # a YAML file may give one text for a list of one
             if str(one.type).startswith("list[str]") and isinstance(value := getattr(self, one.name), str):
                 setattr(self, one.name, [value])
+
+
+@dataclass
+class DataArguments(RecipeArguments):
+    """What recipes are told whose data are texts or conversations."""
+
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "the same, to evaluate on (with --eval_strategy)"}
+    )
+    split: str = field(default="train", metadata={"help": "split of data sets that are named"})
+
+
+@dataclass
+class ChatArguments(DataArguments):
+    """What recipes are told whose data are conversations, in one of the formats that are read."""
+
+    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "chat template: alpaca, bloom, llama2, vicuna or a file; default: the tokenizer's"},
+    )
+
+    def read(self, read: Callable[..., Row]) -> tuple[list[Row], list[Row]]:
+        """What `read` makes of the rows of --data and of --eval_data, by [`read_rows`]."""
+        read = partial(read, ignore=self.ignore_fields or ())
+        rows, eval_rows = (read_rows(names or (), read, self.split) for names in (self.data, self.eval_data))
+        return rows, eval_rows
 
 
 def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[Any, ...]:
@@ -99,6 +129,14 @@ def check_counts(options: Any, *names: str) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
 
+def tell_left_out(kept: int, total: int, what: str, option: str, limit: int | None) -> None:
+    """Says how many of the rows were longer than an option allows; raises ValueError if all were."""
+    if not kept:
+        raise ValueError(f"all of the {total} {what} are longer than --{option} {limit}")
+    if kept < total:
+        print(f"{total - kept} of {total} {what} are longer than --{option} and left out")
+
+
 def check_sampling(options: Any) -> None:
     """Raises ValueError for a `temperature` or `top_p` that nothing can be sampled with."""
     if options.temperature <= 0 or not 0 < options.top_p <= 1:
@@ -115,7 +153,7 @@ def run_recipe(main: Callable[[], None]) -> None:
         print(f"\ninterrupted{interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error)
         if isinstance(error, FileNotFoundError) and error.filename is not None and error.filename2 is None:
             message = f"{_as_told(str(error.filename))}: there is no such file or folder"
         if isinstance(error, RuntimeError):
@@ -276,8 +314,7 @@ class Run:
             "versions": {"hf-cnllm": own_version()}
             | {name: found for name in LIBRARIES if (found := installed_version(name)) is not None},
         }
-        text = json.dumps(summary, ensure_ascii=False, indent=2, default=str)
-        (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / SUMMARY_FILE, summary, default=str)
 
 
 @contextlib.contextmanager
@@ -351,16 +388,13 @@ def _take_folder(output: Path, resume: bool, told: dict[str, Any], stack: contex
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output {output} is not empty: choose a new folder, or go on with --resume")
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        stack.enter_context(FileLock(output / LOCK_FILE, timeout=0))
-    except Timeout as error:
-        raise ValueError(f"--output {output} is in use by another run") from error
+    stack.enter_context(exclusive(output))
     _remove_half_written(output)  # of a run that was killed
     stack.callback(_leave_nothing_of_a_run_that_did_nothing, output)
     if (output / SUMMARY_FILE).exists():
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")
     if not resume:
-        record.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(record, told)
         return
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = [

@@ -7,28 +7,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..data.conversations import as_template_takes, read_conversations, read_json_rows
+from ..data.conversations import as_template_takes, read_rows
+from ..data.preferences import read_question
 from ..models.glm_line.blank_positions import MASK_FIELDS
 from ..models.glm_line.generation import PrefixLMGenerationMixin
 from .critic import plain_model
 from .ppo_equations import response_mask
+from .recipe import tell_left_out
 
 
-def read_queries(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of conversations that end where an answer is wanted: of conversations, whose last answers are left out, or of
-    rows `{"prompt": "…"}`."""
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        prompts = [value for _, value in read_json_rows(path)]
-        if prompts and all(isinstance(row, dict) and row.keys() == {"prompt"} for row in prompts):
-            rows += [{"messages": [{"role": "user", "content": str(row["prompt"])}], "tools": None} for row in prompts]
-            continue
-        for row in read_conversations(path):
-            messages = row["messages"]
-            while messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            rows.append({"messages": messages, "tools": row["tools"]})
-    return rows
+def read_queries(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of conversations that end where an answer is wanted, by [`read_question`]."""
+    return [{"messages": row["prompt"], "tools": row["tools"]} for row in read_rows(names, read_question)]
 
 
 def encode_queries(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
@@ -40,15 +30,12 @@ def encode_queries(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: i
     encoded = []
     for row in rows:
         messages = as_template_takes(tokenizer, row["messages"], row["tools"])
-        asked = tokenizer.apply_chat_template(
-            messages, tools=row["tools"], add_generation_prompt=True, tokenize=True, return_dict=True
+        query = tokenizer.apply_chat_template(
+            messages, tools=row["tools"], add_generation_prompt=True, return_dict=False
         )
-        encoded.append({**row, "query": list(asked["input_ids"])})
+        encoded.append({**row, "query": query})
     kept = [row for row in encoded if len(row["query"]) <= max_length]
-    if not kept:
-        raise ValueError(f"all of the {len(encoded)} queries are longer than --max_prompt_length {max_length}")
-    if len(kept) < len(encoded):
-        print(f"{len(encoded) - len(kept)} of {len(encoded)} queries are longer than --max_prompt_length and left out")
+    tell_left_out(len(kept), len(encoded), "queries", "max_prompt_length", max_length)
     return kept
 
 

@@ -3,8 +3,7 @@
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from ..data.conversations import (
     Row,
     encode_conversations,
     labels_of_whole,
-    read_rows,
     reply_end_ids,
 )
-from ..data.formats import ConversationError, to_messages
+from ..data.formats import ConversationError
 from ..data.ghost_attention import learn_last_answer
 from ..tokenization.chat_sections import ChatTokenizer
 from ..tokenization.templates import FORMS, read_template
@@ -34,20 +32,6 @@ def fills_blanks(config: Any) -> bool:
     """Whether a model of this configuration answers by filling a blank (GLM), instead of continuing a chat."""
     family = family_of(config)
     return family is not None and family.generates_with == "AutoModelForSeq2SeqLM"
-
-
-def load_rows(names: Iterable[str], split: str = "train", **options: Any) -> list[Row]:
-    """The conversations of files, and of `datasets` by their name or folder, in any format of [`to_messages`].
-
-    Args:
-        split: of the data sets.
-        options: as of `to_messages`.
-
-    Raises:
-        ConversationError: a row is no conversation, or there is none; file and line, or data set and row, are named.
-        OSError: there is no such file or data set.
-    """
-    return read_rows(names, partial(to_messages, **options), split)
 
 
 def use_template(tokenizer: Any, template: str | None) -> None:

@@ -19,8 +19,8 @@ from hf_cnllm.data.corpus.embeddings import cluster, find_repeated
 from hf_cnllm.data.corpus.filters import PersonalData
 from hf_cnllm.data.corpus.quality import SentenceClassifier, train_classifier
 from hf_cnllm.data.corpus.texts import ScriptTokenizer
-from hf_cnllm.data.corpus.tokens import pack
 from hf_cnllm.data.languages import language_by_script
+from hf_cnllm.data.packing import pack
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 
 from .corpora import read_records, words, write_records

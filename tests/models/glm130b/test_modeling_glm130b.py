@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import hf_cnllm
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of, golden_cases, has_backward
 from hf_cnllm._compat import CACHE
-from hf_cnllm.data.blank_infilling import fill_in_turn
+from hf_cnllm.data.infilling import fill_in_turn
 from hf_cnllm.models.chatglm.quantization import quantize
 from hf_cnllm.models.glm130b import GLM130BConfig, GLM130BForConditionalGeneration, GLM130BForMultipleChoice
 

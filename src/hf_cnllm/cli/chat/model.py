@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from ..._compat import logging
 from ...auto import Family
-from ...data.blank_infilling import either_of, infill
 from ...data.conversations import reply_end_ids, with_system_in_question
+from ...data.infilling import either_of, infill
 from ...hub.places import ADAPTER_CONFIG
 from ...models.chat import iterate_tokens
 from ...models.chatglm.chat import DEFAULTS

@@ -274,7 +274,7 @@ def convert(
     tokenizer: Path | None = None,
     keeps_integers: bool = False,
     max_file_bytes: int = 5 * 10**9,
-    progress: Callable[[str, int], None] = lambda name, size: None,
+    progress: Callable[[str, int], object] = lambda name, size: None,
 ) -> GLM130BConfig:
     """Merges the ranks in `shards` into the checkpoint `output`, which appears when it is whole.
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...hub.saving import write_json
+
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}
 ROOM = 2**25  # for all that is no weight
 INDEX = "model.safetensors.index.json"
@@ -55,7 +57,7 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def write_weights(
-    folder: Path, files: Mapping[str, Mapping[str, Planned]], progress: Callable[[str, int], None]
+    folder: Path, files: Mapping[str, Mapping[str, Planned]], progress: Callable[[str, int], object]
 ) -> None:
     """Writes the files that are not there yet, each at once under its name, and the index.
 
@@ -78,7 +80,7 @@ def write_weights(
     total = sum(planned.nbytes for tensors in files.values() for planned in tensors.values())
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def header(tensors: Mapping[str, Planned]) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from datatrove.pipeline.base import PipelineStep
 
-from ...hub.saving import write_whole
+from ...hub.saving import write_json
 from ..owned_folder import owned_folder
 from ..records import MAX_LINE_BYTES, SHARD_BYTES, Piece, Shard, plan_shards
 from . import statistics
@@ -181,8 +181,7 @@ class Publish(PipelineStep):
             Path(place).mkdir(exist_ok=True)
         output = Path(self.moves[0][1]).parent
         statistics.draw_funnel(summary, output / statistics.FUNNEL_FILE)
-        text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
-        write_whole(output / statistics.STATISTICS_FILE, text)
+        write_json(output / statistics.STATISTICS_FILE, summary)
 
 
 def plan(settings: Settings) -> list[Pass]:

@@ -22,6 +22,7 @@ from datatrove.utils.batching import batched
 from transformers import AutoTokenizer
 
 from ...hub.places import check_is_checkpoint
+from ..packing import pack
 
 if TYPE_CHECKING:
     from .pipeline import Job
@@ -58,21 +59,6 @@ class PackTokens(PipelineStep):
                 "input_ids"
             ]:
                 yield [*ids, tokenizer.eos_token_id]
-
-
-def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, list[int]]]:
-    """Rows of `length` tokens, the last one shorter, with the lengths of the documents' parts in each."""
-    row: dict[str, list[int]] = {"input_ids": [], "seq_lengths": []}
-    for ids in documents:
-        while ids:
-            part, ids = ids[: length - len(row["input_ids"])], ids[length - len(row["input_ids"]) :]
-            row["input_ids"].extend(part)
-            row["seq_lengths"].append(len(part))
-            if len(row["input_ids"]) == length:
-                yield row
-                row = {"input_ids": [], "seq_lengths": []}
-    if row["input_ids"]:
-        yield row
 
 
 def pack_tokens(job: "Job") -> None:

@@ -174,7 +174,7 @@ class Local:
 
         tokenizer = self.pipe.tokenizer
         chat = [{"role": "user", "content": request.prompt}]
-        asked: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+        asked: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=request.max_tokens,
@@ -184,7 +184,7 @@ class Local:
             **(sampling if request.temperature else {"do_sample": False}),
         )
         found: Any = self.pipe(chat, return_tensors=True, generation_config=config)
-        new = found[0]["generated_token_ids"][len(asked["input_ids"]) :]
+        new = found[0]["generated_token_ids"][len(asked) :]
         return Reply(tokenizer.decode(new, skip_special_tokens=True).strip(), new[-1] in self.ends)
 
     def close(self) -> None:
@@ -227,12 +227,5 @@ def opened(arguments: argparse.Namespace, seed: int = 0) -> "closing[Endpoint | 
         raise ValueError(f"--base-url {arguments.base_url}: expected an address that begins with http:// or https://")
     if not arguments.timeout > 0 or arguments.retries < 0 or arguments.at_once < 1:
         raise ValueError("--timeout must be a number above 0, --retries at least 0 and --at-once at least 1")
-    return closing(
-        Endpoint(
-            arguments.model,
-            arguments.base_url,
-            timeout=arguments.timeout,
-            retries=arguments.retries,
-            at_once=arguments.at_once,
-        )
-    )
+    options = {name: getattr(arguments, name) for name in MODEL_ARGUMENTS}
+    return closing(Endpoint(**options))

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ..languages import WORD
+from ..languages import WORD, language_of
 
 Instance = tuple[str, str]  # input, output
 SHORTEST, LONGEST = {"en": 4, "zh": 5}, {"en": 150, "zh": 300}  # words of an instruction; in Chinese, characters
@@ -18,11 +18,6 @@ FORBIDDEN = re.compile(
 )
 PROGRAM = re.compile(r"write a program\b|(?:请)?(?:帮我)?(?:编写|写)一?[个段]?程序", re.I)
 BROKEN = re.compile(r"[\ufffd\ud800-\udfff\x00-\x08\x0e-\x1f]")  # halves of characters, and control characters
-
-
-def language_of(text: str) -> str:
-    """`zh` for a text with a Chinese character."""
-    return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
 
 
 def _length(text: str) -> int:

@@ -11,11 +11,16 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ...hub.saving import write_through
+from ..owned_folder import owned_folder
 from .chat_models import ChatModel, Failure, Outcome, Reply, Request
+
+JOURNAL_FILE, STATISTICS_FILE = "journal.jsonl", "statistics.json"  # of every run that asks a model
 
 
 class Journal:
@@ -94,6 +99,22 @@ def _digest(request: Request) -> str:
     return hashlib.sha256(repr(tuple(request)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+@contextmanager
+def asking(
+    model: ChatModel, output: Path, identity: Mapping[str, Any], attempts: int, most_failures: int
+) -> "Iterator[Asker]":
+    """An [`Asker`] whose journal is in the folder of this run, which is kept from others meanwhile; raises as `owned_folder`.
+
+    Args:
+        identity: of the run, besides the model.
+    """
+    with (
+        owned_folder(output, {"model": model.name, **identity}),
+        closing(Journal(output / JOURNAL_FILE)) as journal,
+    ):
+        yield Asker(model, journal, attempts, most_failures)
+
+
 class ModelGone(OSError):
     """The model does not answer any more."""
 
@@ -106,7 +127,7 @@ class Asker:
         most_failures: failures in a row after which the run ends.
     """
 
-    def __init__(self, model: ChatModel, journal: Journal, attempts: int = 3, most_failures: int = 16) -> None:
+    def __init__(self, model: ChatModel, journal: Journal, attempts: int, most_failures: int) -> None:
         self.model, self.journal = model, journal
         self.attempts, self.most_failures = attempts, most_failures
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)

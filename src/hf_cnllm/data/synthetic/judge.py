@@ -3,26 +3,20 @@ section 3.4: a win must be one in both orders)."""
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...hub.saving import write_whole
-from ..conversations import read_json_rows
+from ...hub.saving import write_json, write_json_lines, write_whole
+from ..conversations import read_each, rows_of_file
 from ..formats import ConversationError, read_text
-from ..owned_folder import owned_folder
+from ..languages import language_of
 from .chat_models import ChatModel, Failure, Outcome, Request
-from .heuristics import language_of
-from .journal import Asker, Journal
+from .journal import STATISTICS_FILE, asking
 
-JOURNAL_FILE, VERDICTS_FILE, STATISTICS_FILE, TABLE_FILE = (
-    "journal.jsonl", "verdicts.jsonl", "statistics.json", "table.md"
-)  # fmt: skip
+VERDICTS_FILE, TABLE_FILE = "verdicts.jsonl", "table.md"
 PROMPTS = {
     "en": "Two assistants have answered the question below. Compare the answers: are they right, do they help with what was "
     "asked, are they complete and clear? Neither their order nor their length counts. Give your reasons in a few sentences. "
@@ -50,7 +44,7 @@ COLUMNS = {  # of the table -> what is counted
 
 def own_questions() -> Path:
     """The Chinese and English questions that come with the package: four in each of Vicuna's eight categories."""
-    return Path(str(files(__package__).joinpath("judge_questions.jsonl")))
+    return Path(__file__).with_name("judge_questions.jsonl")
 
 
 @dataclasses.dataclass
@@ -88,11 +82,7 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
     }
     if not pairs:
         raise ValueError(f"{settings.questions} has no question that is answered in both files of --answers")
-    with (
-        owned_folder(settings.output, _identity(settings, model.name)),
-        closing(Journal(settings.output / JOURNAL_FILE)) as journal,
-    ):
-        asker = Asker(model, journal, settings.attempts, most_failures)
+    with asking(model, settings.output, _identity(settings), settings.attempts, most_failures) as asker:
         requests = [
             Request(f"verdicts/{name}/{order}", _prompt(questions[name]["text"], pair, order), settings.max_tokens)
             for name, pair in pairs.items()
@@ -111,39 +101,39 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
             "answers_without_question": [len(each.keys() - questions.keys()) for each in answers],
             "categories": _count(rows),
         }
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(settings.output / VERDICTS_FILE, "".join(lines))
+        write_json_lines(settings.output / VERDICTS_FILE, rows)
         write_whole(settings.output / TABLE_FILE, table(statistics))
-        write_whole(settings.output / STATISTICS_FILE, json.dumps(statistics, ensure_ascii=False, indent=2) + "\n")
+        write_json(settings.output / STATISTICS_FILE, statistics)
     return statistics
 
 
 def _read(path: Path, fields: Sequence[str]) -> dict[str, dict[str, str]]:
     """The rows of a file by their `question_id`."""
     found: dict[str, dict[str, str]] = {}
-    for number, row in read_json_rows(path):
-        try:
-            if not isinstance(row, Mapping):
-                raise ConversationError(f"expected an object, got {type(row).__name__}")
-            name = row.get("question_id")
-            name = str(name) if isinstance(name, int) else read_text(row, "question_id")
-            texts = {field: read_text(row, field, may_be_blank=field == "text") for field in fields}
-            if name in found:
-                raise ConversationError(f"field 'question_id' {name!r} is there twice")
-            if texts.get("category") == ALL:
-                raise ConversationError(f"field 'category' must not be {ALL!r}, which is the line of the sums")
-        except ConversationError as error:
-            raise ConversationError(f"{path}, line {number}: {error}") from None
+
+    def read(row: Any) -> tuple[str, dict[str, str]]:
+        if not isinstance(row, Mapping):
+            raise ConversationError(f"expected an object, got {type(row).__name__}")
+        name = row.get("question_id")
+        name = str(name) if isinstance(name, int) else read_text(row, "question_id")
+        texts = {field: read_text(row, field, may_be_blank=field == "text") for field in fields}
+        if name in found:
+            raise ConversationError(f"field 'question_id' {name!r} is there twice")
+        if texts.get("category") == ALL:
+            raise ConversationError(f"field 'category' must not be {ALL!r}, which is the line of the sums")
+        return name, texts
+
+    for name, texts in read_each(path, rows_of_file(path), read):
         found[name] = texts
     if not found:
         raise ConversationError(f"{path}: there is no row in the file")
     return found
 
 
-def _identity(settings: Settings, model: str) -> dict[str, Any]:
+def _identity(settings: Settings) -> dict[str, Any]:
     paths = {"questions": settings.questions, "answers of A": settings.answers[0], "answers of B": settings.answers[1]}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-    told = {"model": model, "max_tokens": settings.max_tokens, "attempts": settings.attempts}
+    told = {"max_tokens": settings.max_tokens, "attempts": settings.attempts}
     return {"recipe": "judge", **told, **digests}
 
 

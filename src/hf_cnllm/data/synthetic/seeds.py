@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..conversations import read_json_rows
+from ..conversations import read_each, rows_of_file
 from ..formats import ConversationError, read_text
-from .heuristics import Instance, language_of
+from ..languages import language_of
+from .heuristics import Instance
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Task:
 
 def own_seeds() -> Path:
     """The Chinese and English tasks that come with the package."""
-    return Path(str(files(__package__).joinpath("seed_tasks.jsonl")))
+    return Path(__file__).with_name("seed_tasks.jsonl")
 
 
 def read_seeds(path: Path, languages: Sequence[str]) -> list[Task]:
@@ -37,12 +37,7 @@ def read_seeds(path: Path, languages: Sequence[str]) -> list[Task]:
         ConversationError: a row is no such task, a language has none, or one of its kinds; file, line and field are named.
         OSError: the file cannot be read.
     """
-    tasks = []
-    for number, row in read_json_rows(path):
-        try:
-            tasks.append(_read_task(row))
-        except ConversationError as error:
-            raise ConversationError(f"{path}, line {number}: {error}") from None
+    tasks = list(read_each(path, rows_of_file(path), _read_task))
     for language in languages:
         kinds = {task.is_classification for task in tasks if task.language == language}
         for kind, name in ((True, "that is a classification"), (False, "that is no classification")):

@@ -14,16 +14,15 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...hub.saving import write_whole
-from ..owned_folder import owned_folder
+from ...hub.saving import write_json, write_json_lines
+from ..languages import language_of
 from .chat_models import ChatModel, Failure, Outcome, Reply, Request
-from .heuristics import Instance, against_instances, against_instruction, language_of
-from .journal import Asker, Journal
+from .heuristics import Instance, against_instances, against_instruction
+from .journal import STATISTICS_FILE, Asker, asking
 from .prompts import (
     MOST_INSTANCES,
     Draft,
@@ -40,8 +39,7 @@ from .prompts import (
 from .seeds import Task, own_seeds, read_seeds
 from .similarity import Pool
 
-JOURNAL_FILE, TASKS_FILE, ROWS_FILE = "journal.jsonl", "tasks.jsonl", "instructions.jsonl"
-DISCARDED_FILE, STATISTICS_FILE = "discarded.jsonl", "statistics.json"
+TASKS_FILE, ROWS_FILE, DISCARDED_FILE = "tasks.jsonl", "instructions.jsonl", "discarded.jsonl"
 MAY_DIFFER = {"output", "seeds", "tasks", "max_requests"}  # between a run and the one that goes on with it
 ANSWER_TOKENS = 16  # for yes or no
 CUT_SHORT = "cut_short"
@@ -118,11 +116,8 @@ def run(settings: Settings, model: ChatModel, most_failures: int = 16) -> dict[s
         OSError: the model does not answer any more, or the disk is full. The next run goes on from there.
     """
     seeds = _check(settings)
-    with (
-        owned_folder(settings.output, _identity(settings, model.name)),
-        closing(Journal(settings.output / JOURNAL_FILE)) as journal,
-    ):
-        asker, ledger = Asker(model, journal, settings.attempts, most_failures), Ledger()
+    with asking(model, settings.output, _identity(settings), settings.attempts, most_failures) as asker:
+        ledger = Ledger()
         drafts = _make_tasks(settings, seeds, asker, ledger)
         kinds: Counter[str] = Counter()
         if STYLES[settings.style].is_whole:
@@ -162,10 +157,10 @@ def _check(settings: Settings) -> list[Task]:
     return read_seeds(settings.seeds, settings.languages)
 
 
-def _identity(settings: Settings, model: str) -> dict[str, Any]:
+def _identity(settings: Settings) -> dict[str, Any]:
     told = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_DIFFER}
     told["seed tasks"] = hashlib.sha256(settings.seeds.read_bytes()).hexdigest()
-    return json.loads(json.dumps({"recipe": "self_instruct", "model": model, **told}))
+    return json.loads(json.dumps({"recipe": "self_instruct", **told}))
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -279,10 +274,5 @@ def _write(output: Path, tasks: Sequence[Task], ledger: Ledger, statistics: dict
         for place, one in enumerate(instances):
             rows.append({"id": f"{name}_{place}", "language": task.language, "instruction": task.instruction, **one})
     for name, content in ((ROWS_FILE, rows), (TASKS_FILE, listed), (DISCARDED_FILE, ledger.discarded)):
-        write_whole(output / name, _json_lines(content))
-    write_whole(output / STATISTICS_FILE, json.dumps(statistics, ensure_ascii=False, indent=2) + "\n")
-
-
-def _json_lines(rows: Iterable[Any]) -> str:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return "".join(lines).encode("utf-8", "replace").decode()  # of what is discarded, half a surrogate pair
+        write_json_lines(output / name, content)
+    write_json(output / STATISTICS_FILE, statistics)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import regex
 from rapidfuzz import process
@@ -16,7 +17,7 @@ from rapidfuzz.distance import Indel
 # As `rouge-score` has English; what lies between in other scripts is left to jieba.
 RUN = regex.compile(r"[a-z0-9]+|[[\p{L}\p{M}\p{N}]--[a-z0-9]]+", regex.V1)
 ROUNDING = 1e-9  # two different scores are further apart
-CUTOFF_SLACK = 1e-6  # rapidfuzz drops scores that are less than some 1e-8 above its cutoff
+CUTOFF_ROUNDING = 1e-5  # rapidfuzz was seen to drop a score that is the cutoff, or above it by less than 1e-7
 
 
 @lru_cache(maxsize=1)
@@ -57,7 +58,7 @@ class Pool:
     def has_similar(self, text: str, threshold: float = 0.7) -> bool:
         """Whether ROUGE-L's F with one of the texts is `threshold` or more."""
         spelled = self._spelled(text)
-        best = spelled and process.extractOne(
-            spelled, self._texts, scorer=Indel.normalized_similarity, score_cutoff=threshold - CUTOFF_SLACK
+        found: Any = spelled and process.extractOne(
+            spelled, self._texts, scorer=Indel.normalized_similarity, score_cutoff=threshold - CUTOFF_ROUNDING
         )
-        return bool(best) and float(best[1]) >= threshold - ROUNDING
+        return bool(found) and found[1] >= threshold - ROUNDING
