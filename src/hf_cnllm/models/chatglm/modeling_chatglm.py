@@ -306,7 +306,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = nn.functional.dropout(inputs_embeds, self.embedding_dropout, self.training)
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_layers]):
             hidden_states = layer(
                 hidden_states,
                 None if prompt_key_values is None else prompt_key_values[layer_idx],

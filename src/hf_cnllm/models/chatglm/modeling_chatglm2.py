@@ -327,7 +327,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         position_embeddings = self.rotary_pos_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = inputs_embeds
-        for layer_idx, layer in enumerate(self.encoder.layers):
+        for layer_idx, layer in enumerate(self.encoder.layers[: self.config.num_layers]):
             hidden_states = layer(
                 hidden_states,
                 None if prompt_key_values is None else prompt_key_values[layer_idx],
