@@ -16,6 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data.conversations import ConversationError, Row, as_template_takes, reply_end_ids
 from ..data.preferences import Reader, read_preferences, read_question
+from ..hub.places import check_is_checkpoint
 from .ppo_equations import rise_of
 from .recipe import RecipeArguments, open_run, parse_arguments
 from .reward import REWARDS
@@ -190,6 +191,7 @@ def load_rewards(names: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
     Raises:
         ValueError: none is named, a function is not there, or a model gives more than one number.
+        OSError: a model is not there.
     """
     if not names:
         raise ValueError(
@@ -205,6 +207,7 @@ def load_rewards(names: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
 
 def _load_reward_model(name: str) -> Any:
+    check_is_checkpoint(name, "--reward")
     model = AutoModelForSequenceClassification.from_pretrained(name)
     if model.config.num_labels != 1:
         raise ValueError(f"the reward model {name} must have one label, its reward, but has {model.config.num_labels}")
