@@ -299,7 +299,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if self.prefix_encoder is not None:
             if drops_cache(self):
                 cache = None  # and the prefix with it
-            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
+            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds, self.config.num_layers)
         mask = create_prefix_lm_mask(
             self.config, inputs_embeds, attention_mask, past, context, self.config.pre_seq_len or 0
         )
