@@ -197,8 +197,8 @@ def test_weights_that_are_offloaded_come_for_each_module(row):
     )
 
 
-@families
-@pytest.mark.parametrize("assistant", [{"prompt_lookup_num_tokens": 3}, "self"])
+@tuned_too
+@pytest.mark.parametrize("assistant", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, "self"])
 def test_assisted_decoding_gives_greedy_ids(row, assistant):
     model = load(row)
     ids = prompt(row, 9)

@@ -108,6 +108,7 @@ def test_the_command_writes_the_card_of_a_trainers_checkpoint(trainer, capsys):
     [
         (["--base-model", "/some/path"], "base_model must be a name on the Hub"),
         (["--evaluated-on", "my data"], "evaluated_on must be a name on the Hub"),
+        (["--loss-curve", "none.png"], "--loss-curve: there is no file"),
     ],
 )
 def test_what_the_command_cannot_use_is_one_line(options, message, trainer, capsys):
@@ -136,6 +137,7 @@ def test_a_damaged_file_is_named(name, trainer, tmp_path, capsys):
 
 def test_no_folder_and_no_pair(tmp_path, capsys):
     assert main(["card", str(tmp_path / "none")]) == USER_ERROR and "is not a folder" in capsys.readouterr().err
+    assert main(["card", str(tmp_path)]) == USER_ERROR and "it has neither config.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["card", str(tmp_path), "--result", "accuracy"])
     assert "is not NAME=VALUE" in capsys.readouterr().err

@@ -62,6 +62,13 @@ def test_baichuan_encodes_as_sentencepiece_and_every_text_comes_back(baichuan):
         assert tokenizer.decode(ids) == text.replace("▁", " "), "to SentencePiece, ▁ is a space"
 
 
+def test_spaces_come_back_where_no_text_had_one(tmp_path):
+    texts = ["".join(text.split()) for text in TEXTS]
+    train_baichuan(texts, tmp_path, SIZE)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer("你 好  ")["input_ids"]) == "你 好  "
+
+
 def test_baichuan_has_the_rules_of_the_original(baichuan):
     tokenizer = AutoTokenizer.from_pretrained(baichuan)
     ids = tokenizer.convert_tokens_to_ids

@@ -238,6 +238,7 @@ BAD_INPUT = {
     "4 bits": ("dpo", "baichuan rope", PAIRS[0], ["--load_in_4bit"], "add --use_peft"),
     "no reward": ("grpo", "baichuan rope", {"prompt": "a"}, [], "--reward is missing"),
     "reward": ("rloo", "baichuan rope", {"prompt": "a"}, ["--reward", "json.nothing"], "no function that can be imp"),
+    "no folder": ("grpo", "baichuan rope", {"prompt": "a"}, ["--reward", "runs/none"], "--reward: there is no folder"),
     "long": (
         "grpo",
         "baichuan rope",

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
-from hf_cnllm.data.formats import to_messages
+from hf_cnllm.data.conversations import data_set_rows
+from hf_cnllm.data.formats import ConversationError, to_messages
 from hf_cnllm.recipes import sft
 from hf_cnllm.training.recipe import parse_arguments, run_recipe
 from hf_cnllm.training.sft_data import encode_rows, make_batches
@@ -196,6 +197,16 @@ def test_data_sets_are_read_by_their_folder(checkpoint, tmp_path, monkeypatch):
     Dataset.from_list(rows).to_parquet(tmp_path / "set/train.parquet")
     summary = run(monkeypatch, checkpoint("baichuan"), tmp_path / "set", tmp_path / "out", "--max_steps", 1)
     assert summary["steps"] == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("second", "why"), [('{"config": 1}', "column names"), ('{"prompt":', "JSON")])
+def test_a_folder_that_datasets_cannot_read_is_named(second, why, streaming, tmp_path):
+    (tmp_path / "1.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "2.jsonl").write_text(second)
+    with pytest.raises(ConversationError, match=f"makes no rows of it: give files of rows.*{why}") as error:
+        list(data_set_rows(str(tmp_path), "train", streaming))
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

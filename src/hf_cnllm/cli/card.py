@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..hub.model_card import create_model_card
+from ..hub.places import CONFIGS
 from ..hub.saving import write_whole
 
 
@@ -33,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
     card_file = args.path / "README.md"
     if not args.path.is_dir():
         raise NotADirectoryError(f"{args.path} is not a folder; save the model first")
+    if not any((args.path / name).is_file() for name in CONFIGS):
+        raise FileNotFoundError(f"{args.path} is no checkpoint: it has neither {' nor '.join(CONFIGS)}")
+    if args.loss_curve and not (args.path / args.loss_curve).is_file():
+        raise FileNotFoundError(f"--loss-curve: there is no file {args.path / args.loss_curve}; put the picture there")
     if card_file.exists() and not args.overwrite:
         raise FileExistsError(f"{card_file} exists; add --overwrite to replace it")
     card = create_model_card(

@@ -73,9 +73,29 @@ def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "tr
 def _rows_of(name: str, split: str) -> Iterable[tuple[str, Any]]:
     if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
         return rows_of_file(name)
-    from datasets import load_dataset
+    return data_set_rows(name, split)
 
-    return ((f"row {number}", value) for number, value in enumerate(load_dataset(name, split=split)))
+
+def data_set_rows(name: str, split: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
+    """(number of the row, value) of each row of one of `datasets`, by its name or folder.
+
+    Raises:
+        ConversationError: `datasets` cannot make rows of the files.
+        OSError: there is no such data set, or no file in the folder.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetBuildError
+    from datasets.table import CastError
+    from pyarrow import ArrowInvalid
+
+    try:
+        for number, value in enumerate(load_dataset(name, split=split, streaming=streaming)):
+            yield f"row {number}", value
+    except (DatasetBuildError, CastError, ArrowInvalid) as error:  # streaming raises what loading gives as the cause
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ConversationError(
+            f"{name}: `datasets` makes no rows of it: give files of rows, or a folder with nothing else ({cause})"
+        ) from error
 
 
 def rows_of_file(path: str | Path) -> Iterator[tuple[str, Any]]:

@@ -64,6 +64,8 @@ def train_sentencepiece(texts: Iterable[str], **options: Any) -> Any:
     """
     buffer = io.BytesIO()
     shared = {"model_type": "bpe", "character_coverage": 0.9999, "split_digits": True, "byte_fallback": True}
+    # Where no text has a space, those of other texts would come back as the bytes of `▁`.
+    shared["required_chars"] = "▁"
     options = {"num_threads": 1, "minloglevel": 2, **shared, **options}
     try:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=buffer, **options)

@@ -16,6 +16,7 @@ from trl import ModelConfig, get_peft_config
 
 from ..data.conversations import ConversationError, Row, as_template_takes, reply_end_ids
 from ..data.preferences import Reader, read_question
+from ..hub.places import check_is_checkpoint
 from .models import loading_options
 from .ppo_equations import rise_of
 from .recipe import ChatArguments, open_run, parse_arguments, tell_left_out
@@ -167,6 +168,7 @@ def load_rewards(names: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
     Raises:
         ValueError: none is named, a function is not there, or a model gives more than one number.
+        OSError: a model is not there.
     """
     if not names:
         raise ValueError(
@@ -182,6 +184,7 @@ def load_rewards(names: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
 
 def _load_reward_model(name: str) -> Any:
+    check_is_checkpoint(name, "--reward")
     model = AutoModelForSequenceClassification.from_pretrained(name)
     if model.config.num_labels != 1:
         raise ValueError(f"the reward model {name} must have one label, its reward, but has {model.config.num_labels}")

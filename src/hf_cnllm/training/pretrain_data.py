@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data.conversations import IGNORE_INDEX, rows_of_file
+from ..data.conversations import IGNORE_INDEX, data_set_rows, rows_of_file
 from ..data.formats import ConversationError
 
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
@@ -150,10 +150,7 @@ class Documents:
     def _rows(self, source: str) -> Rows:
         if (reader := READERS.get(Path(source).suffix)) is not None:
             return reader(Path(source))
-        from datasets import load_dataset
-
-        rows = load_dataset(source, split=self.split, streaming=True)
-        return ((f"row {number}", row) for number, row in enumerate(rows))
+        return data_set_rows(source, self.split, streaming=True)
 
     def _documents(self, row: Any) -> Iterator[list[int]]:
         if not isinstance(row, Mapping):

@@ -58,9 +58,9 @@ def test_the_prefix_goes_into_an_empty_cache_once(name):
     config = AutoModel.from_pretrained(GOLDENS / name).config
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=12)):
         for _ in range(2):
-            in_hand, past = encoder.put_in_front(cache, torch.empty(2, 1, 1))
+            in_hand, past = encoder.put_in_front(cache, torch.empty(2, 1, 1), encoder.num_layers)
             assert in_hand is None and int(past.get_seq_length()) == int(cache.get_seq_length()) == 5
-    in_hand, past = encoder.put_in_front(None, torch.empty(2, 1, 1))
+    in_hand, past = encoder.put_in_front(None, torch.empty(2, 1, 1), encoder.num_layers)
     assert len(in_hand) == encoder.num_layers and past.get_seq_length() == 5
 
 

@@ -299,14 +299,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         if self.prefix_encoder is not None:
             if drops_cache(self):
                 cache = None  # and the prefix with it
-            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
+            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds, self.config.num_layers)
         mask = create_prefix_lm_mask(
             self.config, inputs_embeds, attention_mask, past, context, self.config.pre_seq_len or 0
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = nn.functional.dropout(inputs_embeds, self.embedding_dropout, self.training)
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_layers]):
             hidden_states = layer(
                 hidden_states,
                 None if prompt_key_values is None else prompt_key_values[layer_idx],

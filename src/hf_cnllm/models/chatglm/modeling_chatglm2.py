@@ -318,7 +318,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
                 )
             if drops_cache(self):
                 cache = None  # and the prefix with it
-            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds)
+            prompt_key_values, past = self.prefix_encoder.put_in_front(cache, inputs_embeds, self.config.num_layers)
         if position_ids is None:
             position_ids = self._default_positions(length, inputs_embeds.device, attention_mask, past)
         mask = create_causal_mask(
@@ -327,7 +327,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
         position_embeddings = self.rotary_pos_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = inputs_embeds
-        for layer_idx, layer in enumerate(self.encoder.layers):
+        for layer_idx, layer in enumerate(self.encoder.layers[: self.config.num_layers]):
             hidden_states = layer(
                 hidden_states,
                 None if prompt_key_values is None else prompt_key_values[layer_idx],

@@ -53,8 +53,10 @@ class PrefixEncoder(nn.Module):
         states = states.view(batch_size, -1, self.num_layers, 2, self.num_heads, self.head_dim)
         return list(states.permute(2, 3, 0, 4, 1, 5))
 
-    def put_in_front(self, cache: Cache | None, inputs_embeds: Tensor) -> tuple[list[Tensor] | None, Cache]:
-        """Puts the prefix into the cache if that is empty; without a cache the layers get it.
+    def put_in_front(
+        self, cache: Cache | None, inputs_embeds: Tensor, num_layers: int
+    ) -> tuple[list[Tensor] | None, Cache]:
+        """Puts the prefix of the first `num_layers` into the cache if that is empty; without a cache the layers get it.
 
         Returns:
             What the layers are to put in front of their keys and values (None if the cache holds it), and the past
@@ -62,7 +64,7 @@ class PrefixEncoder(nn.Module):
         """
         if cache is not None and not is_empty(cache):
             return None, cache
-        prefix = self(len(inputs_embeds), inputs_embeds.dtype)
+        prefix = self(len(inputs_embeds), inputs_embeds.dtype)[:num_layers]
         if cache is None:
             return prefix, write_prefix(DynamicCache(), prefix[:1])
         return None, write_prefix(cache, prefix)

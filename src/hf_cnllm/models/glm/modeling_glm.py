@@ -261,7 +261,7 @@ class GLMModel(GLMPreTrainedModel):
 
         hidden_states = inputs_embeds + self.transformer.embed_positions(position_ids)
         hidden_states = self.transformer.embedding_dropout(hidden_states)
-        for layer in self.transformer.layers:
+        for layer in self.transformer.layers[: self.config.num_layers]:
             hidden_states = layer(hidden_states, attention_mask=mask, cache=cache, use_cache=use_cache, **kwargs)
 
         hidden_states = self.transformer.final_layernorm(hidden_states)
