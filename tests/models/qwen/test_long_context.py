@@ -149,10 +149,14 @@ def test_a_cache_made_of_bare_keys_does_not_forget_its_factor_silently(prompt, b
     more = torch.cat([ids, ids[:, :3]], dim=1)
     lengths = torch.tensor([prompt])
     assert torch.equal(
-        generate(model, more, cache=bare(50), prompt_lengths=lengths), generate(model, more, cache=cache)
+        generate(model, more, cache=bare(50), prompt_lengths=lengths),
+        generate(model, more, cache=copy.deepcopy(cache)),
     )
     if prompt <= model.config.seq_length:
         assert_close(model(ids[:, prompt:], cache=bare(prompt)).logits, expected)
+        cache.crop(-3)
+        cache.batch_repeat_interleave(2)
+        assert_close(model(ids[:, -3:].expand(2, -1), cache=cache).logits, expected[:, -3:].expand(2, -1, -1))
 
 
 def test_a_conversation_continues_on_its_cache(batch):

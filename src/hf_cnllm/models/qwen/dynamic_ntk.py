@@ -123,7 +123,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     "the prompts as `prompt_lengths`."
                 )
             if past + length > self.seq_length:
-                carry_inv_freq(cache, self.plain_inv_freq.expand(batch_size, -1, -1))
+                carry_inv_freq(cache, self.plain_inv_freq)
             return self.plain_inv_freq
         elif (cache is not None or not is_tracing(inputs_embeds)) and length <= self.seq_length:
             return self.plain_inv_freq
@@ -135,7 +135,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     "`attention_mask` packs sequences longer than `seq_length` into a row, each with an NTK factor of its "
                     "own, which a cache cannot carry: pass `use_cache=False`."
                 )
-            carry_inv_freq(cache, self.plain_inv_freq.expand(batch_size, -1, -1))
+            carry_inv_freq(cache, self.plain_inv_freq)
             return self.plain_inv_freq
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
@@ -216,7 +216,7 @@ class CarriesNtk:
         self.ntk_inv_freq = None
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]):
-        if self.ntk_inv_freq is not None:
+        if self.ntk_inv_freq is not None and len(self.ntk_inv_freq) > 1:  # a single one is for any number of rows
             self.ntk_inv_freq = change(self.ntk_inv_freq)
 
     def __reduce__(self):
@@ -231,7 +231,7 @@ def _carrying(cache_class: type[Cache]) -> type[Cache]:
 
 
 def carry_inv_freq(cache: Cache, inv_freq: Tensor | None) -> Cache:
-    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
+    """From now on `cache` holds `inv_freq`, (batch or 1, 1, dim / 2): it becomes a subclass of its own class that moves them
     along with its rows, forgets them on `reset`, and is copied and pickled with them.
 
     The caller's own object has to change, whatever its class: a plain attribute would stay behind when rows move, and
