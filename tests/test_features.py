@@ -339,6 +339,19 @@ def test_accumulated_gradients_equal_those_of_one_batch(row):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3, abs=1e-5)
 
 
+@families
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("num_items", "expected"), [(None, torch.nan), (7, 0.0)])
+def test_a_batch_without_labels_has_the_loss_that_llama_gives_it(row, training, num_items, expected):
+    """In training it is computed in chunks, in evaluation from the logits."""
+    model = load(row).train(training)
+    ids = prompt(row, 8)
+    loss = forward(row, model, ids, labels=torch.full_like(ids, -100), num_items_in_batch=num_items).loss
+    torch.testing.assert_close(loss.item(), expected, equal_nan=True)
+    loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 @causal_families
 def test_packed_documents_by_position_ids_do_not_see_each_other(row):
     model = load(row)

@@ -76,16 +76,17 @@ def test_accumulated_micro_batches_equal_one_big_batch(micro_batches):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+@pytest.mark.parametrize("z_loss_weight", [0.0, 1.0])
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 7, torch.tensor(7)])
 @pytest.mark.parametrize("length", [1, 5])
-def test_no_counted_label_is_zero_cross_entropy(length, num_items):
+def test_no_counted_label_is_what_transformers_makes_of_it(length, num_items, z_loss_weight):
+    """NaN, or 0 in a part of a batch; weights stay as they are."""
     logits, labels = make_batch(length=length)
-    loss = causal_lm_loss(logits, torch.full_like(labels, -100), VOCAB, num_items_in_batch=num_items)
-    assert loss.item() == 0
+    nothing = logits, torch.full_like(labels, -100), VOCAB, num_items
+    loss = causal_lm_loss(*nothing, z_loss_weight=z_loss_weight)
+    torch.testing.assert_close(loss, ForCausalLMLoss(*nothing).to(loss.dtype), equal_nan=True)
     loss.backward()
     assert not logits.grad.any()
-    with_max_z = causal_lm_loss(logits, torch.full_like(labels, -100), VOCAB, z_loss_weight=1.0)
-    assert with_max_z.isfinite()
 
 
 def test_vocab_size_must_match():
@@ -169,7 +170,8 @@ def test_chunked_equals_reference_at_any_size(
         chunked_causal_lm_loss, hidden_states, weight, None, labels, chunk_size=chunk_size, **options
     )
     expected = loss_and_gradients(reference_causal_lm_loss, hidden_states, weight, None, labels, **options)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert all(gradient.isfinite().all() for gradient in actual[1:])
 
 
 def test_chunked_gradients_by_finite_differences():

@@ -436,11 +436,25 @@ def create_window_masks(
     windows = {mask_name(config, layer): window for layer, window in enumerate(config.window_sizes or (None,))}
     if isinstance(cache, PAGED_CACHES):
         return dict.fromkeys(windows, create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids))
+    if getattr(attention_mask, "ndim", None) == 4 and cache is not None and any(windows.values()):
+        _refuse_dropped_keys(inputs_embeds.shape[1], cache)
     mask = read_mask(inputs_embeds, attention_mask, cache)
     return {
         name: make_mask(config, inputs_embeds, mask, cache, position_ids, window=window)
         for name, window in windows.items()
     }
+
+
+def _refuse_dropped_keys(queries: int, cache: Cache) -> None:
+    """A 4-D mask says of every key who sees it, which no layer may have dropped."""
+    layer = _layer_of(cache, sliding=True)
+    past, (kept, _) = cache.get_query_offset(layer), cache.get_mask_sizes(queries, layer)
+    others = cache.get_mask_sizes(queries, _layer_of(cache, sliding=False))[0]
+    if kept != others or (isinstance(past, int) and kept < past + queries):
+        raise ValueError(
+            "a 4-D `attention_mask` is for every token before it, but layers with a window (`window_sizes`) keep only the "
+            "last of them in `cache`. Pass a 2-D mask, or compute without a cache."
+        )
 
 
 # --- sequences one by one ---------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def causal_lm_loss(
         label_smoothing: refused unless 0; `TrainingArguments(label_smoothing_factor=...)` works on the logits instead.
 
     Returns:
-        A scalar. A batch without a counted label has loss 0 (not NaN) and no gradient.
+        A scalar. Without a counted label in the batch it is NaN, as transformers' losses are, and the gradients are 0;
+        without one in a part of a batch it is 0.
     """
     _refuse_label_smoothing(label_smoothing)
     if logits.shape[-1] != vocab_size:
@@ -193,7 +194,8 @@ def _average(loss_sum: Tensor, counted: Tensor, num_items_in_batch: Tensor | int
     if num_items_in_batch is None:
         num_items_in_batch = counted
     total = torch.as_tensor(num_items_in_batch, device=loss_sum.device)
-    return loss_sum / torch.where(total > 0, total, 1)
+    # Chosen after the division: gradients through a division by 0 would be NaN too.
+    return (loss_sum / total.clamp(min=1)).where(total > 0, torch.nan)
 
 
 class _ChunkedLoss(torch.autograd.Function):

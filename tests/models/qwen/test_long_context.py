@@ -132,6 +132,33 @@ def test_a_generation_keeps_the_factor_of_its_first_call(kind, batch):
             assert_close(model(ids, cache=cache).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("prompt", [20, 40])  # the factor is 1 resp. 3
+@torch.no_grad()
+def test_a_cache_made_of_bare_keys_does_not_forget_its_factor_silently(prompt, batch):
+    model, ids = load(), batch[0][:1, :50]
+    cache = model(ids[:, :prompt], use_cache=True).cache
+    expected = model(ids[:, prompt:], cache=cache).logits
+
+    def bare(length):
+        return DynamicCache([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers])
+
+    continued = model(ids[:, prompt:], cache=bare(prompt), prompt_lengths=prompt).logits
+    assert_close(continued, expected)
+    with pytest.raises(ValueError, match=r"the cache holds 50 tokens, more than .*`prompt_lengths`"):
+        model(ids[:, :1], cache=bare(50))
+    more = torch.cat([ids, ids[:, :3]], dim=1)
+    lengths = torch.tensor([prompt])
+    assert torch.equal(
+        generate(model, more, cache=bare(50), prompt_lengths=lengths),
+        generate(model, more, cache=copy.deepcopy(cache)),
+    )
+    if prompt <= model.config.seq_length:
+        assert_close(model(ids[:, prompt:], cache=bare(prompt)).logits, expected)
+        cache.crop(-3)
+        cache.batch_repeat_interleave(2)
+        assert_close(model(ids[:, -3:].expand(2, -1), cache=cache).logits, expected[:, -3:].expand(2, -1, -1))
+
+
 def test_a_conversation_continues_on_its_cache(batch):
     model, ids = load(), batch[0][:1]
     first = generate(model, ids[:, :40], return_dict_in_generate=True)
@@ -240,5 +267,11 @@ def test_sequences_packed_by_a_mask_count_for_themselves(backend):
     with pytest.raises(ValueError, match="pass `use_cache=False`"):
         model(ids, attention_mask=mask)
     short = torch.cat([rows[1], rows[3]], dim=1)
-    logits = model(short, attention_mask=torch.tensor([[1] * 5 + [2] * 8])).logits[0]
-    torch.testing.assert_close(logits[5:], model(rows[3]).logits[0], atol=1e-5, rtol=0)
+    mask = torch.tensor([[1] * 5 + [2] * 8])
+    outputs = model(short, attention_mask=mask)
+    torch.testing.assert_close(outputs.logits[0, 5:], model(rows[3]).logits[0], atol=1e-5, rtol=0)
+    longer = torch.cat([short, short[:, :1]], dim=1)
+    mask = torch.nn.functional.pad(mask, (0, 1), value=2)
+    step = model(longer[:, -1:], attention_mask=mask, cache=outputs.cache).logits
+    whole = model(longer[:, 5:], prompt_lengths=8).logits[:, -1:]
+    torch.testing.assert_close(step, whole, atol=1e-5, rtol=0)

@@ -66,6 +66,21 @@ def test_kernels_that_take_a_window_get_each_layers_own(batch):
     torch.testing.assert_close(scaled, plain * factor.clamp(min=1)[:, None])
 
 
+@pytest.mark.parametrize("windows", [[8, None], [8, 8], [8, 16]])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_needs_all_keys(windows, kind, batch):
+    """It replaces windows, as in transformers' models; so nothing may have left the cache."""
+    model, ids = load(window_sizes=windows), batch[0][:1]
+    seen = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()[None, None]
+    mask = seen if kind is torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    whole = model(ids[:, :20], attention_mask=mask[..., :20, :20], use_cache=False).logits
+    cache = model(ids[:, :6], attention_mask=mask[..., :6, :6]).cache
+    assert_close(model(ids[:, 6:20], attention_mask=mask[..., 6:20, :20], cache=cache).logits, whole[:, 6:])
+    with pytest.raises(ValueError, match=r"layers with a window .* keep only the last"):
+        model(ids[:, 20:22], attention_mask=mask[..., 20:22, :22], cache=cache)
+
+
 def test_a_windowed_model_trains_from_scratch():
     torch.manual_seed(0)
     model = QWenLMHeadModel(

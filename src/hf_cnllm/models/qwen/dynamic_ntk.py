@@ -8,8 +8,8 @@ and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609)
 
 **Where alpha lives.** Keys in a cache have been rotated under some alpha, so the same alpha must rotate everything that
 is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: [`carry_inv_freq`].
-A cache whose prompt was within the trained length holds nothing and stays what it was; alpha is 1 for good, however far
-the generation goes. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without
+A cache within the trained length holds nothing and stays what it was. If it grows beyond, alpha is 1 for good, however far
+the generation goes, and it is told so: a longer cache that holds nothing was made from bare keys, of which nobody knows. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without
 a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
 
 Only powers of two matter, so the frequencies of every alpha are a small table, made once.
@@ -26,6 +26,7 @@ from transformers import Cache
 
 from ..._compat.modeling import is_tracing
 from ...attention.masks import is_packed, sees
+from ..validation import cached_length
 
 DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
 
@@ -114,6 +115,16 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     f"`prompt_lengths` holds {lengths.shape[0]} lengths, but the inputs are {batch_size} sequences. Give "
                     "one for each."
                 )
+        elif cache is not None and isinstance(past := cached_length(cache), int) and past:
+            if past > self.seq_length:
+                raise ValueError(
+                    f"the cache holds {past} tokens, more than `seq_length` ({self.seq_length}), but not the NTK factor of "
+                    "their prompts, as one that was made from keys and values alone. Pass the cache itself, or the lengths of "
+                    "the prompts as `prompt_lengths`."
+                )
+            if past + length > self.seq_length:
+                carry_inv_freq(cache, self.plain_inv_freq)
+            return self.plain_inv_freq
         elif (cache is not None or not is_tracing(inputs_embeds)) and length <= self.seq_length:
             return self.plain_inv_freq
         elif cache is None:
@@ -124,6 +135,7 @@ class DynamicNtkRotaryEmbedding(nn.Module):
                     "`attention_mask` packs sequences longer than `seq_length` into a row, each with an NTK factor of its "
                     "own, which a cache cannot carry: pass `use_cache=False`."
                 )
+            carry_inv_freq(cache, self.plain_inv_freq)
             return self.plain_inv_freq
         else:
             # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
@@ -204,7 +216,7 @@ class CarriesNtk:
         self.ntk_inv_freq = None
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]):
-        if self.ntk_inv_freq is not None:
+        if self.ntk_inv_freq is not None and len(self.ntk_inv_freq) > 1:  # a single one is for any number of rows
             self.ntk_inv_freq = change(self.ntk_inv_freq)
 
     def __reduce__(self):
@@ -219,7 +231,7 @@ def _carrying(cache_class: type[Cache]) -> type[Cache]:
 
 
 def carry_inv_freq(cache: Cache, inv_freq: Tensor | None) -> Cache:
-    """From now on `cache` holds `inv_freq`, (batch, 1, dim / 2): it becomes a subclass of its own class that moves them
+    """From now on `cache` holds `inv_freq`, (batch or 1, 1, dim / 2): it becomes a subclass of its own class that moves them
     along with its rows, forgets them on `reset`, and is copied and pickled with them.
 
     The caller's own object has to change, whatever its class: a plain attribute would stay behind when rows move, and

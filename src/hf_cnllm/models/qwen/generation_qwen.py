@@ -34,7 +34,7 @@ class QWenGenerationMixin(GenerationHooks):
         """The cache takes the prompts' NTK factors.
 
         If all prompts are within the trained length, it needs to be told only where the first step holds more than the
-        prompt, as with the candidates of assisted decoding. `prompt_lengths` goes into every step where there is no
+        prompt, as with the candidates of assisted decoding, or where the caller tells it of a cache that holds some already. `prompt_lengths` goes into every step where there is no
         cache, or may soon be another (PEFT's prefix tuning); an assistant, which gets copies of all arguments, might
         not know it.
         """
@@ -42,7 +42,7 @@ class QWenGenerationMixin(GenerationHooks):
         if cache is None or (prompt_lengths := arguments.pop("prompt_lengths", None)) is None or self.training:
             return
         is_long = int(prompt_lengths.max()) > self.config.seq_length
-        if is_long or is_assisted:
+        if is_long or is_assisted or int(cache.get_seq_length()):
             rotary_emb = self.transformer.rotary_emb
             carry_inv_freq(cache, rotary_emb.inv_freq_for(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
         if is_long and not is_assisted:
