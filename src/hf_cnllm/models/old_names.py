@@ -5,13 +5,21 @@ from typing import Any
 
 
 class FromConfig:
-    """An attribute that the original copied from its configuration. It may be set, as there."""
+    """An attribute that the original copied from its configuration, which alone counts here."""
 
     def __init__(self, field: str):
         self.field = field
 
     def __get__(self, model: Any, owner: type) -> Any:
         return self if model is None else getattr(model.config, self.field)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        held = getattr(model.config, self.field)
+        if value != held:  # transformers sets `vocab_size` to what it wrote into the configuration
+            raise ValueError(
+                f"{type(model).__name__} takes `{self.field}` from its configuration, where it is {held!r}, and cannot change "
+                f"it to {value!r} now: set it when loading, `from_pretrained(..., {self.field}={value!r})`."
+            )
 
 
 def instead_use(advice: str) -> Callable[..., Any]:
