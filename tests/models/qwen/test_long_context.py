@@ -242,3 +242,14 @@ def test_sequences_packed_by_a_mask_count_for_themselves(backend):
     short = torch.cat([rows[1], rows[3]], dim=1)
     logits = model(short, attention_mask=torch.tensor([[1] * 5 + [2] * 8])).logits[0]
     torch.testing.assert_close(logits[5:], model(rows[3]).logits[0], atol=1e-5, rtol=0)
+
+
+def test_ntk_and_logn_go_by_one_trained_length(batch):
+    """By the one that the model was built with: a configuration that changes later must not move one without the other."""
+    model = load(use_logn_attn=True)
+    ids = batch[0][-1:]
+    with torch.no_grad():
+        logits, generated = model(ids).logits, generate(model, ids)
+        model.config.seq_length = 2 * WIDTH
+        assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(generate(model, ids), generated)
