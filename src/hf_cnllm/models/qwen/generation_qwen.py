@@ -65,7 +65,7 @@ class QWenGenerationMixin(GenerationHooks):
                 raise ValueError(
                     "Continuous batching cannot apply dynamic NTK, and no limit for the prompts is known. Pass "
                     f"`workload_hints=WorkloadHints(max_prompt_length=...)` of at most `seq_length` "
-                    f"({seq_length}), or set `model.config.use_dynamic_ntk = False` before loading."
+                    f"({seq_length}), or load the model with `use_dynamic_ntk=False`."
                 )
             if longest > seq_length:
                 raise ValueError(
