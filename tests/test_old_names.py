@@ -16,6 +16,7 @@ import hf_cnllm
 from goldens import GOLDENS
 from hf_cnllm.auto import family_of
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.models.old_names import FromConfig
 from tokenizer_goldens import TokenizerGolden
 
 # Family -> where -> names.
@@ -136,6 +137,30 @@ def test_every_name_is_here_or_says_what_to_use(loaded, family, path):
     assert not any(hasattr(holder, name) for name in GONE.get(family, ()))
 
 
+def names_from_config(model):
+    return {name: held.field for name, held in inspect.getmembers(type(model)) if isinstance(held, FromConfig)}
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_values_from_the_configuration_are_set_when_loading(loaded, family):
+    model = loaded[family]["model"]
+    for part in (model, model.base_model):
+        for name, field in names_from_config(part).items():
+            held = getattr(part, name)
+            setattr(part, name, held)  # no change
+            with pytest.raises(ValueError, match=rf"takes `{field}` from its configuration.*set it when loading"):
+                setattr(part, name, "another")
+            assert getattr(part, name) == held
+
+
+@pytest.mark.parametrize("family", ["chatglm", "qwen"])
+def test_resizing_sets_the_vocabulary_size(folders, family):
+    model = AutoModel.from_pretrained(folders[family])
+    size = model.config.vocab_size + 8
+    model.resize_token_embeddings(size)
+    assert model.vocab_size == model.config.vocab_size == size
+
+
 def test_values_are_those_of_the_configuration(loaded):
     for family in ("chatglm", "chatglm2", "chatglm3"):
         model = loaded[family]["model"]
@@ -148,20 +173,6 @@ def test_values_are_those_of_the_configuration(loaded):
     with_prefix = hf_cnllm.ChatGLMModel(AutoConfig.from_pretrained(GOLDENS / "chatglm3_6b_ptuning"))
     assert with_prefix.prefix_tokens.tolist() == list(range(with_prefix.config.pre_seq_len))
     assert isinstance(with_prefix.dropout, torch.nn.Dropout)
-
-
-@pytest.mark.parametrize("family", ("chatglm", "qwen"))
-def test_what_the_configuration_says_is_not_set_beside_it(folders, family):
-    """It would reach nothing: the originals copied these, and read their copies."""
-    folder = folders[family]
-    model = getattr(transformers, family_of(AutoConfig.from_pretrained(folder)).generates_with).from_pretrained(folder)
-    field, value = {"chatglm": ("position_encoding_2d", False), "qwen": ("use_dynamic_ntk", False)}[family]
-    setattr(model.transformer, field, getattr(model.config, field))
-    with pytest.raises(AttributeError, match=f"load the model with `{field}={value}`"):
-        setattr(model.transformer, field, value)
-    for part in (model, model.transformer):  # transformers sets `vocab_size`, of the configuration first
-        part.resize_token_embeddings(model.config.vocab_size + 8)
-        assert model.config.vocab_size == len(model.get_input_embeddings().weight)
 
 
 def test_nothing_breaks_that_looks_at_every_attribute(loaded):

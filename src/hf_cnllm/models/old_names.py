@@ -5,8 +5,7 @@ from typing import Any
 
 
 class FromConfig:
-    """An attribute that the original copied from its configuration, and read. Here the configuration is read, so that setting
-    the attribute to anything else raises an AttributeError. (transformers sets `vocab_size` of both when it resizes.)"""
+    """An attribute that the original copied from its configuration, which alone counts here."""
 
     def __init__(self, field: str):
         self.field = field
@@ -15,10 +14,11 @@ class FromConfig:
         return self if model is None else getattr(model.config, self.field)
 
     def __set__(self, model: Any, value: Any) -> None:
-        if value != (current := getattr(model.config, self.field)):
-            raise AttributeError(
-                f"{type(model).__name__} takes this from its configuration, where `{self.field}` is {current!r}: load the "
-                f"model with `{self.field}={value!r}`."
+        held = getattr(model.config, self.field)
+        if value != held:  # transformers sets `vocab_size` to what it wrote into the configuration
+            raise ValueError(
+                f"{type(model).__name__} takes `{self.field}` from its configuration, where it is {held!r}, and cannot change "
+                f"it to {value!r} now: set it when loading, `from_pretrained(..., {self.field}={value!r})`."
             )
 
 

@@ -275,3 +275,14 @@ def test_sequences_packed_by_a_mask_count_for_themselves(backend):
     step = model(longer[:, -1:], attention_mask=mask, cache=outputs.cache).logits
     whole = model(longer[:, 5:], prompt_lengths=8).logits[:, -1:]
     torch.testing.assert_close(step, whole, atol=1e-5, rtol=0)
+
+
+def test_ntk_and_logn_go_by_one_trained_length(batch):
+    """By the one that the model was built with: a configuration that changes later must not move one without the other."""
+    model = load(use_logn_attn=True)
+    ids = batch[0][-1:]
+    with torch.no_grad():
+        logits, generated = model(ids).logits, generate(model, ids)
+        model.config.seq_length = 2 * WIDTH
+        assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(generate(model, ids), generated)

@@ -41,9 +41,9 @@ class QWenGenerationMixin(GenerationHooks):
         cache = arguments.get(CACHE)
         if cache is None or (prompt_lengths := arguments.pop("prompt_lengths", None)) is None or self.training:
             return
-        is_long = int(prompt_lengths.max()) > self.config.seq_length
+        rotary_emb = self.transformer.rotary_emb
+        is_long = int(prompt_lengths.max()) > rotary_emb.seq_length
         if is_long or is_assisted or int(cache.get_seq_length()):
-            rotary_emb = self.transformer.rotary_emb
             carry_inv_freq(cache, rotary_emb.inv_freq_for(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
         if is_long and not is_assisted:
             arguments["prompt_lengths"] = prompt_lengths
@@ -60,16 +60,17 @@ class QWenGenerationMixin(GenerationHooks):
         """
         if self.config.use_dynamic_ntk:
             longest = getattr(workload_hints, "max_prompt_length", None)
+            seq_length = self.transformer.rotary_emb.seq_length
             if longest is None:
                 raise ValueError(
                     "Continuous batching cannot apply dynamic NTK, and no limit for the prompts is known. Pass "
                     f"`workload_hints=WorkloadHints(max_prompt_length=...)` of at most `seq_length` "
-                    f"({self.config.seq_length}), or set `model.config.use_dynamic_ntk = False` before loading."
+                    f"({seq_length}), or load the model with `use_dynamic_ntk=False`."
                 )
-            if longest > self.config.seq_length:
+            if longest > seq_length:
                 raise ValueError(
                     f"Continuous batching cannot apply dynamic NTK, which a prompt of {longest} tokens needs: it is "
-                    f"longer than `seq_length` ({self.config.seq_length}). Use `generate`, shorten the prompt, or load "
+                    f"longer than `seq_length` ({seq_length}). Use `generate`, shorten the prompt, or load "
                     "the model with `use_dynamic_ntk=False`."
                 )
         if len({window for window in self.config.window_sizes or () if window is not None}) > 1:

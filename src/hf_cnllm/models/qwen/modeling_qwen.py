@@ -199,7 +199,7 @@ class QWenModel(QWenPreTrainedModel):
 
     def get_ntk_alpha(self, true_seq_len: int) -> int:
         """The factor that dynamic NTK stretches a prompt of this length with."""
-        return ntk_alpha(true_seq_len, self.config.seq_length)
+        return ntk_alpha(true_seq_len, self.rotary_emb.seq_length)
 
     @takes_cache
     @merge_with_config_defaults
@@ -254,14 +254,15 @@ class QWenModel(QWenPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
         query_scale = None
-        if self.config.use_logn_attn and not self.training and (reach is None or reach > self.config.seq_length):
+        seq_length = self.rotary_emb.seq_length  # one for NTK and LogN
+        if self.config.use_logn_attn and not self.training and (reach is None or reach > seq_length):
             counted = position_ids
             if by_columns and (packed := is_packed(attention_mask)) is not False:
                 in_sequences = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
                 counted = (
                     in_sequences if packed else torch.where((attention_mask > 1).any(), in_sequences, position_ids)
                 )
-            query_scale = logn_scale(counted, self.config.seq_length).to(inputs_embeds.dtype)
+            query_scale = logn_scale(counted, seq_length).to(inputs_embeds.dtype)
         too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
         if too_far:
             logger.warning_once(
