@@ -162,14 +162,14 @@ def _flip_unknowable(golden: str, damage: Damage, tmp_path: Path) -> str | None:
 def test_wrong_values_in_configurations(golden, whole, tally, tmp_path):
     """Nothing that no option takes is taken: text, containers, negative, NaN and infinite numbers."""
     cases = list(_config_cases(golden, tmp_path, NEVER_A_VALUE))
-    sweep(tally, golden, tmp_path, "wrong values in config.json", cases, 20, whole)
+    sweep(tally, golden, tmp_path, "wrong values in config.json", cases, 12, whole)
 
 
 @sample_or_whole
 @every_model
 def test_missing_and_odd_values_in_configurations(golden, whole, tally, tmp_path):
     cases = list(_config_cases(golden, tmp_path, SELDOM_A_VALUE))
-    sweep(tally, golden, tmp_path, "missing keys and odd values in config.json", cases, 20, whole)
+    sweep(tally, golden, tmp_path, "missing keys and odd values in config.json", cases, 12, whole)
 
 
 def _config_cases(golden: str, tmp_path: Path, values: tuple) -> Iterator[tuple]:
@@ -220,7 +220,7 @@ def test_tensors(golden, whole, tally, tmp_path):
             )
     cases.append(("a tensor too many", change_tensors(lambda t: t.update(extra=torch.zeros(2))), None))
     cases.append(("no tensor", change_tensors(dict.clear), None))
-    sweep(tally, golden, tmp_path, "tensors", cases, 20, whole)
+    sweep(tally, golden, tmp_path, "tensors", cases, 12, whole)
 
 
 def _rename(new: str):
@@ -256,7 +256,7 @@ def test_another_models_weights(golden, whole, tally, tmp_path):
         for other in MODELS
         if other != golden
     ]
-    sweep(tally, golden, tmp_path, "another model's weights", cases, 20, whole)
+    sweep(tally, golden, tmp_path, "another model's weights", cases, 12, whole)
 
 
 @sample_or_whole
@@ -271,7 +271,7 @@ def test_another_models_configuration(golden, whole, tally, tmp_path):
         for other in MODELS
         if other != golden
     ]
-    sweep(tally, golden, tmp_path, "another model's configuration", cases, 20, whole)
+    sweep(tally, golden, tmp_path, "another model's configuration", cases, 12, whole)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_shards(golden, whole, tally, tmp_path):
         return both
 
     cases = [(case, sharded_first(damage), None) for case, damage in _sharded_cases(tmp_path, golden)]
-    sweep(tally, golden, tmp_path, "shards and their index", cases, 12, whole)
+    sweep(tally, golden, tmp_path, "shards and their index", cases, 8, whole)
 
 
 def test_an_index_that_points_out_of_its_folder(tally, tmp_path):

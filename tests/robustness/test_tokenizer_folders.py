@@ -310,7 +310,7 @@ def test_keys_of_json_files(name, whole, sweep):
                 legal = legal and key not in ("tokenizer_class", "generation")
                 yield f"{file}: {key} {shown}", set_key(file, key, value), LEGAL_VALUE if legal else None
 
-    sweep(name, "keys of tokenizer_config.json and others", cases, 15, whole)
+    sweep(name, "keys of tokenizer_config.json and others", cases, 10, whole)
 
 
 OUR_CLASSES = tuple(tokenizer.__name__ for family in FAMILIES for tokenizer in family.tokenizers)
@@ -336,7 +336,7 @@ def test_other_tokenizer_classes(name, whole, sweep):
         bare = both(damage, set_key("tokenizer_config.json", "auto_map", DROPPED))
         cases.append((f"tokenizer_class {shown}, no auto_map", bare, other))
     cases.append(("no tokenizer_config.json", remove("tokenizer_config.json"), None))
-    sweep(name, "tokenizer_class", lambda source: cases, 12, whole)
+    sweep(name, "tokenizer_class", lambda source: cases, 8, whole)
 
 
 @sample_or_whole
