@@ -119,7 +119,7 @@ def deaths(
         ways.append((f"at call {at} of {total}", lambda at=at: killed_at(at, save)))
     ways += [(f"at {size} bytes of a file", lambda size=size: killed_by_size(size, save)) for size in sizes]
     ways += [(f"after {ms} ms", lambda ms=ms: killed_after(ms / 1000, save)) for ms in (0, 1, 2, 4, 8, 16)]
-    return sample(ways, 8, whole)
+    return sample(ways, 6, whole)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_other_numbers_of_shards(golden, whole, tally, tmp_path):
 
         fresh(tmp_path / before, folder)
         tally.undamaged(lambda: state_of(folder, golden))
-        for way, die in deaths(save, [1, 10_000], 12, whole)[: None if whole else 8]:
+        for way, die in deaths(save, [1, 10_000], 12, whole)[: None if whole else 6]:
             fresh(tmp_path / before, folder)
             die()
             tally.judge(
@@ -217,7 +217,7 @@ def test_quantized_over_float(bits, whole, tally, tmp_path):
     expected = {name: _weights(tmp_path / name, golden) for name in ("old", "new")}
     folder = tmp_path / "folder"
     fresh(tmp_path / "old", folder)
-    for way, die in deaths(lambda: save_sharded(quantized, folder), [1, 10_000], 24, whole)[: None if whole else 12]:
+    for way, die in deaths(lambda: save_sharded(quantized, folder), [1, 10_000], 24, whole)[: None if whole else 8]:
         fresh(tmp_path / "old", folder)
         die()
         tally.judge(

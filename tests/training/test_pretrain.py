@@ -424,8 +424,11 @@ def test_a_damaged_parquet_is_named(checkpoint, tmp_path):
 
 def test_several_workers_are_refused(checkpoint, texts):
     stream = Stream(Documents([str(texts)], AutoTokenizer.from_pretrained(checkpoint("llama"))), lambda d: pack(d, 8))
+    batches = iter(torch.utils.data.DataLoader(stream, num_workers=2, batch_size=None))
     with pytest.raises(ValueError, match="set dataloader_num_workers to 0 or 1"):
-        next(iter(torch.utils.data.DataLoader(stream, num_workers=2, batch_size=None)))
+        next(batches)
+    for worker in batches._workers:  # torch waits five seconds for each that an error has ended
+        worker.kill()
 
 
 @pytest.mark.slow
