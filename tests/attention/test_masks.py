@@ -9,7 +9,8 @@ from transformers import DynamicCache, StaticCache
 from hf_cnllm import QWenConfig
 from hf_cnllm.attention import alibi
 from hf_cnllm.attention.alibi import create_alibi_mask
-from hf_cnllm.attention.masks import as_bool, check_mask, create_causal_mask, create_window_masks, make_mask, read_mask
+from hf_cnllm.attention.mask_values import check_mask
+from hf_cnllm.attention.masks import as_bool, create_causal_mask, create_window_masks, make_mask, read_mask
 from hf_cnllm.attention.prefix_lm import create_prefix_lm_mask
 
 NUMBERS = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 1]])
@@ -142,7 +143,8 @@ def test_numbers_are_followed_while_compiling_too(backend, monkeypatch):
     padding, tokens = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]), NUMBERS != 0
     embeds, config = torch.empty(2, 6, 16), config_of(backend)
     expected = dense(create_causal_mask(config, embeds, padding, None), 2, 6, 6)
-    monkeypatch.setattr("hf_cnllm.attention.masks.is_tracing", lambda tensor: True)
+    for module in ("masks", "mask_values"):
+        monkeypatch.setattr(f"hf_cnllm.attention.{module}.is_tracing", lambda tensor: True)
     assert torch.equal(dense(create_causal_mask(config, embeds, padding, None), 2, 6, 6), expected)
     packed = dense(create_causal_mask(config, embeds, NUMBERS, None), 2, 6, 6)
     assert torch.equal(packed[tokens], who_sees_whom(NUMBERS)[tokens])

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from .._compat.modeling import get_target_dtype
-from .masks import AttentionMask, Stretches, find_sequences
+from .masks import AttentionMask
+from .stretches import Stretches, find_sequences
 
 
 class FlashAlibi(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .masks import is_readable
+from .mask_values import is_readable
 
 
 class FullyMaskedRows(NamedTuple):

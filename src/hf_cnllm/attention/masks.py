@@ -9,13 +9,12 @@
 | [batch or 1, 1, queries, keys]   | bool or 0/1, True where a query sees a key; or additive: this says everything      |
 
 Everything else is refused, in the same words for all models; values are read where that needs no look of its own (see
-[`check_mask`]). Keys are those in the cache and the new ones. Sequences may also be packed without a mask, by `position_ids` that restart.
+`mask_values.check_mask`). Keys are those in the cache and the new ones. Sequences may also be packed without a mask, by `position_ids` that restart.
 Flash attention, which takes no mask for single queries and keys, knows packing only like that.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -34,8 +33,9 @@ from .._compat.modeling import (
     padding_mask_function,
     sliding_window_overlay,
 )
-from .flex import fixed_number, fixed_size, make_block_mask
+from .flex import fixed_size, make_block_mask
 from .layer_types import FULL, SLIDING
+from .mask_values import check_mask, is_readable
 
 # The number of keys that the queries of every sequence see.
 EVERYONES = -1
@@ -99,7 +99,7 @@ class AttentionMask:
     ) -> BlockMask:
         """For flex attention; arguments as in [`make_mask`]."""
         if self.complete is not None:
-            return self._blocks(self._look_up(), self.keys)
+            return make_block_mask(self._look_up(), self.batch, self.queries, self.keys, self.device)
         keys, first_key = self.keys, 0
         if window is not None and cache is not None:  # layers with windows keep less
             keys, first_key = cache.get_mask_sizes(self.queries, _layer_of(cache, sliding=True))
@@ -111,20 +111,18 @@ class AttentionMask:
                 functions.append(padding_mask_function(fixed_size(sequences != 0)))
             else:
                 functions.append(same_sequence(fixed_size(sequences), padding_sees=self.packed is None))
-        return self._blocks(and_masks(*functions), keys, first_key)
-
-    def _blocks(self, function: Callable, keys: int, first_key: int | torch.Tensor = 0) -> BlockMask:
-        return make_block_mask(function, self.batch, self.queries, keys, self.device, self.past, first_key)
+        return make_block_mask(
+            and_masks(*functions), self.batch, self.queries, keys, self.device, self.past, first_key
+        )
 
     def _look_up(self) -> Callable:
-        """The mask function that looks `complete` up."""
+        """The mask function that looks `complete` up, by places among its queries and keys."""
         if self.complete.shape[1] != 1:
             raise ValueError("flex_attention takes a 4-D `attention_mask` that is the same for all heads")
         pairs = fixed_size(as_bool(self.complete)[:, 0].expand(self.batch, -1, -1))
-        first_query = fixed_number(self.past, self.device)
 
         def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-            return pairs[batch_idx, q_idx - first_query, kv_idx]
+            return pairs[batch_idx, q_idx, kv_idx]
 
         return mask_function
 
@@ -176,111 +174,6 @@ def read_mask(
     else:
         _refuse_inverted(attention_mask, mask)
     return replace(mask, complete=attention_mask)
-
-
-def check_mask(
-    attention_mask: object,
-    batch: int,
-    past: int | torch.Tensor,
-    queries: int,
-    keys: int | None = None,
-    forms: tuple[int, ...] = (2, 4),
-) -> bool | None:
-    """Refuses a mask of another shape than the inputs have, or of values that no mask has. What `generate` made of one
-    passes.
-
-    Args:
-        past: number of tokens in the cache. A static cache counts in a tensor, which is not looked at.
-        keys: length of what attention functions get, which a mask of 3 or 4 dimensions may have too.
-
-    Returns:
-        Whether it is 2-D with the numbers of several sequences; None while tracing, where values cannot be read. That is
-        the one question that accelerators are asked (and waited for): the answer tells wrong values by the way.
-
-    Raises:
-        ValueError: naming both shapes, or the first value that is wrong.
-    """
-    if not isinstance(attention_mask, torch.Tensor):
-        return False
-    shape = list(attention_mask.shape)
-    tokens = past + queries if isinstance(past, int) else shape[-1] if shape else queries
-    wanted = {2: [batch, tokens], 3: [batch, queries, tokens], 4: [batch, 1, queries, tokens]}
-    fits = attention_mask.ndim in forms and (
-        shape == wanted[2]
-        if attention_mask.ndim == 2
-        else shape[0] in (1, batch) and shape[-2] == queries and tokens <= shape[-1] <= (keys or shape[-1])
-    )
-    if not fits:
-        raise ValueError(
-            f"`attention_mask` has shape {shape}, but the inputs are {batch} sequences of {tokens} tokens, those in "
-            f"`cache` included. Pass a mask of shape {' or '.join(str(wanted[form]) for form in forms)}."
-        )
-    if attention_mask.ndim == 2:
-        return is_packed(attention_mask)
-    if attention_mask.ndim == 4 and attention_mask.is_floating_point():
-        _check_biases(attention_mask)
-    elif queries > 1:
-        largest_number(attention_mask, 1)
-    return False
-
-
-def is_packed(attention_mask: object) -> bool | None:
-    """Whether a 2-D mask holds the numbers of several sequences; None while tracing, where values cannot be read.
-
-    Raises:
-        ValueError: it holds what are no such numbers.
-    """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        return False
-    largest = largest_number(attention_mask, attention_mask.shape[1])
-    return None if largest is None else largest > 1
-
-
-def largest_number(attention_mask: torch.Tensor, most: int) -> int | None:
-    """The largest number in a mask of whole numbers from 0 to `most`; None while tracing, where values cannot be read.
-
-    Raises:
-        ValueError: it holds others.
-    """
-    if attention_mask.dtype == torch.bool:
-        return 1
-    if attention_mask.is_complex():
-        raise ValueError(
-            f"`attention_mask` is of dtype {attention_mask.dtype}, but must be bool, whole numbers or floats."
-        )
-    if not is_readable(attention_mask):
-        return None
-    if not attention_mask.is_floating_point():
-        attention_mask = attention_mask.long()  # of unsigned numbers torch knows no smallest
-    smallest, largest = (value.item() for value in attention_mask.aminmax())
-    whole = not attention_mask.is_floating_point() or bool((attention_mask == attention_mask.trunc()).all())
-    if whole and smallest >= 0 and largest <= most:
-        return int(largest)
-    wrong = ~((attention_mask == attention_mask.trunc()) & (attention_mask >= 0) & (attention_mask <= most))
-    packed = f", or, for sequences packed into a row, numbers from 1 to its length ({most})" if most > 1 else ""
-    raise ValueError(
-        f"`attention_mask` holds {attention_mask[wrong][0].item()}, but must hold 0 for what is not seen and 1 for what "
-        f"is{packed}. What is added to scores has shape [batch, 1, queries, keys]."
-    )
-
-
-def _check_biases(biases: torch.Tensor) -> None:
-    """Refuses an additive mask that holds NaN or +inf, or that is none, being of 0 and 1."""
-    if biases.shape[2] == 1 or not is_readable(biases) or biases.device.type != "cpu":
-        return
-    smallest, largest = (value.item() for value in biases.aminmax())
-    if not largest < torch.inf:
-        raise ValueError(f"`attention_mask` holds {largest}, but one of 4 dimensions is added to scores.")
-    if (smallest, largest) == (0, 1) and ((biases == 0) | (biases == 1)).all():
-        raise ValueError(
-            "a 4-D `attention_mask` of floats is added to scores, but this one is of 0 and 1: pass `attention_mask.bool()`."
-        )
-
-
-def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether there are values to look at: not while tracing, for `torch.compile` and `torch.export` alike, whose graphs are to
-    hold for others too. Everything that checks values asks here."""
-    return not (is_tracing(tensor) or tensor.device.type == "meta" or tensor.numel() == 0)
 
 
 def _refuse_inverted(pairs: torch.Tensor, mask: AttentionMask) -> None:
@@ -455,46 +348,6 @@ def _refuse_dropped_keys(queries: int, cache: Cache) -> None:
             "a 4-D `attention_mask` is for every token before it, but layers with a window (`window_sizes`) keep only the "
             "last of them in `cache`. Pass a 2-D mask, or compute without a cache."
         )
-
-
-# --- sequences one by one ---------------------------------------------------------------------------------------------
-
-
-def find_sequences(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The row, the start and the end of every sequence, on the CPU; None if one is in two places, as with padding inside.
-
-    Args:
-        numbers: [batch, length], 0 for padding, equal for the tokens of one sequence.
-    """
-    numbers = numbers.to("cpu", torch.long)
-    border = F.pad(numbers, (1, 1), value=0).diff(dim=1) != 0  # [batch, length + 1]
-    row, start = (border[:, :-1] & (numbers != 0)).nonzero(as_tuple=True)
-    end = (border[:, 1:] & (numbers != 0)).nonzero(as_tuple=True)[1] + 1
-    if torch.unique(torch.stack([row, numbers[row, start]]), dim=1).shape[1] != row.numel():
-        return None
-    return row, start, end
-
-
-class Stretches(NamedTuple):
-    """Stretches of tokens, one after the other, as flash attention's kernels for sequences of several lengths take them.
-
-    Attributes:
-        tokens: their indices.
-        borders: [stretches + 1] int32, where each begins and ends among them.
-        longest: length of the longest.
-    """
-
-    tokens: torch.Tensor
-    borders: torch.Tensor
-    longest: int
-
-    @classmethod
-    def between(cls, first: torch.Tensor, last: torch.Tensor, device: torch.device) -> "Stretches":
-        """From `first` to before `last` of each."""
-        lengths = last - first
-        borders = F.pad(lengths.cumsum(0), (1, 0))
-        tokens = torch.arange(int(borders[-1])) + torch.repeat_interleave(first - borders[:-1], lengths)
-        return cls(tokens.to(device), borders.to(device, torch.int32), max(lengths.tolist(), default=0))
 
 
 # --- forms of a mask -------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ from .._compat.modeling import (
     repeat_kv,
 )
 from .flex import fixed_size
-from .masks import EVERYONES, Stretches, find_sequences, make_mask, read_mask
+from .masks import EVERYONES, make_mask, read_mask
+from .stretches import Stretches, find_sequences
 
 MASK_BACKENDS = ("eager", "sdpa", "flex_attention")
 

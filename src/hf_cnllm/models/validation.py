@@ -8,7 +8,7 @@ from transformers import Cache, PreTrainedConfig
 
 from .._compat import INSTALLED, OLD_CACHE_NAME, PIP_INSTALL, TESTED
 from .._compat.modeling import PAGED_CACHES, PagedAttentionCache, pop_cache, update_as_others
-from ..attention.masks import is_readable
+from ..attention.mask_values import is_readable
 
 # What embedding tables take.
 ID_DTYPES = (torch.int64, torch.int32)

@@ -32,7 +32,8 @@ from ..._compat.modeling import (
 )
 from ...attention.alibi import ALIBI_ATTENTION, ALIBI_MASKS, AlibiMask, create_alibi_mask, prepare_alibi_mask
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
-from ...attention.masks import create_causal_mask, is_packed, is_readable
+from ...attention.mask_values import is_packed, is_readable
+from ...attention.masks import create_causal_mask
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import MeanLoss, causal_lm_output
 from ...loss.norm_head import NormHead, rows_around_mean

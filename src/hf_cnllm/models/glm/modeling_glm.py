@@ -23,7 +23,7 @@ from ..._compat.modeling import (
     merge_with_config_defaults,
     takes_cache,
 )
-from ...attention.masks import is_readable, largest_number
+from ...attention.mask_values import is_readable, largest_number
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
 from ...loss.head import MeanLoss, causal_lm_output
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 
-from ...attention.masks import check_mask, is_readable
+from ...attention.mask_values import check_mask, is_readable
 from ..validation import cached_length
 
 MASK_FIELDS = ("gmask_token_id", "mask_token_id", "smask_token_id")

@@ -9,8 +9,9 @@ and the highest is left alone (NTK-aware scaling; Qwen report, arXiv 2309.16609)
 **Where alpha lives.** Keys in a cache have been rotated under some alpha, so the same alpha must rotate everything that
 is later compared with them. It is therefore decided once, at prefill, and travels *with the cache*: [`carry_inv_freq`].
 A cache within the trained length holds nothing and stays what it was. If it grows beyond, alpha is 1 for good, however far
-the generation goes, and it is told so: a longer cache that holds nothing was made from bare keys, of which nobody knows. `generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without
-a cache it hands `prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
+the generation goes, and it is told so: a longer cache that holds nothing was made from bare keys, of which nobody knows.
+`generate` fixes alpha from the prompt alone, before any candidate token or prefill chunk; without a cache it hands
+`prompt_lengths` to every step. Nothing is kept on the module, so generations can interleave.
 
 Only powers of two matter, so the frequencies of every alpha are a small table, made once.
 """
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..._compat.modeling import is_tracing
-from ...attention.masks import is_packed, sees
+from ...attention.mask_values import is_packed
+from ...attention.masks import sees
 from ..validation import cached_length
 
 DOUBLINGS = 24  # rows of the table after the first: prompts up to 2^24 times the trained length are told apart
@@ -96,14 +98,18 @@ class DynamicNtkRotaryEmbedding(nn.Module):
     ) -> Tensor:
         """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2), which `cache` carries from now on.
 
-        In this order: those that the cache carries; those of `prompt_lengths`; the plain ones for a call that fits the
-        trained length, or that continues a cache which carries nothing; else this is the prefill of a long prompt, and
-        they follow from its true lengths.
+        In this order: those that the cache carries; those of `prompt_lengths`; the plain ones for a call that continues a
+        cache within the trained length, or that fits it; else this is the prefill of a long prompt, and they follow from
+        its true lengths.
 
         Args:
             inputs_embeds: (batch, length, hidden).
             attention_mask, position_ids: what the caller gave, see [`true_lengths`].
             prompt_lengths: (batch,) or one number: tokens in each row's prompt.
+
+        Raises:
+            ValueError: the cache is past the trained length and carries nothing, `prompt_lengths` are of another batch, or
+                sequences packed by the mask would need several factors in one cache.
         """
         if (carried := getattr(cache, "ntk_inv_freq", None)) is not None:
             return carried
@@ -138,8 +144,8 @@ class DynamicNtkRotaryEmbedding(nn.Module):
             carry_inv_freq(cache, self.plain_inv_freq)
             return self.plain_inv_freq
         else:
-            # Tokens before this call, and nothing carried: their prompt was short, which is as good as length 0 here.
-            # A static cache counts in a tensor, hence no `if`.
+            # A static cache counts in a tensor, hence no `if`. Tokens before this call, and nothing carried: their prompt was
+            # short, which is as good as length 0 here.
             lengths = true_lengths(inputs_embeds, attention_mask).amax(-1, keepdim=True)
             lengths = lengths * (cache.get_seq_length() == 0)
         inv_freq = self.inv_freq_for(lengths)

@@ -34,9 +34,9 @@ class QWenGenerationMixin(GenerationHooks):
         """The cache takes the prompts' NTK factors.
 
         If all prompts are within the trained length, it needs to be told only where the first step holds more than the
-        prompt, as with the candidates of assisted decoding, or where the caller tells it of a cache that holds some already. `prompt_lengths` goes into every step where there is no
-        cache, or may soon be another (PEFT's prefix tuning); an assistant, which gets copies of all arguments, might
-        not know it.
+        prompt, as with the candidates of assisted decoding, or where the caller gives the lengths for a cache that holds
+        tokens already. `prompt_lengths` goes into every step where there is no cache, or may soon be another (PEFT's
+        prefix tuning); an assistant, which gets copies of all arguments, might not know it.
         """
         cache = arguments.get(CACHE)
         if cache is None or (prompt_lengths := arguments.pop("prompt_lengths", None)) is None or self.training:

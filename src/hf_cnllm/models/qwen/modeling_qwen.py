@@ -32,7 +32,8 @@ from ..._compat.modeling import (
 )
 from ...attention.fully_masked_rows import FullyMaskedRows, fill_fully_masked_rows, find_padding_in_front
 from ...attention.logn import logn_scale
-from ...attention.masks import create_window_masks, is_packed, mask_name, positions_in_sequences
+from ...attention.mask_values import is_packed
+from ...attention.masks import create_window_masks, mask_name, positions_in_sequences
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import MeanLoss, causal_lm_output
 from ..loading import CheckpointLoadingMixin
