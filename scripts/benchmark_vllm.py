@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_cnllm.auto import Shape, family_with
+from hf_cnllm.families import Shape, family_with
 
 DEFAULTS = {"hidden": 1024, "layers": 4, "heads": 16, "prompts": 8, "length": 512, "new": 64, "rounds": 5}
 SUBJECTS = ("baichuan-rope", "baichuan-alibi", "qwen", "chatglm2")

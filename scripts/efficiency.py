@@ -21,8 +21,8 @@ from benchmark.measure import MIB, peak_growth, take_turns
 from benchmark.tasks import Training
 from benchmark_alibi import make as make_attention
 from hf_cnllm import BaichuanForCausalLM
-from hf_cnllm.auto import Shape, family_with
 from hf_cnllm.cli.memory import sizes_of
+from hf_cnllm.families import Shape, family_with
 from study import markdown, study_arguments, write_study
 
 GB = 1e9

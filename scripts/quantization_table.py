@@ -26,11 +26,11 @@ import transformers
 from torch import nn
 
 from hf_cnllm import ChatGLMQuantizationConfig
-from hf_cnllm.auto import family_of
 from hf_cnllm.cli.quantize import linear_layers
 from hf_cnllm.demo.dataset import split_data
 from hf_cnllm.demo.tasks import ChatTask, load_task
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.families import family_of
 
 TRAINING_STEPS = 60
 WIDTH = 256

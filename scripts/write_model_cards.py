@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_cnllm.auto import FAMILIES, LINES
+from hf_cnllm.families import FAMILIES, LINES
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 SOURCE = CARDS / "source"

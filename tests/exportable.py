@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cnllm.auto import Shape, family_with
+from hf_cnllm.families import Shape, family_with
 from tokenizer_goldens import TokenizerGolden
 
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import hf_cnllm
 from goldens import GOLDENS
 from hf_cnllm._compat import name_in_transformers
-from hf_cnllm.auto import CONTROL_IDS, Shape, family_of
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
+from hf_cnllm.families import CONTROL_IDS, Shape, family_of
 
 VOCABULARIES = GOLDENS.parent / "tokenizers" / "vocab"
 CHECKPOINTS = {
@@ -80,7 +80,7 @@ assert not {"flash_attn", "trl", "datasets", "peft", "bitsandbytes", "optimum"} 
 import transformers
 models = []
 for family in hf_cnllm.FAMILIES:
-    config = family.make_config(next(iter(family.architectures)), hf_cnllm.auto.Shape(16, 1, 2, 16, 64))
+    config = family.make_config(next(iter(family.architectures)), hf_cnllm.families.Shape(16, 1, 2, 16, 64))
     models.append(getattr(transformers, family.generates_with).from_config(config))
 from peft import LoraConfig, get_peft_model
 warnings.simplefilter("ignore", FutureWarning)  # renamed attributes between PEFT and transformers

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import hf_cnllm
 from goldens import GOLDENS
-from hf_cnllm.auto import family_of
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.families import family_of
 from hf_cnllm.models.old_names import FromConfig
 from tokenizer_goldens import TokenizerGolden
 

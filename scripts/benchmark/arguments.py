@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_cnllm.auto import Shape
+from hf_cnllm.families import Shape
 
 from .measure import CLOCKS
 from .subjects import SHAPES, SUBJECTS

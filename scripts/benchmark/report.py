@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_cnllm.auto import Shape
+from hf_cnllm.families import Shape
 
 from .machine import Machine
 from .tasks import Row

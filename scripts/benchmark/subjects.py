@@ -1,4 +1,4 @@
-"""What is measured: each architecture of `hf_cnllm.auto` in a given shape, and the Llama that has the same shape."""
+"""What is measured: each architecture of `hf_cnllm.families` in a given shape, and the Llama that has the same shape."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_cnllm.auto import CONTROL_IDS, Shape, family_of, family_with
+from hf_cnllm.families import CONTROL_IDS, Shape, family_of, family_with
 
 SHAPES = {
     "cpu": Shape(hidden_size=512, layers=4, heads=8, ffn_size=1376, vocab_size=4096),
@@ -22,7 +22,7 @@ class Subject:
     """One row of the table.
 
     Attributes:
-        architecture: its name in `hf_cnllm.auto.FAMILIES`.
+        architecture: its name in `hf_cnllm.families.FAMILIES`.
         vocabulary, tiny_vocabulary: names of its folder among real vocabularies, and of the demo's tiny one.
         gated_ffn_size: of the Llama beside it, as a function of the shape.
     """

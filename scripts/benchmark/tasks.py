@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hf_cnllm.auto import Shape
+from hf_cnllm.families import Shape
 
 from .machine import Machine, synchronize
 from .measure import CLOCKS, Times, peak_growth, take_turns

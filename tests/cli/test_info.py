@@ -8,9 +8,9 @@ import transformers
 from transformers import AutoConfig
 
 from goldens import GOLDENS
-from hf_cnllm.auto import family_of
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.cli.memory import sizes_of, stored_bytes
+from hf_cnllm.families import family_of
 from hf_cnllm.hub.model_card import create_model_card
 
 

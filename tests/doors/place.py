@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_cnllm.auto import family_of
+from hf_cnllm.families import family_of
 
 NEW_TOKENS = 4
 TEXT, TEXTS = "天空为什么是蓝色的？", ["你好", "天空为什么是蓝色的？今天天气怎么样？", "Hello"]

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
 
 import hf_cnllm
-from hf_cnllm.auto import family_of
 from hf_cnllm.cli import main
+from hf_cnllm.families import family_of
 from hf_cnllm.hub import remote_code
 from hub_stand_in import serving
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, pipeline
 
 from hf_cnllm import vllm as vllm_models
-from hf_cnllm.auto import family_of
+from hf_cnllm.families import family_of
 from hf_cnllm.vllm.served import check_served
 
 from .place import ANSWER, CHAT, NEW_TOKENS, TEXT, TEXTS, Doors, Place, entering, same

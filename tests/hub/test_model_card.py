@@ -14,9 +14,9 @@ from transformers.pipelines import get_supported_tasks
 
 import write_model_cards
 from goldens import GOLDENS
-from hf_cnllm.auto import LINES
 from hf_cnllm.cli import USER_ERROR, main
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, TINY_VARIANTS, write_tiny_checkpoint
+from hf_cnllm.families import LINES
 from hf_cnllm.hub.model_card import create_model_card, fine_tuned_model_card, is_repo_id
 
 CARDS = Path(__file__).parents[2] / "model_cards"

@@ -13,8 +13,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import hf_cnllm
-from hf_cnllm.auto import family_of
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.families import family_of
 
 READER = Path(__file__).with_name("reader_without_package.py")
 TEXT, MESSAGES = "你好，世界 hello", [{"role": "user", "content": "你好"}]

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.export import Dim
 
-from hf_cnllm.auto import FAMILIES, Shape, family_with
+from hf_cnllm.families import FAMILIES, Shape, family_with
 
 SHAPE = Shape(hidden_size=32, layers=1, heads=4, ffn_size=64, vocab_size=96)
 # Trained lengths that the inputs below fall short of and exceed: ChatGLM2 has something to say there, Qwen to compute.

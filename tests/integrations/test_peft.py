@@ -1,4 +1,4 @@
-"""PEFT's methods on every family without a word about modules: the table in `auto.py` names their defaults."""
+"""PEFT's methods on every family without a word about modules: the table in `families.py` names their defaults."""
 
 import peft
 import pytest

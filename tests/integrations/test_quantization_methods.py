@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 from hf_cnllm import ChatGLMQuantizationConfig
-from hf_cnllm.auto import FAMILIES, Shape, family_with
 from hf_cnllm.cli.quantize import linear_layers
+from hf_cnllm.families import FAMILIES, Shape, family_with
 from hf_cnllm.loss.norm_head import NormHead
 from quantization_table import METHODS, is_installed
 

@@ -20,7 +20,7 @@ from hf_cnllm import (
     QWenForTokenClassification,
     QWenLMHeadModel,
 )
-from hf_cnllm.auto import FAMILIES
+from hf_cnllm.families import FAMILIES
 
 IDS = torch.randint(10, 60, (4, 8), generator=torch.Generator().manual_seed(0))
 CLASSES = {"labels": torch.tensor([0, 1, 1, 0])}

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from goldens import GOLDENS
 from hf_cnllm import FAMILIES
-from hf_cnllm.auto import Shape
+from hf_cnllm.families import Shape
 from robustness.test_fuzz import SUBJECTS, padded, random_row, truth
 
 PART = "numbers"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
 from hf_cnllm import FAMILIES, encode_conversation, with_system_in_question
-from hf_cnllm.auto import Shape
+from hf_cnllm.families import Shape
 from robustness.attacks import ATTACKS, HARMLESS
 from robustness.tally import sample, sample_or_whole
 from tokenizer_goldens import FIXTURES

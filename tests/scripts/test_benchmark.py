@@ -22,7 +22,7 @@ from benchmark.subjects import (
     weight_bytes,
 )
 from benchmark.tasks import MODEL_TASKS
-from hf_cnllm.auto import Shape
+from hf_cnllm.families import Shape
 
 CPU = torch.device("cpu")
 BENCHMARK = Path(__file__).parents[2] / "scripts" / "benchmark"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStreamer, pipeline
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from hf_cnllm.auto import family_of
 from hf_cnllm.demo.tiny_checkpoints import TINY_FAMILIES, write_tiny_checkpoint
+from hf_cnllm.families import family_of
 from hf_cnllm.models.glm.tokenization_glm_english import GLMBertTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer
 from tokenizer_goldens import TokenizerGolden
 

@@ -17,7 +17,8 @@ from trl import ModelConfig
 
 from hf_cnllm.recipes import dpo
 from hf_cnllm.training.preference import EndedAnswers, RewardArguments
-from hf_cnllm.training.recipe import ChatArguments, Run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import ChatArguments, parse_arguments, run_recipe
+from hf_cnllm.training.run import Run
 from sft_models import ROWS, write_row
 
 QUESTIONS = ["你好", "one plus one", "今天天气怎么样？", "Name a fruit."]

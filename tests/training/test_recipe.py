@@ -1,132 +1,13 @@
-"""What recipes share: who owns an output folder, where a resumed run begins, what stops a training."""
+"""What recipes are as commands: a YAML file and flags, and one line for what a user can mend."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from filelock import FileLock
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from hf_cnllm.training.recipe import (
-    COMPLETE_FILE,
-    LOCK_FILE,
-    SUMMARY_FILE,
-    RecipeArguments,
-    StopAtNonFiniteLoss,
-    last_complete_checkpoint,
-    open_run,
-    parse_arguments,
-    run_recipe,
-)
-
-
-class LineConfig(PreTrainedConfig):
-    model_type = "line"
-
-
-class Line(PreTrainedModel):
-    """y = w x, with the loss (w x)²."""
-
-    config_class = LineConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.weight = nn.Parameter(torch.ones(1))
-        self.post_init()
-
-    def forward(self, x, labels=None):
-        return {"loss": (self.weight * x).square().mean()}
-
-
-class LineTrainer(StopAtNonFiniteLoss, Trainer):
-    pass
-
-
-def arguments(folder, **changes):
-    LineConfig().save_pretrained(folder / "line")
-    return RecipeArguments(**{"model": str(folder / "line"), "data": ["x"], "output": str(folder / "out"), **changes})
-
-
-def options(**changes):
-    settings = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
-    return TrainingArguments(**{"use_cpu": True, "report_to": [], "disable_tqdm": True, **settings, **changes})
-
-
-def trainer(training, values=(1.0,) * 16):
-    rows = Dataset.from_dict({"x": [[value * (1 + i / 16)] for i, value in enumerate(values)]})
-    return LineTrainer(Line(LineConfig()), training, train_dataset=rows)
-
-
-def train(folder, values=(1.0,) * 16, finish=True, resume=False, **changes):
-    training = options(**changes)
-    with open_run(arguments(folder, resume=resume), training) as run:
-        one = trainer(training, values)
-        run.train(one)
-        if finish:
-            run.finish(one, curves=("loss", "grad_norm"), tokens=12)
-    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
-
-
-def test_a_run_leaves_a_model_a_summary_and_curves(tmp_path):
-    losses = train(tmp_path)
-    output = tmp_path / "out"
-    assert Line.from_pretrained(output).weight.item() < 1
-    summary = json.loads((output / SUMMARY_FILE).read_text())
-    assert (summary["first_loss"], summary["last_loss"]) == (losses[0], losses[-1])
-    assert summary["steps"] == 6 and summary["metrics"] == {"tokens": 12} and summary["versions"]["transformers"]
-    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(output.glob(".final*"))
-
-
-def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(tmp_path):
-    whole = train(tmp_path / "whole")
-    train(tmp_path / "cut", finish=False)
-    (tmp_path / "cut/out/checkpoint-6" / COMPLETE_FILE).unlink()  # killed while it wrote the last one
-    assert last_complete_checkpoint(tmp_path / "cut/out").name == "checkpoint-4"
-    assert train(tmp_path / "cut", resume=True) == whole
-    assert json.loads((tmp_path / "cut/out" / SUMMARY_FILE).read_text())["resumed_from"] == "checkpoint-4"
-
-
-def refuse(folder, message, error=ValueError, resume=False, **changes):
-    with pytest.raises(error, match=message), open_run(arguments(folder, resume=resume), options(**changes)):
-        raise AssertionError
-
-
-def test_a_folder_belongs_to_one_run(tmp_path):
-    refuse(tmp_path, "no run to resume", resume=True)
-    assert not (tmp_path / "out").exists()
-    train(tmp_path, finish=False)
-    refuse(tmp_path, "not empty", FileExistsError)
-    refuse(tmp_path, "another run: learning_rate was 5e-05 and is 0.1", resume=True, learning_rate=0.1)
-    with FileLock(tmp_path / "out" / LOCK_FILE):
-        refuse(tmp_path, "in use", resume=True)
-    train(tmp_path, resume=True, logging_steps=3)  # does not change what is computed
-    (tmp_path / "out" / "..final-killed").mkdir()
-    refuse(tmp_path, "is complete", resume=True)
-    assert not (tmp_path / "out" / "..final-killed").exists()
-
-
-def test_the_last_checkpoint_stays_until_the_next_is_complete(tmp_path):
-    refuse(tmp_path, "save_total_limit must be at least 2", save_total_limit=1)
-
-
-def test_a_run_that_did_nothing_leaves_nothing(tmp_path):
-    with pytest.raises(OSError), open_run(arguments(tmp_path), options()):
-        (tmp_path / "out" / "README.md").touch()
-        raise OSError("no such data")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_training_with_its_batch(value, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step \d.*non-finite-loss-step-\d-process-0\.pt"):
-        train(tmp_path, values=[1.0] * 15 + [value])
-    (saved,) = (tmp_path / "out").glob("non-finite-loss-*.pt")
-    assert not torch.load(saved, weights_only=True)["x"].isfinite().all()
+from hf_cnllm.training.recipe import RecipeArguments, parse_arguments, run_recipe
 
 
 def test_a_yaml_file_may_give_one_file_as_a_text():
@@ -159,24 +40,6 @@ def test_weights_of_other_shapes_are_one_line_and_other_failures_are_not_hidden(
     assert "weights of other shapes than its config.json says" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="size"):
         run_recipe(lambda: torch.zeros(2) @ torch.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"model": "./nowhere"}, "--model: there is no folder ./nowhere"),
-        ({"model": "empty"}, "--model: empty is no checkpoint: it has neither config.json nor adapter_config.json"),
-        ({"model": "nobody/nothing"}, "--model: there is no folder nobody/nothing, and a checkpoint of that name"),
-        ({"model": "one.jsonl"}, "--model: one.jsonl is a file: give the folder of the checkpoint"),
-    ],
-)
-def test_a_checkpoint_that_is_not_there_is_named_with_its_option(changes, expected, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "one.jsonl").touch()
-    with pytest.raises(FileNotFoundError) as refused, open_run(arguments(tmp_path, **changes), options()):
-        pass
-    assert str(refused.value).startswith(expected) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [["--data", "gone.jsonl"], ["--data=gone.jsonl"], ["--data", "here", "gone.jsonl"]])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..auto import FAMILIES, Family, family_of
+from ..families import FAMILIES, Family, family_of
 from ..hub.json_files import read_object
 from ..hub.places import ADAPTER_CONFIG, folder_of, is_path, read_config
 

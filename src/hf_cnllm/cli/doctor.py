@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .._compat import TESTED, logging
 from .._contract import broken_promises
 from .._stack import LIBRARIES, installed_version, own_version, unmet_requirements
-from ..auto import FAMILIES, Family, Shape
+from ..families import FAMILIES, Family, Shape
 from . import one_line
 
 TOLERANCE, HALF_PRECISION_TOLERANCE = 2e-5, 5e-2

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..auto import family_of
+from ..families import family_of
 from ..models.chatglm.quantization import ChatGLMQuantizationConfig, ChatGLMQuantizer
 
 

@@ -21,9 +21,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .._compat import name_in_transformers
-from ..auto import FAMILIES
 from ..data.conversations import reply_end_ids
 from ..evaluation import TASKS
+from ..families import FAMILIES
 from ..recipes import config_file
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from ..auto import family_of
+from ..families import family_of
 from ..hub.json_files import read_object
 from ..hub.saving import staged_folder, write_json
 from .checkpoint import ORIGINAL

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from ..auto import family_of
+from ..families import family_of
 from ..hub.json_files import read_object
 from ..hub.saving import staged_folder, write_json
 from ..hub.weight_files import INDEXES, size_of

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GlmConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from ..auto import family_of
+from ..families import family_of
 from ..models.baichuan import BaichuanConfig
 from ..models.chatglm import ChatGLMConfig
 from ..models.chatglm.modeling_chatglm2 import rope_parameters

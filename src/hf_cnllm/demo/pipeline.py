@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 
-from ..auto import family_of
 from ..data.formats import Conversation
+from ..families import family_of
 from ..hub.saving import staged_folder
 from .dataset import Split, sign_off_for, split_data, without_sign_off
 from .report import Sample, Summary, check_output

@@ -9,9 +9,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BatchEncoding, DataCollatorForSeq2Seq
 
-from ..auto import family_of
 from ..data.conversations import as_template_takes, encode_conversation, reply_end_ids
 from ..data.formats import Conversation, ConversationError
+from ..families import family_of
 
 MAX_NEW_TOKENS = 64
 Z_LOSS_WEIGHT = 2e-4  # as in the Baichuan 2 report

@@ -16,8 +16,8 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
-from ..auto import LINES, family_of
 from ..data.conversations import load_instructions
+from ..families import LINES, family_of
 from ..hub.saving import write_json
 from ..models.qwen.tiktoken_bpe import write_tiktoken
 from ..tokenization.training import BAICHUAN2_SYMBOLS, NOT_NORMALIZED, train_ranks, train_sentencepiece

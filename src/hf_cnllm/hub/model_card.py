@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
 from .._compat import training_summary
-from ..auto import LINES, family_of
+from ..families import LINES, family_of
 from .json_files import read_object
 
 PIPELINE_TAGS = {

@@ -54,7 +54,7 @@ def _finish(folder, config_file, entry):
 
 def write_model_code(model: Any, folder: Path) -> None:
     """Puts the code of a model's family into the folder that it is saved in, and names its classes in config.json there."""
-    from ..auto import family_of
+    from ..families import family_of
 
     config_class = type(model.config)
     classes = {"AutoConfig": config_class}

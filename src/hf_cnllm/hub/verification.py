@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from .._compat import logging
-from ..auto import family_of
+from ..families import family_of
 from .weight_files import FLOATS, INDEXES, MIXED, SHARD, Stored, read_tensors, size_of, stored_tensors
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.safetensors", "adapter_model.bin")

@@ -13,7 +13,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.preferences import read_pair
 from hf_cnllm.training.preference import train_on_answers
-from hf_cnllm.training.recipe import StopAtNonFiniteLoss, run_recipe
+from hf_cnllm.training.recipe import run_recipe
+from hf_cnllm.training.run import StopAtNonFiniteLoss
 
 CURVES = ("rewards/margins", "rewards/accuracies")
 

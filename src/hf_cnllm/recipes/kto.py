@@ -14,7 +14,8 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.preferences import read_judgment
 from hf_cnllm.training.preference import train_on_answers
-from hf_cnllm.training.recipe import StopAtNonFiniteLoss, run_recipe
+from hf_cnllm.training.recipe import run_recipe
+from hf_cnllm.training.run import StopAtNonFiniteLoss
 
 CURVES = ("rewards/margins", "kl")
 

@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, get_peft_config
 
 import hf_cnllm  # noqa: F401  registers the families
-from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.data.conversations import encode_conversations, labels_of_whole, read_conversations, reply_end_ids
+from hf_cnllm.families import is_prefix_lm
 from hf_cnllm.training.critic import Critic, adapter_of_classifier
 from hf_cnllm.training.models import loading_options
 from hf_cnllm.training.ppo import PPOConfig, PPOTrainer
 from hf_cnllm.training.ppo_equations import rise_of
 from hf_cnllm.training.pretrain_data import Documents
-from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import parse_arguments, run_recipe
 from hf_cnllm.training.reward import REWARDS, QueryArguments, load_queries, load_reward
+from hf_cnllm.training.run import open_run
 from hf_cnllm.training.sampling import pad_apart_from_ends
 
 CURVES = ("reward", "kl", "value_error", "entropy", "value_loss", "policy_loss")

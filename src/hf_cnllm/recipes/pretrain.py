@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 import hf_cnllm  # noqa: F401  registers the families
-from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.data.packing import pack, pieces
+from hf_cnllm.families import is_prefix_lm
 from hf_cnllm.recipes.sft import set_z_loss_weight, with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
@@ -27,7 +27,8 @@ from hf_cnllm.training.pretrain import (
     read_documents,
 )
 from hf_cnllm.training.pretrain_data import CollatePacked
-from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import parse_arguments, run_recipe
+from hf_cnllm.training.run import open_run
 
 
 @dataclass

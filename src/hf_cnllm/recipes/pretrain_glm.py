@@ -17,10 +17,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 import hf_cnllm
-from hf_cnllm.auto import is_prefix_lm
 from hf_cnllm.data.blank_infilling import MIX, ControlTokens, DataCollatorForBlankInfilling
 from hf_cnllm.data.infilling import context_with_blanks, infill
 from hf_cnllm.data.packing import pieces
+from hf_cnllm.families import is_prefix_lm
 from hf_cnllm.recipes.sft import with_adapter
 from hf_cnllm.training.pretrain import (
     PretrainArguments,
@@ -29,7 +29,8 @@ from hf_cnllm.training.pretrain import (
     make_trainer,
     read_documents,
 )
-from hf_cnllm.training.recipe import open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import parse_arguments, run_recipe
+from hf_cnllm.training.run import open_run
 from hf_cnllm.training.sft_data import fills_blanks
 
 SAMPLE = 64  # texts on which each objective's loss is measured, before and after

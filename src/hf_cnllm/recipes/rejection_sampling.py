@@ -24,18 +24,10 @@ from hf_cnllm.data.conversations import reply_end_ids
 from hf_cnllm.hub.saving import is_first_process, wait_for_others, write_json_lines
 from hf_cnllm.recipes.sft import SFTArguments, learn, load_model
 from hf_cnllm.training.models import merged
-from hf_cnllm.training.recipe import (
-    SUMMARY_FILE,
-    Run,
-    check_counts,
-    check_sampling,
-    last_complete_checkpoint,
-    open_run,
-    parse_arguments,
-    run_recipe,
-)
+from hf_cnllm.training.recipe import check_counts, check_sampling, parse_arguments, run_recipe
 from hf_cnllm.training.rejection import best_answers, read_samples, reward_of, sample_to_file
 from hf_cnllm.training.reward import QueryArguments, RewardModels, load_queries, load_reward
+from hf_cnllm.training.run import SUMMARY_FILE, Run, last_complete_checkpoint, open_run
 from hf_cnllm.training.sampling import pad_apart_from_ends
 from hf_cnllm.training.sft_data import fills_blanks, readable_control_tokens, use_template
 

@@ -27,8 +27,9 @@ import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.conversations import reply_end_ids
 from hf_cnllm.training.critic import HEADS, adapter_of_classifier
 from hf_cnllm.training.models import loading_options, merged
-from hf_cnllm.training.recipe import ChatArguments, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import ChatArguments, parse_arguments, run_recipe
 from hf_cnllm.training.reward_data import MARGINS, encode_pairs, read_rated_pair, split_by_prompt
+from hf_cnllm.training.run import StopAtNonFiniteLoss, open_run
 from hf_cnllm.training.sampling import pad_apart_from_ends
 from hf_cnllm.training.sft_data import fills_blanks, use_template
 

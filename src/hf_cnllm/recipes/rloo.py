@@ -10,7 +10,8 @@ import trl
 
 import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.training.preference import train_on_rewards
-from hf_cnllm.training.recipe import StopAtNonFiniteLoss, run_recipe
+from hf_cnllm.training.recipe import run_recipe
+from hf_cnllm.training.run import StopAtNonFiniteLoss
 
 
 class RLOOTrainer(StopAtNonFiniteLoss, trl.RLOOTrainer):

@@ -18,7 +18,8 @@ import hf_cnllm  # noqa: F401  registers the families
 from hf_cnllm.data.formats import to_messages
 from hf_cnllm.training.models import NEEDS_ADAPTER, loading_options
 from hf_cnllm.training.processes import tensor_parallel_options
-from hf_cnllm.training.recipe import ChatArguments, Run, StopAtNonFiniteLoss, open_run, parse_arguments, run_recipe
+from hf_cnllm.training.recipe import ChatArguments, parse_arguments, run_recipe
+from hf_cnllm.training.run import Run, StopAtNonFiniteLoss, open_run
 from hf_cnllm.training.sft_data import (
     encode_rows,
     fills_blanks,

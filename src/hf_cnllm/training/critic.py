@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..auto import is_prefix_lm
+from ..families import is_prefix_lm
 
 # What transformers and the families call the layer behind the backbone of a sequence classifier.
 HEADS = ("score", "classifier_head")

@@ -52,8 +52,9 @@ from .ppo_equations import (
     token_rewards,
     value_losses,
 )
-from .recipe import check_counts, check_sampling, complete_checkpoints, stop_at_non_finite
+from .recipe import check_counts, check_sampling
 from .reward import RewardFunction, RewardModels, score_responses
+from .run import complete_checkpoints, stop_at_non_finite
 from .sampling import sample_responses
 
 CRITIC_FOLDER, STATE_FILE = "critic", "trainer_state.json"

@@ -19,8 +19,9 @@ from ..data.preferences import Reader, read_question
 from ..hub.places import check_is_checkpoint
 from .models import loading_options
 from .ppo_equations import rise_of
-from .recipe import ChatArguments, open_run, parse_arguments, tell_left_out
+from .recipe import ChatArguments, parse_arguments, tell_left_out
 from .reward import REWARDS
+from .run import open_run
 from .sampling import tokens_out_of_place
 from .sft_data import fills_blanks, refuse_control_tokens, use_template
 

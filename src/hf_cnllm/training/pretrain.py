@@ -11,7 +11,8 @@ from trl import ModelConfig
 
 from .models import loading_options
 from .pretrain_data import Documents, Place, Stream, StreamState, find_sources
-from .recipe import DataArguments, Run, StopAtNonFiniteLoss
+from .recipe import DataArguments
+from .run import Run, StopAtNonFiniteLoss
 
 STREAM_FILE = "stream.json"  # in a checkpoint
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
-from ..auto import family_of
 from ..data.blank_infilling import ControlTokens
 from ..data.conversations import (
     ANSWER,
@@ -22,6 +21,7 @@ from ..data.conversations import (
 )
 from ..data.formats import ConversationError
 from ..data.ghost_attention import learn_last_answer
+from ..families import family_of
 from ..tokenization.chat_sections import ChatTokenizer
 from ..tokenization.templates import FORMS, read_template
 

@@ -12,9 +12,9 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from ..._compat import logging
-from ...auto import Family
 from ...data.conversations import reply_end_ids, with_system_in_question
 from ...data.infilling import either_of, infill
+from ...families import Family
 from ...hub.places import ADAPTER_CONFIG
 from ...models.chat import iterate_tokens
 from ...models.chatglm.chat import DEFAULTS
