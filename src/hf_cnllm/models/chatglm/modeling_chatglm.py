@@ -133,9 +133,7 @@ class SelfAttention(nn.Module):
         """transformers' of the configured backend, or what stands in for it at this mask."""
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        if isinstance(attention_mask, PrefixLMLayout):
-            return prefix_lm_attention(backend, attention_interface)
-        return attention_interface
+        return prefix_lm_attention(backend, attention_interface)
 
 
 class GLU(nn.Module):

@@ -69,9 +69,7 @@ class SelfAttention(nn.Module):
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        if isinstance(attention_mask, PrefixLMLayout):
-            attention_interface = prefix_lm_attention(backend, attention_interface)
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = prefix_lm_attention(backend, attention_interface)(
             self,
             query_states,
             key_states,
