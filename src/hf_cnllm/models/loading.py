@@ -14,6 +14,7 @@ from ..hub.publishing import PublishingMixin
 from ..hub.saving import is_first_process
 from ..hub.weight_files import check_indexes, check_weight_files
 from ..stand_ins import take_places
+from .old_names import FromConfig
 
 # Heads that PEFT names for every classification, whatever they are called.
 ADDED_BY_PEFT = {"score", "classifier", "qa_outputs"}
@@ -22,6 +23,8 @@ UNFINISHED = ".unfinished"  # what the older index is called while a save goes o
 
 class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
     """Put in front of `PreTrainedModel`."""
+
+    vocab_size = FromConfig("vocab_size")
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -159,8 +159,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
-        self.vocab_size = config.vocab_size
-
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [BaichuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
@@ -258,7 +256,6 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
         self.model = BaichuanModel(config)
-        self.vocab_size = config.vocab_size
         if config.norm_head:
             self.lm_head = NormHead(config.hidden_size, config.vocab_size)
         else:

@@ -197,9 +197,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    hidden_size, num_attention_heads, vocab_size = map(
-        FromConfig, ("hidden_size", "num_attention_heads", "vocab_size")
-    )
+    hidden_size, num_attention_heads = FromConfig("hidden_size"), FromConfig("num_attention_heads")
     inner_hidden_size, layernorm_epsilon = FromConfig("inner_hidden_size"), FromConfig("layernorm_epsilon")
     position_encoding_2d, max_sequence_length = FromConfig("position_encoding_2d"), FromConfig("max_sequence_length")
     hidden_size_per_attention_head = FromConfig("head_dim")

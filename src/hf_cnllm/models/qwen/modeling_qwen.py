@@ -189,7 +189,6 @@ class QWenModel(QWenPreTrainedModel):
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)
-        self.vocab_size = config.vocab_size
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.drop = nn.Dropout(config.emb_dropout_prob)
         self.rotary_emb = DynamicNtkRotaryEmbedding(config.rotary_dim, config.rotary_emb_base, config.seq_length)
@@ -300,7 +299,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
     def __init__(self, config: QWenConfig):
         super().__init__(config)
         self.transformer = QWenModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, which does not tell here
         self.loss_function = causal_lm_loss
