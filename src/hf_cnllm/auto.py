@@ -389,10 +389,10 @@ TRIED = (
 
 def _refusal(family: Family, auto_class: str, config_class: type[PreTrainedConfig]) -> type:
     """Stands for the model class that a family lacks: loading it says which auto classes there are."""
-    title = next(iter(family.lines.values())).title
-    sentence = f"{title} has no model for {auto_class}: it has {', '.join(family.model_names)}."
 
     def refuse(*args: Any, **kwargs: Any) -> None:
+        line = family.lines[family.line_of(kwargs.get("config", args[0]))]
+        sentence = f"{line.title} has no model for {auto_class}: it has {', '.join(family.model_names)}."
         raise ValueError(family.refusals.get(auto_class, sentence))
 
     members = dict.fromkeys(("from_pretrained", "_from_config"), staticmethod(refuse))
