@@ -21,7 +21,15 @@ GENERATION_MODELS = {
     "GLMModel": "GLMForConditionalGeneration",
 }
 
-COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COMMON_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "loss_chunk_size",
+)
 
 
 class CheckpointConfigMixin(TokenizerHooks):
@@ -133,16 +141,16 @@ class CheckpointConfigMixin(TokenizerHooks):
             if field.endswith(("_eps", "_epsilon")) and number < 0:
                 raise ValueError(f"`{field}` must not be negative, got {number}.")
 
-    def check_positive(self, *fields: str) -> None:
-        """Refuses sizes that are not positive; None is none.
+    def check_sizes(self, *others: str) -> None:
+        """Refuses sizes that are not positive, those that all families have and `others`; None is none.
 
         Raises:
             ValueError: naming the field.
         """
-        for field in fields:
-            value = getattr(self, field)
+        for name in (*COMMON_SIZES, *others):
+            value = getattr(self, name, None)
             if value is not None and value <= 0:
-                raise ValueError(f"`{field}` must be a positive number, got {value}.")
+                raise ValueError(f"`{self.field_name(name)}` must be a positive number, got {value}.")
 
     def check_whole_heads(self) -> None:
         """Refuses a `hidden_size` that heads cannot share evenly.

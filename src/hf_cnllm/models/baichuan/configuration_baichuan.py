@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..._compat import CACHE, RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
-from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
+from ..config_mixin import CheckpointConfigMixin
 
 DEFAULT_VOCAB_SIZE = 125_696
 NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
@@ -146,7 +146,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        self.check_positive(*COMMON_SIZES, "max_position_embeddings", "model_max_length", "loss_chunk_size")
+        self.check_sizes("model_max_length")
         self.check_whole_heads()
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding == "rope" and head_dim % 2 != 0:

@@ -37,11 +37,6 @@ SIZES_FOLLOW_FROM = (
 )
 SIZES = ("head_dim", "num_key_value_heads")
 
-POSITIVE_FIELDS = (
-    "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "ffn_hidden_size",
-    "kv_channels", "multi_query_group_num", "max_sequence_length", "seq_length", "rope_ratio", "pre_seq_len",
-)  # fmt: skip
-
 
 @strict
 class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
@@ -147,9 +142,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
-        for field in POSITIVE_FIELDS:
-            if (value := getattr(self, field, None)) is not None and value <= 0:
-                raise ValueError(f"`{field}` must be a positive number, got {value}")
+        self.check_sizes("pre_seq_len")
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, but is {self.quantization_bit}")
 
@@ -222,11 +215,7 @@ class ChatGLM1Config(ChatGLMConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})"
-            )
+        self.check_whole_heads()
 
 
 @strict
@@ -288,6 +277,7 @@ class ChatGLM2Config(ChatGLMConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        self.check_sizes("kv_channels", "multi_query_group_num", "rope_ratio")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `multi_query_group_num` "

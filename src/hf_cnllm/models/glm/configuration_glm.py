@@ -25,8 +25,6 @@ VOCABULARIES = {
     },
 }
 
-SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_sequence_length", "loss_chunk_size")
-
 
 @strict
 class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
@@ -115,7 +113,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        self.check_positive(*SIZES)
+        self.check_sizes()
         self.check_whole_heads()
         if self.relative_encoding:
             raise ValueError("`relative_encoding` must be False: no published GLM has relative positions")

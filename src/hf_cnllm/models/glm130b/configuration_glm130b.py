@@ -125,15 +125,7 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
-        self.check_positive(
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_attention_heads",
-            "inner_hidden_size",
-            "max_sequence_length",
-        )
-        self.check_positive("loss_chunk_size", "quantization_groups")
+        self.check_sizes("quantization_groups")
         self.check_whole_heads()
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, but is {self.quantization_bit}")

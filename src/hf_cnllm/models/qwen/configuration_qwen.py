@@ -9,7 +9,7 @@ from ..._compat import CACHE, logging
 from ...attention.layer_types import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
-from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
+from ..config_mixin import CheckpointConfigMixin
 
 logger = logging.get_logger(__name__)
 
@@ -208,7 +208,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        self.check_positive(*COMMON_SIZES, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base")
+        self.check_sizes("kv_channels", "seq_length", "rotary_emb_base")
         if self.intermediate_size % 2 != 0:
             raise ValueError(f"`intermediate_size` ({self.intermediate_size}) must be even: twice the MLP's width.")
         if not 0 < self.rotary_pct <= 1:
