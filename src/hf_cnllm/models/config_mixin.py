@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -140,6 +140,12 @@ class CheckpointConfigMixin(TokenizerHooks):
                 raise ValueError(f"`{field}` must be a finite number, got {number}.")
             if field.endswith(("_eps", "_epsilon")) and number < 0:
                 raise ValueError(f"`{field}` must not be negative, got {number}.")
+
+    def set_missing(self, values: Mapping[str, Any]) -> None:
+        """Gives fields that are None their values."""
+        for field, value in values.items():
+            if getattr(self, field) is None:
+                setattr(self, field, value)
 
     def check_sizes(self, *others: str) -> None:
         """Refuses sizes that are not positive, those that all families have and `others`; None is none.

@@ -204,9 +204,7 @@ class ChatGLM1Config(ChatGLMConfig):
                 self.vocab_size != LATE_VOCAB_SIZE and self.pad_token_id is None
             )
         if (first_id := FIRST_CONTROL_ID.get(self.vocab_size)) is not None:
-            for field, offset in CONTROL_TOKENS.items():
-                if getattr(self, field) is None:
-                    setattr(self, field, first_id + offset)
+            self.set_missing({field: first_id + offset for field, offset in CONTROL_TOKENS.items()})
         self._derive_sizes()
 
     def sizes_that_follow(self):

@@ -104,11 +104,8 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     spell_length: int | None = None
 
     def __post_init__(self, **kwargs):
-        for field, token_id in VOCABULARIES.get(self.vocab_size, {}).items():
-            if getattr(self, field) is None:
-                setattr(self, field, token_id)
-        if self.eos_token_id is None:
-            self.eos_token_id = self.eop_token_id
+        self.set_missing(VOCABULARIES.get(self.vocab_size, {}))
+        self.set_missing({"eos_token_id": self.eop_token_id})
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -106,11 +106,9 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
     model_parallel_size: int = 1
 
     def __post_init__(self, **kwargs):
-        if self.inner_hidden_size is None:
-            self.inner_hidden_size = 4 * self.hidden_size * 2 // 3
-        for field, token_id in CONTROL_TOKENS.items() if self.vocab_size == VOCAB_SIZE else ():
-            if getattr(self, field) is None:
-                setattr(self, field, token_id)
+        self.set_missing({"inner_hidden_size": 4 * self.hidden_size * 2 // 3})
+        if self.vocab_size == VOCAB_SIZE:
+            self.set_missing(CONTROL_TOKENS)
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {
                 "quant_method": "chatglm",

@@ -143,11 +143,8 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
         self.vocab_size = max(self.vocab_size, kwargs.get("padded_vocab_size") or 0)
-        if self.kv_channels is None:
-            self.kv_channels = self.hidden_size // max(self.num_attention_heads, 1)
-        for switch in LONG_CONTEXT_SWITCHES:
-            if getattr(self, switch) is None:
-                setattr(self, switch, self.seq_length is not None)
+        self.set_missing({"kv_channels": self.hidden_size // max(self.num_attention_heads, 1)})
+        self.set_missing(dict.fromkeys(LONG_CONTEXT_SWITCHES, self.seq_length is not None))
         for flag, dtype in DTYPE_FLAGS.items():
             if getattr(self, flag) and self.dtype is None:
                 self.dtype = dtype
