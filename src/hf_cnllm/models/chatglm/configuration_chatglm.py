@@ -27,7 +27,7 @@ EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
 FIRST_CONTROL_ID = {EARLY_VOCAB_SIZE: 150000, LATE_VOCAB_SIZE: 130000}
 CONTROL_TOKENS = {"mask_token_id": 0, "gmask_token_id": 1, "smask_token_id": 2, "bos_token_id": 4, "eos_token_id": 5}
 
-# Whoever changes one of these changes what follows from it.
+# What the sizes that other libraries read follow from.
 SIZES_FOLLOW_FROM = (
     "hidden_size",
     "num_attention_heads",
@@ -36,6 +36,24 @@ SIZES_FOLLOW_FROM = (
     "multi_query_group_num",
 )
 SIZES = ("head_dim", "num_key_value_heads")
+
+
+class _Follows:
+    """A size that follows from other fields: setting it to another value is refused."""
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        return self if config is None else config.sizes_that_follow()[self.name]
+
+    def __set__(self, config: Any, value: int | None):
+        size = self.__get__(config, type(config))
+        if value not in (None, size):
+            raise ValueError(
+                f"`{self.name}` ({value}) contradicts what it follows from ({size}): set "
+                f"{' or '.join(f'`{name}`' for name in SIZES_FOLLOW_FROM if hasattr(config, name))}"
+            )
 
 
 @strict
@@ -98,8 +116,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     prefix_dropout: float = 0.0
     quantization_bit: int = 0
     loss_chunk_size: int | None = DEFAULT_CHUNK_SIZE
-    head_dim: int | None = None
-    num_key_value_heads: int | None = None
+    head_dim, num_key_value_heads = _Follows(), _Follows()
 
     def __new__(cls, *args, **kwargs):
         # A configuration is often made from keywords alone, which say which one only now.
@@ -118,27 +135,11 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def sizes_that_follow(self) -> dict[str, int]:
-        """`head_dim` and `num_key_value_heads`, from the fields that say them."""
+        """`SIZES`, from the fields that say them."""
         raise NotImplementedError
 
-    def _derive_sizes(self):
-        for field, value in self.sizes_that_follow().items():
-            if getattr(self, field) not in (None, value):
-                raise ValueError(
-                    f"`{field}` ({getattr(self, field)}) contradicts what it follows from ({value}): set "
-                    f"{' or '.join(f'`{name}`' for name in SIZES_FOLLOW_FROM if hasattr(self, name))}"
-                )
-            setattr(self, field, value)
-        self._follows = True
-
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name in SIZES_FOLLOW_FROM and getattr(self, "_follows", False) and self.num_attention_heads:
-            for field, size in self.sizes_that_follow().items():
-                super().__setattr__(field, size)
-
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "_follows"}
+        return super().to_dict() | self.sizes_that_follow()
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
@@ -205,7 +206,6 @@ class ChatGLM1Config(ChatGLMConfig):
             )
         if (first_id := FIRST_CONTROL_ID.get(self.vocab_size)) is not None:
             self.set_missing({field: first_id + offset for field, offset in CONTROL_TOKENS.items()})
-        self._derive_sizes()
 
     def sizes_that_follow(self):
         head_dim = self.hidden_size // (self.num_attention_heads or 1)
@@ -267,7 +267,6 @@ class ChatGLM2Config(ChatGLMConfig):
             name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
             self.rope_ratio_type = "linear" if "chatglm2" in str(name).lower() else "base"
         super().__post_init__(**kwargs)
-        self._derive_sizes()
 
     def sizes_that_follow(self):
         heads = self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
