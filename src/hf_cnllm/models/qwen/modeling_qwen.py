@@ -242,7 +242,7 @@ class QWenModel(QWenPreTrainedModel):
         masks: Any = attention_mask
         if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
             masks = create_window_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
-        fully_masked_rows = find_padding_in_front(attention_mask, length) if length > 1 else None
+        fully_masked_rows = find_padding_in_front(attention_mask, length)
 
         inv_freq = self.rotary_emb.plain_inv_freq
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
@@ -256,15 +256,9 @@ class QWenModel(QWenPreTrainedModel):
         query_scale = None
         seq_length = self.rotary_emb.seq_length  # one for NTK and LogN
         if self.config.use_logn_attn and not self.training and (reach is None or reach > seq_length):
-            counted = position_ids
-            if by_columns and (packed := is_packed(attention_mask)) is not False:
-                in_sequences = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
-                counted = (
-                    in_sequences if packed else torch.where((attention_mask > 1).any(), in_sequences, position_ids)
-                )
+            counted = columns_or_places(attention_mask, position_ids) if by_columns else position_ids
             query_scale = logn_scale(counted, seq_length).to(inputs_embeds.dtype)
-        too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
-        if too_far:
+        if reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk:
             logger.warning_once(
                 f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
                 "`use_dynamic_ntk` off: expect worse predictions there. Load the model with `use_dynamic_ntk=True` for "
@@ -286,6 +280,15 @@ class QWenModel(QWenPreTrainedModel):
             )
 
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
+
+
+def columns_or_places(attention_mask: Any, columns: torch.Tensor) -> torch.Tensor:
+    """What LogN counts by default: columns, as the original, or the places of tokens in sequences that the mask packs."""
+    packed = is_packed(attention_mask)
+    if packed is False:
+        return columns
+    places = positions_in_sequences(attention_mask)[:, -columns.shape[1] :].to(columns.device)
+    return places if packed else torch.where((attention_mask > 1).any(), places, columns)
 
 
 @shifts_labels
