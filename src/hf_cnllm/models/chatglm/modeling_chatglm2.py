@@ -59,10 +59,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
+        rope = rope_parameters(config)
         self.dim = config.head_dim // 2
-        linear = config.rope_ratio_type == "linear"
-        self.base = ROPE_BASE if linear else ROPE_BASE * config.rope_ratio
-        self.position_divisor = config.rope_ratio if linear else 1
+        self.base, self.position_divisor = rope["rope_theta"], rope.get("factor", 1)
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
