@@ -69,6 +69,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         dict[str, str]
     ] = {}  # transformers' default is Llama's names; the backbone has its own
     has_kinds_of_blanks: ClassVar[bool] = False
+    kinds_of_blanks: ClassVar[tuple[str, ...]] = ("gmask_token_id", "mask_token_id", "smask_token_id")
 
     vocab_size: int = 30592
     hidden_size: int = 1024
