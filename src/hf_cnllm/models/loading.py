@@ -73,15 +73,15 @@ class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
 
     def check_adapter(self, config) -> None:
         """Refuses `modules_to_save` that there are not, over which PEFT passes in silence: names differ by family."""
-        names = [name for name, _ in self.named_modules()]  # type: ignore[attr-defined]
+        names = {module: name for name, module in self.named_modules()}  # type: ignore[attr-defined]
         wanted = set(getattr(config, "modules_to_save", None) or ()) - ADDED_BY_PEFT
-        for missing in sorted(name for name in wanted if not any(known.endswith(name) for known in names)):
+        missing = sorted(name for name in wanted if not any(known.endswith(name) for known in names.values()))
+        if missing:
             embedding, head = self.get_input_embeddings(), self.get_output_embeddings()  # type: ignore[attr-defined]
-            known = {id(module): name.rpartition(".")[2] for name, module in self.named_modules()}  # type: ignore[attr-defined]
-            ours = " and ".join(repr(known[id(module)]) for module in (embedding, head) if module is not None)
+            ours = (names[module].rpartition(".")[2] for module in (embedding, head) if module is not None)
             raise ValueError(
-                f"modules_to_save: {type(self).__name__} has no module {missing!r}. Its embedding and head are {ours}; the "
-                "model holds the adapter already, so load it again."
+                f"modules_to_save: {type(self).__name__} has no module {missing[0]!r}. Its embedding and head are "
+                f"{' and '.join(map(repr, ours))}; the model holds the adapter already, so load it again."
             )
 
     @classmethod
