@@ -22,6 +22,7 @@ from ..._compat.modeling import (
     LlamaRMSNorm,
     TransformersKwargs,
     Unpack,
+    apply_rotary_pos_emb,
     can_return_tuple,
     capture_outputs,
     eager_attention_forward,
@@ -39,7 +40,7 @@ from ...loss.head import MeanLoss, causal_lm_output
 from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
-from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
+from ..rotary import RotaryEmbedding
 from ..validation import cached_length, validate_inputs
 from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig

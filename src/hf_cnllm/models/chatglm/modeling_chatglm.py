@@ -18,6 +18,7 @@ from ..._compat.modeling import (
     drops_cache,
     eager_attention_forward,
     merge_with_config_defaults,
+    rotate_half,
     shifts_labels,
     takes_cache,
 )
@@ -25,7 +26,6 @@ from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
 from ..glm_line.heads import PrefixLanguageModel
 from ..old_names import FromConfig
-from ..rotary import rotate_half
 from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLM1Config

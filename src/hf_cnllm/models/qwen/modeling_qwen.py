@@ -21,6 +21,7 @@ from ..._compat.modeling import (
     LlamaRMSNorm,
     TransformersKwargs,
     Unpack,
+    apply_rotary_pos_emb,
     can_return_tuple,
     capture_outputs,
     eager_attention_forward,
@@ -38,7 +39,6 @@ from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import MeanLoss, causal_lm_output
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig
-from ..rotary import apply_rotary_pos_emb
 from ..validation import cached_length, validate_inputs
 from .chat import QWenChatMixin
 from .configuration_qwen import QWenConfig
