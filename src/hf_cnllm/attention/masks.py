@@ -302,9 +302,8 @@ def make_mask(
         and_mask_function=same,
     )
     if backend == "eager" and inputs_embeds.dtype == torch.float64:
-        made = made.clamp(
-            min=LOWEST
-        )  # transformers' is −inf once softmax makes it fp32, and NaN where all of a row is
+        # transformers' minimum is −inf once softmax makes it fp32, and NaN where all of a row is.
+        made = made.clamp(min=LOWEST)
     return made
 
 
