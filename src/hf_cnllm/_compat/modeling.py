@@ -161,6 +161,9 @@ else:
 class LoadingHooks:
     """Stands in front of `PreTrainedModel`: its private hook, under a name of our own."""
 
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    """The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself."""
+
     @classmethod
     def check_weight_files(cls, model, files: list[str], quantizer: HfQuantizer | None) -> None:
         """Sees the files that the weights of `model`, which is empty yet, are about to be read from."""
@@ -412,7 +415,3 @@ def shifts_labels(model_class: _Model) -> _Model:
     for those classes only whose names are in this table."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
     return model_class
-
-
-# The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
-SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)

@@ -11,7 +11,6 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GenerationHooks,
@@ -136,7 +135,6 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanDecoderLayer"]
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

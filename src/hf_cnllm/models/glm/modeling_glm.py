@@ -9,7 +9,6 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     GradientCheckpointingLayer,
     TransformersKwargs,
@@ -143,7 +142,6 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "glm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

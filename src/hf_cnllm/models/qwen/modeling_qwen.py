@@ -12,7 +12,6 @@ from ..._compat import logging
 from ..._compat.modeling import (
     ALL_ATTENTION_FUNCTIONS,
     PAGED_CACHES,
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GenericForSequenceClassification,
@@ -162,7 +161,6 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
