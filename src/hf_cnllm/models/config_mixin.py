@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .._compat import IS_COPY, TokenizerHooks, keep_names_in_transformers
+from .._compat import CACHE, IS_COPY, TokenizerHooks, keep_names_in_transformers
 from ..hub.publishing import needs_package
 from .adapter_targets import AdapterTargets, add_peft_targets
 
@@ -34,6 +34,9 @@ COMMON_SIZES = (
 
 class CheckpointConfigMixin(TokenizerHooks):
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and keeps no pointers to remote code."""
+
+    keys_to_ignore_at_inference = [CACHE]
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}  # transformers' default is Llama's names
 
     written_model_type: ClassVar[str | None] = None
     """The `model_type` in files that are written, where the original one is also that of a model of transformers."""

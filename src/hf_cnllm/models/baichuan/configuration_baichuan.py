@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE, RopeParameters
+from ..._compat import RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -72,7 +72,6 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     own_tokenizer = "BaichuanTokenizer"
     own_vocabularies = ("tokenizer.model", "tokenizer.json")
     own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do
-    keys_to_ignore_at_inference = [CACHE]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection, and cut
     # again before the next.
     base_model_tp_plan = {

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -90,10 +89,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
     )
     own_tokenizer = "ChatGLMTokenizer"
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
 
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # each architecture's backbone has its own plans
     # Fields of one architecture that are asked of both.
     early_positions: ClassVar[bool | None] = None
     quantization_embeddings: ClassVar[bool] = False

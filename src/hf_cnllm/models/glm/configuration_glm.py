@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import GlmConfig, PreTrainedConfig
 
-from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -63,11 +62,7 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         norms=("input_layernorm", "post_attention_layernorm", "final_layernorm", "norm"),
     )
     own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
-    base_model_fsdp_plan: ClassVar[
-        dict[str, str]
-    ] = {}  # transformers' default is Llama's names; the backbone has its own
     has_kinds_of_blanks: ClassVar[bool] = False
     kinds_of_blanks: ClassVar[tuple[str, ...]] = ("gmask_token_id", "mask_token_id", "smask_token_id")
 

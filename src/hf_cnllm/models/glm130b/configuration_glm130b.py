@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -62,14 +61,12 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
         norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
     )
     own_tokenizer = "GLM130BTokenizer"
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "sop_token_id": "bos_token_id",  # by GLM's name
     }
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # the backbone has its own plans
     # What ChatGLM-6B's layers, which it shares, ask of a configuration.
     has_kinds_of_blanks: ClassVar[bool] = True
     kinds_of_blanks: ClassVar[tuple[str, ...]] = ("mask_token_id", "smask_token_id", "gmask_token_id")

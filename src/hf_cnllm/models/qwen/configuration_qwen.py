@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE, logging
+from ..._compat import logging
 from ...attention.layer_types import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
@@ -73,7 +73,6 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     model_type = "qwen"
     adapter_targets = AdapterTargets(("c_attn",), ("mlp.c_proj",), norms=("ln_1", "ln_2", "ln_f"))
     own_tokenizer = "QWenTokenizer"
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "head_dim": "kv_channels",
         "num_key_value_heads": "num_attention_heads",
