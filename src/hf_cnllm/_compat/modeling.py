@@ -291,22 +291,20 @@ class GenerationHooks:
         # The cache goes by position: its name is another one until 5.23.
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
 
-    def why_not_continuous(self) -> str | None:
-        """What keeps continuous batching (`generate_batch`) from serving the model right; None if nothing does."""
-        return None
+    def check_continuous_batching(self, workload_hints: Any) -> None:
+        """Refuses, with a ValueError, what continuous batching (`generate_batch`) would not serve right."""
 
     def is_continuous_with_flash(self) -> bool:
         """Whether flash attention computes the model right in continuous batching."""
         return True
 
-    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         # transformers would turn an error of the forward pass into empty results.
-        if why := self.why_not_continuous():
-            raise ValueError(f"continuous batching (`generate_batch`) {why}: use `generate` with a padded batch")
+        self.check_continuous_batching(workload_hints)
         if not self.is_continuous_with_flash():
             given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
             continuous_batching_config = self._keep_from_flash(given or ContinuousBatchingConfig())
-        return super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        return super().init_continuous_batching(generation_config, continuous_batching_config, workload_hints)
 
     def _keep_from_flash(self, settings: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
         """Continuous batching switches to flash attention by itself, where there is one."""

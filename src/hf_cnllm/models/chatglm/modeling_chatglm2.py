@@ -370,8 +370,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         self.learned_keys = config.pre_seq_len or 0
         self.post_init()
 
-    def why_not_continuous(self):
-        return "has no place for a P-tuning prefix (`pre_seq_len`)" if self.learned_keys else None
+    def check_continuous_batching(self, workload_hints):
+        if self.learned_keys:
+            raise ValueError(
+                "continuous batching (`generate_batch`) has no place for a P-tuning prefix (`pre_seq_len`): use `generate` with "
+                "a padded batch"
+            )
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.transformer.output_layer

@@ -24,8 +24,11 @@ class PrefixLMGenerationMixin(GenerationHooks):
     counts_positions = False
     not_for_assistants = ("found_position_ids",)
 
-    def why_not_continuous(self):
-        return "is causal and has no place for the prefix of a prefix language model"
+    def check_continuous_batching(self, workload_hints):
+        raise ValueError(
+            "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model: use "
+            "`generate` with a padded batch"
+        )
 
     def positions_of_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool = False, more: int = 0
