@@ -229,9 +229,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def _find_fully_masked_rows(self, attention_mask: object, queries: int) -> FullyMaskedRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 3) or queries == 1:
+        if not isinstance(attention_mask, torch.Tensor) or queries == 1:
             return None
-        if any(size != queries for size in attention_mask.shape[1:]):
+        if attention_mask.shape[1:] not in ((queries,), (queries, queries)):
             return None
         tokens = attention_mask != 0
         if tokens.ndim == 3:
