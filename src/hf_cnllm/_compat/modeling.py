@@ -389,8 +389,8 @@ class GenerationHooks:
         return super()._prepare_static_cache(*args, max_cache_len=max_cache_len + self.learned_keys, **kwargs)
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask: the forward pass makes it
+        if config._attn_implementation == "flex_attention" or is_flash_attention_requested(config):
+            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask, and flash attention takes the 2-D mask
         return self.masks_for_generate(config, inputs_embeds, attention_mask, kwargs[CACHE], position_ids)
 
 

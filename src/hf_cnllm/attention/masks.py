@@ -43,8 +43,6 @@ EVERYONES = -1
 HIDES = -1e4
 # What eager attention, whose softmax is in fp32, can add at most.
 LOWEST = torch.finfo(torch.float32).min
-# Attention whose mask is a tensor, so that `generate` can make it outside of a compiled step.
-TENSOR_MASK_BACKENDS = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..._compat.modeling import (
     shifts_labels,
     takes_cache,
 )
-from ...attention.masks import TENSOR_MASK_BACKENDS, create_causal_mask, positions_in_sequences
+from ...attention.masks import create_causal_mask, positions_in_sequences
 from ...loss.head import causal_lm_output
 from ..chat import History, as_messages
 from ..old_names import FromConfig, instead_use
@@ -422,9 +422,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         return causal_lm_output(self, self.transformer.output_layer, outputs, labels, logits_to_keep, **kwargs)
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
-        is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
-        if config._attn_implementation not in TENSOR_MASK_BACKENDS or (self.learned_keys and is_empty(cache)):
+        if self.learned_keys and is_empty(cache):  # the prefix is not in it yet
             return attention_mask
         return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, self.learned_keys)
 
