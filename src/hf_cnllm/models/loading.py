@@ -21,7 +21,7 @@ ADDED_BY_PEFT = {"score", "classifier", "qa_outputs"}
 class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
     """Put in front of `PreTrainedModel`."""
 
-    vocab_size = FromConfig("vocab_size")
+    vocab_size = FromConfig()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -197,9 +197,9 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    hidden_size, num_attention_heads = FromConfig("hidden_size"), FromConfig("num_attention_heads")
-    inner_hidden_size, layernorm_epsilon = FromConfig("inner_hidden_size"), FromConfig("layernorm_epsilon")
-    position_encoding_2d, max_sequence_length = FromConfig("position_encoding_2d"), FromConfig("max_sequence_length")
+    hidden_size, num_attention_heads = FromConfig(), FromConfig()
+    inner_hidden_size, layernorm_epsilon = FromConfig(), FromConfig()
+    position_encoding_2d, max_sequence_length = FromConfig(), FromConfig()
     hidden_size_per_attention_head = FromConfig("head_dim")
     params_dtype = property(lambda model: model.dtype)
 
@@ -318,7 +318,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 class ChatGLMForConditionalGeneration(
     PrefixLanguageModel, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin
 ):
-    position_encoding_2d = FromConfig("position_encoding_2d")
+    position_encoding_2d = FromConfig()
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLM1Config, empty_init: bool | None = None, device=None):

@@ -231,8 +231,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    multi_query_group_num, kv_channels = FromConfig("multi_query_group_num"), FromConfig("kv_channels")
-    seq_length = FromConfig("seq_length")
+    multi_query_group_num, kv_channels, seq_length = FromConfig(), FromConfig(), FromConfig()
     output_layer: nn.Linear  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {

@@ -174,7 +174,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Door to the backbones."""
 
-    num_layers, pre_seq_len, prefix_projection = map(FromConfig, ("num_layers", "pre_seq_len", "prefix_projection"))
+    num_layers, pre_seq_len, prefix_projection = FromConfig(), FromConfig(), FromConfig()
     get_prompt = instead_use("`prefix_encoder(batch_size, dtype)` gives the keys and values of each layer.")
 
     @property

@@ -132,7 +132,7 @@ class GLM130BModel(GLM130BPreTrainedModel, chatglm.ChatGLMModel):
 
 
 class GLM130BForConditionalGeneration(WithoutChats, PrefixLanguageModel, GLM130BPreTrainedModel, GenerationMixin):
-    max_sequence_length = FromConfig("max_sequence_length")
+    max_sequence_length = FromConfig()
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: GLM130BConfig, empty_init: bool | None = None, device=None):

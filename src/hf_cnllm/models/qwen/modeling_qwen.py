@@ -180,9 +180,9 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
 
 class QWenModel(QWenPreTrainedModel):
-    embed_dim, num_hidden_layers = FromConfig("hidden_size"), FromConfig("num_hidden_layers")
-    seq_length, use_dynamic_ntk = FromConfig("seq_length"), FromConfig("use_dynamic_ntk")
-    use_flash_attn, use_cache_quantization = FromConfig("use_flash_attn"), FromConfig("use_cache_quantization")
+    embed_dim, num_hidden_layers = FromConfig("hidden_size"), FromConfig()
+    seq_length, use_dynamic_ntk = FromConfig(), FromConfig()
+    use_flash_attn, use_cache_quantization = FromConfig(), FromConfig()
     is_fp32 = property(lambda model: model.dtype == torch.float32)
 
     def __init__(self, config: QWenConfig):
