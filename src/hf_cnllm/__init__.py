@@ -11,7 +11,8 @@ from .stand_ins import imported
 
 with naming_what_does_not_fit():
     from . import _compat, models  # noqa: F401  # _compat before all else: it says so if transformers is too old
-    from .auto import FAMILIES, register
+    from .auto import FAMILIES
+    from .registration import register
 
 if TYPE_CHECKING:
     from .attention.bloom import use_folded_alibi  # noqa: F401
