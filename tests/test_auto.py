@@ -72,6 +72,18 @@ def test_registering_again_changes_nothing():
     assert AutoModelForCausalLM._model_mapping.keys() == before
 
 
+@pytest.mark.parametrize(
+    "name, title", [("chatglm_6b", "ChatGLM-6B"), ("chatglm2_6b", "ChatGLM2-6B"), ("baichuan2_13b", "Baichuan 2")]
+)
+def test_a_class_that_a_family_lacks_is_refused_by_the_name_of_the_checkpoint(name, title):
+    config = AutoConfig.from_pretrained(GOLDENS / name)
+    for load, given in (("from_pretrained", GOLDENS / name), ("from_config", config)):
+        with pytest.raises(
+            ValueError, match=f"^{title} has no model for AutoModelForMultipleChoice: it has AutoModel,"
+        ):
+            getattr(transformers.AutoModelForMultipleChoice, load)(given)
+
+
 LATE_PEFT = """
 import sys, warnings
 warnings.simplefilter("error", UserWarning)

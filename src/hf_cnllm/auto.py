@@ -1,9 +1,9 @@
-"""Registration of every family in [`~hf_cnllm.families.FAMILIES`] with transformers and PEFT.
+"""The auto classes give the classes of this package.
 
-After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give these classes for the original checkpoints,
-whether or not a script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to
-the checkpoint's code files, for tokenizers when they are found by their class name. Models are registered by their names,
-and imported when one is first used; see `stand_ins.py`.
+After `register()`, `AutoConfig`, `AutoModel*` and `AutoTokenizer` give them for the original checkpoints, whether or not a
+script passes `trust_remote_code=True` or `use_fast=False`: transformers prefers registered classes to the checkpoint's code
+files, for tokenizers when they are found by their class name. Models are registered by their names, and imported when one is
+first used; see `stand_ins.py`.
 """
 
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ TRIED = (
 
 def _refusal(family: Family, auto_class: str, config_class: type[PreTrainedConfig]) -> type:
     """Stands for the model class that a family lacks: loading it says which auto classes there are."""
-    title = next(iter(family.lines.values())).title
-    sentence = f"{title} has no model for {auto_class}: it has {', '.join(family.model_names)}."
 
     def refuse(*args: Any, **kwargs: Any) -> None:
+        line = family.lines[family.line_of(kwargs.get("config", args[0]))]
+        sentence = f"{line.title} has no model for {auto_class}: it has {', '.join(family.model_names)}."
         raise ValueError(family.refusals.get(auto_class, sentence))
 
     members = dict.fromkeys(("from_pretrained", "_from_config"), staticmethod(refuse))

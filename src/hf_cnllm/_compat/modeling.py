@@ -161,6 +161,9 @@ else:
 class LoadingHooks:
     """Stands in front of `PreTrainedModel`: its private hook, under a name of our own."""
 
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    """The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself."""
+
     @classmethod
     def check_weight_files(cls, model, files: list[str], quantizer: HfQuantizer | None) -> None:
         """Sees the files that the weights of `model`, which is empty yet, are about to be read from."""
@@ -288,22 +291,20 @@ class GenerationHooks:
         # The cache goes by position: its name is another one until 5.23.
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
 
-    def why_not_continuous(self) -> str | None:
-        """What keeps continuous batching (`generate_batch`) from serving the model right; None if nothing does."""
-        return None
+    def check_continuous_batching(self, workload_hints: Any) -> None:
+        """Refuses, with a ValueError, what continuous batching (`generate_batch`) would not serve right."""
 
     def is_continuous_with_flash(self) -> bool:
         """Whether flash attention computes the model right in continuous batching."""
         return True
 
-    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         # transformers would turn an error of the forward pass into empty results.
-        if why := self.why_not_continuous():
-            raise ValueError(f"continuous batching (`generate_batch`) {why}: use `generate` with a padded batch")
+        self.check_continuous_batching(workload_hints)
         if not self.is_continuous_with_flash():
             given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
             continuous_batching_config = self._keep_from_flash(given or ContinuousBatchingConfig())
-        return super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        return super().init_continuous_batching(generation_config, continuous_batching_config, workload_hints)
 
     def _keep_from_flash(self, settings: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
         """Continuous batching switches to flash attention by itself, where there is one."""
@@ -388,8 +389,8 @@ class GenerationHooks:
         return super()._prepare_static_cache(*args, max_cache_len=max_cache_len + self.learned_keys, **kwargs)
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask: the forward pass makes it
+        if config._attn_implementation == "flex_attention" or is_flash_attention_requested(config):
+            return attention_mask  # until 5.23 `generate` cannot handle a BlockMask, and flash attention takes the 2-D mask
         return self.masks_for_generate(config, inputs_embeds, attention_mask, kwargs[CACHE], position_ids)
 
 
@@ -412,7 +413,3 @@ def shifts_labels(model_class: _Model) -> _Model:
     for those classes only whose names are in this table."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
     return model_class
-
-
-# The inputs that accelerate's hooks leave on their device: until 5.23 each class said so itself.
-SKIP_KEYS_DEVICE_PLACEMENT = list(CACHE_NAMES)

@@ -40,7 +40,7 @@ from .._compat.modeling import (
 )
 from .alibi_flash import FlashAlibi, alibi_flash_attention, make_flash_alibi
 from .flex import fixed_number
-from .masks import FULL, TENSOR_MASK_BACKENDS, AttentionMask, follow_restarts, read_mask
+from .masks import FULL, AttentionMask, follow_restarts, read_mask
 
 
 class FoldedAlibi(NamedTuple):
@@ -231,8 +231,8 @@ def prepare_alibi_mask(
     config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
     """The mask of a compiled step with a static cache, made outside of it; `attention_mask` itself where the forward
-    pass is to make it: in prompts, which are not compiled, and for flash and flex attention."""
-    if inputs_embeds.shape[1] > 1 or config._attn_implementation not in TENSOR_MASK_BACKENDS:
+    pass is to make it: in prompts, which are not compiled."""
+    if inputs_embeds.shape[1] > 1:
         return attention_mask
     return {PREPARED: create_alibi_mask(config, inputs_embeds, attention_mask, cache)}
 

@@ -43,8 +43,6 @@ EVERYONES = -1
 HIDES = -1e4
 # What eager attention, whose softmax is in fp32, can add at most.
 LOWEST = torch.finfo(torch.float32).min
-# Attention whose mask is a tensor, so that `generate` can make it outside of a compiled step.
-TENSOR_MASK_BACKENDS = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,19 @@ class AttentionMask:
     def additive(self, dtype: torch.dtype) -> torch.Tensor:
         """[batch or 1, 1, queries, keys]: 0, or the dtype's minimum where a query may not look: unlike −inf, it leaves a row
         finite that may look nowhere, as all padding does here."""
-        if self.complete is not None:
-            return as_additive(self.complete, dtype)
+        return as_additive(self.seen() if self.complete is None else self.complete, dtype)
+
+    def seen(self, or_mask_function: Callable | None = None, padding_sees: bool = False) -> torch.Tensor:
+        """[batch or 1, 1, queries, keys], True where a query may look; arguments as in [`make_mask`] and [`same_sequence`]."""
+        rows = torch.arange(self.batch, device=self.device)[:, None, None]
         queries, keys = self.query_positions[:, None], self.key_positions
-        mask = keys <= queries
+        seen = keys <= queries
+        if or_mask_function is not None:
+            seen = seen | or_mask_function(rows, None, queries, keys)
         if self.sequences is not None:
-            rows = torch.arange(self.batch, device=self.device)[:, None, None]
-            mask = mask & same_sequence(_up_to(self.sequences, self.keys))(rows, None, queries, keys)
-        return as_additive(mask.view(-1, 1, self.queries, self.keys), dtype)
+            same = same_sequence(_up_to(self.sequences, self.keys), padding_sees)
+            seen = seen & same(rows, None, queries, keys)
+        return seen.view(-1, 1, self.queries, self.keys)
 
     def block_mask(
         self, cache: Cache | None = None, or_mask_function: Callable | None = None, window: int | None = None
@@ -297,9 +300,8 @@ def make_mask(
         and_mask_function=same,
     )
     if backend == "eager" and inputs_embeds.dtype == torch.float64:
-        made = made.clamp(
-            min=LOWEST
-        )  # transformers' is −inf once softmax makes it fp32, and NaN where all of a row is
+        # transformers' minimum is −inf once softmax makes it fp32, and NaN where all of a row is.
+        made = made.clamp(min=LOWEST)
     return made
 
 

@@ -133,18 +133,15 @@ def create_prefix_lm_mask(
     key = torch.arange(mask.keys, device=prefix.device)
     is_query = (key >= past) & (key < past + queries)
     in_prefix = prefix[:, (key - past).clamp(0, queries - 1)] & is_query  # [batch, keys]
+    lookup = fixed_size(in_prefix) if backend == "flex_attention" else in_prefix
+
+    def sees_prefix(batch_idx, head_idx, q_idx, kv_idx):
+        return lookup[batch_idx, kv_idx]
+
     if backend == "flex_attention":
-        in_prefix = fixed_size(in_prefix)
-        return make_mask(
-            config, inputs_embeds, mask, cache, or_mask_function=lambda batch, head, query, key: in_prefix[batch, key]
-        )
-    seen = (key <= key[:queries, None] + past) | in_prefix[:, None]
-    if mask.sequences is not None:
-        sequences = F.pad(mask.sequences, (0, mask.keys - mask.sequences.shape[1]))[:, None]
-        seen = seen & (sequences != 0)
-        if packed:
-            seen = seen & ((sequences == new[..., None]) | (sequences == EVERYONES))
-    return make_mask(config, inputs_embeds, replace(mask, complete=seen[:, None]), cache)
+        return make_mask(config, inputs_embeds, mask, cache, or_mask_function=sees_prefix)
+    seen = mask.seen(sees_prefix, padding_sees=not packed)
+    return make_mask(config, inputs_embeds, replace(mask, complete=seen), cache)
 
 
 # --- where the sequences are -----------------------------------------------------------------------------------------

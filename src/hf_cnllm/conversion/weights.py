@@ -11,7 +11,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..hub.saving import write_json
+from ..hub.saving import check_saved, write_json
 from ..hub.weight_files import (
     Stored,
     check_indexes,
@@ -22,7 +22,6 @@ from ..hub.weight_files import (
     weight_files,
 )
 from ..loss.norm_head import inverse_row_norms
-from ..models.loading import check_saved
 from .roads import Road, Rows, in_any_layer, moved
 
 SHARD_SIZE = 10**9  # bytes of a written shard; a larger tensor is one by itself

@@ -91,8 +91,7 @@ def _check_ids(config: PreTrainedConfig, control: ControlTokens, blanks: set[int
 
 
 def _mask_ids(config: PreTrainedConfig) -> list[int]:
-    fields = config.kinds_of_blanks if config.has_kinds_of_blanks else MASK_FIELDS
-    return [index for field in fields if (index := getattr(config, field)) is not None]
+    return [index for field in config.kinds_of_blanks if (index := getattr(config, field)) is not None]
 
 
 def _ends(config: PreTrainedConfig) -> list[int]:

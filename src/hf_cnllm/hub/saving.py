@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import distributed
 
+UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
+
 
 def check_new_folder(output: Path, advice: str = "choose a new folder") -> None:
     """Says before any work starts whether `output` may be written.
@@ -63,6 +65,46 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
                 old.rename(output)
             raise
         _write_through(output.parent)
+
+
+@contextmanager
+def index_taken_away(index: Path) -> Iterator[None]:
+    """While weights are saved over an older checkpoint: renames its index, if there is one, and removes it at the end. If no
+    weights were written, it comes back."""
+
+    def weights() -> list[tuple[str, int, int]]:
+        states = ((file.name, file.stat()) for file in index.parent.glob("*.safetensors"))
+        return sorted((name, state.st_mtime_ns, state.st_size) for name, state in states)
+
+    aside = Path(f"{index}{UNFINISHED}")
+    before = None
+    if index.is_file():
+        before = weights()
+        index.replace(aside)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if before is not None and not index.exists() and weights() == before:
+            aside.replace(index)
+        elif done:
+            aside.unlink(missing_ok=True)
+
+
+def check_saved(folder: Path) -> None:
+    """Refuses a folder that a killed save has left without an index.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    for aside in folder.glob(f"*{UNFINISHED}"):
+        weights = (folder / name for name in (aside.name.removesuffix(UNFINISHED), "model.safetensors"))
+        if not any(file.exists() for file in weights):
+            raise OSError(
+                f"A save into {folder} was interrupted: its shards are some of the older and some of the newer checkpoint. "
+                "Save again, or take another copy."
+            )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -273,11 +273,11 @@ class _Chunks:
         max_z = self.max_z * (len(counted) / max(len(targets), 1) if self.max_z_of_all else 1)
         ignored = (~is_counted).nonzero().squeeze(1) if max_z and self.max_z_of_all else counted[:0]
 
-        work = _Workspace(min(self.size, max(len(counted), len(ignored))), matrix, exact)
+        work = _Workspace(min(self.size, max(len(counted), len(ignored))), matrix, row_scale, bias, exact)
         loss = torch.zeros((), dtype=exact, device=weight.device)
         for rows in self._split(counted):
             tokens, labels = inputs[rows], targets[rows, None]
-            logits = work.logits(tokens, row_scale, bias)
+            logits = work.logits(tokens)
             # Finding where the largest is takes a CPU five times as long as finding it.
             largest, argmax = logits.max(dim=-1, keepdim=True) if max_z else (logits.amax(dim=-1, keepdim=True), None)
             below_largest = logits.gather(1, labels) - largest
@@ -295,11 +295,10 @@ class _Chunks:
             if needs_weight:
                 work.add_product(grad_weight, work.rounded(grad_logits).t(), tokens)
             if needs_hidden:
-                grad_logits = grad_logits if row_scale is None else grad_logits.mul_(row_scale)
-                grad_hidden[rows] = work.times_matrix(grad_logits, row_scale).to(hidden_states.dtype)
+                grad_hidden[rows] = work.times_matrix_(grad_logits).to(hidden_states.dtype)
 
         for rows in self._split(ignored):
-            largest, argmax = work.logits(inputs[rows], row_scale, bias).max(dim=-1)
+            largest, argmax = work.logits(inputs[rows]).max(dim=-1)
             loss += max_z * largest.square().sum()
             grad_largest = 2 * max_z * largest
             if needs_bias:
@@ -322,25 +321,25 @@ class _Chunks:
 class _Workspace:
     """The chunk's logits, allocated once for all chunks: in the matmuls' dtype and, if that is another, in full."""
 
-    def __init__(self, tokens: int, matrix: Tensor, exact: torch.dtype):
-        self.matrix = matrix
+    def __init__(self, tokens: int, matrix: Tensor, row_scale: Tensor | None, bias: Tensor | None, exact: torch.dtype):
+        self.matrix, self.row_scale, self.bias = matrix, row_scale, bias
         self.products = matrix.new_empty(tokens, matrix.shape[0])
         self.exact = self.products if matrix.dtype == exact else torch.empty_like(self.products, dtype=exact)
 
-    def logits(self, tokens: Tensor, row_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         logits, factors = self.exact[: len(tokens)], None
-        if row_scale is not None and tokens.dtype == torch.float16:
-            factors = fit_into_fp16(tokens, row_scale)
+        if self.row_scale is not None and tokens.dtype == torch.float16:
+            factors = fit_into_fp16(tokens, self.row_scale)
             tokens = tokens * factors
         product = torch.mm(tokens, self.matrix.t(), out=self.products[: len(tokens)])
         if product.dtype != logits.dtype:
             logits.copy_(product)
-        if row_scale is not None:
-            logits.mul_(row_scale)
+        if self.row_scale is not None:
+            logits.mul_(self.row_scale)
         if factors is not None:
             logits.div_(factors)
-        if bias is not None:
-            logits.add_(bias)
+        if self.bias is not None:
+            logits.add_(self.bias)
         return logits
 
     def rounded(self, grad_logits: Tensor) -> Tensor:
@@ -349,12 +348,16 @@ class _Workspace:
             return grad_logits
         return self.products[: len(grad_logits)].copy_(grad_logits)
 
-    def times_matrix(self, scaled_grad_logits: Tensor, row_scale: Tensor | None) -> Tensor:
-        """`scaled_grad_logits @ matrix`, where the scale is that of the matrix's rows: in fp16 it would lose small gradients."""
-        if row_scale is None or self.products.dtype != torch.float16:
-            return self.rounded(scaled_grad_logits) @ self.matrix
-        largest = row_scale.min().reciprocal().clamp(1, FP16_REACH)
-        return (self.rounded(scaled_grad_logits.mul_(largest)) @ self.matrix).float() / largest
+    def times_matrix_(self, grad_logits: Tensor) -> Tensor:
+        """`grad_logits @ u`, for which they are overwritten."""
+        if self.row_scale is None:
+            return self.rounded(grad_logits) @ self.matrix
+        grad_logits.mul_(self.row_scale)
+        if self.products.dtype != torch.float16:
+            return self.rounded(grad_logits) @ self.matrix
+        # The scale of the rows would lose small gradients.
+        largest = self.row_scale.min().reciprocal().clamp(1, FP16_REACH)
+        return (self.rounded(grad_logits.mul_(largest)) @ self.matrix).float() / largest
 
     def add_product(self, result: Tensor, left: Tensor, right: Tensor) -> None:
         """`result += left @ right`, added in the precision of `result`."""

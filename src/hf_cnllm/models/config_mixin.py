@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .._compat import IS_COPY, TokenizerHooks, keep_names_in_transformers
+from .._compat import CACHE, IS_COPY, TokenizerHooks, keep_names_in_transformers
 from ..hub.publishing import needs_package
 from .adapter_targets import AdapterTargets, add_peft_targets
 
@@ -21,11 +21,22 @@ GENERATION_MODELS = {
     "GLMModel": "GLMForConditionalGeneration",
 }
 
-COMMON_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COMMON_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "loss_chunk_size",
+)
 
 
 class CheckpointConfigMixin(TokenizerHooks):
     """Put in front of `PreTrainedConfig`: refuses another family's checkpoint and keeps no pointers to remote code."""
+
+    keys_to_ignore_at_inference = [CACHE]
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}  # transformers' default is Llama's names
 
     written_model_type: ClassVar[str | None] = None
     """The `model_type` in files that are written, where the original one is also that of a model of transformers."""
@@ -133,16 +144,22 @@ class CheckpointConfigMixin(TokenizerHooks):
             if field.endswith(("_eps", "_epsilon")) and number < 0:
                 raise ValueError(f"`{field}` must not be negative, got {number}.")
 
-    def check_positive(self, *fields: str) -> None:
-        """Refuses sizes that are not positive; None is none.
+    def set_missing(self, values: Mapping[str, Any]) -> None:
+        """Gives fields that are None their values."""
+        for field, value in values.items():
+            if getattr(self, field) is None:
+                setattr(self, field, value)
+
+    def check_sizes(self, *others: str) -> None:
+        """Refuses sizes that are not positive, those that all families have and `others`; None is none.
 
         Raises:
             ValueError: naming the field.
         """
-        for field in fields:
-            value = getattr(self, field)
+        for name in (*COMMON_SIZES, *others):
+            value = getattr(self, name, None)
             if value is not None and value <= 0:
-                raise ValueError(f"`{field}` must be a positive number, got {value}.")
+                raise ValueError(f"`{self.field_name(name)}` must be a positive number, got {value}.")
 
     def check_whole_heads(self) -> None:
         """Refuses a `hidden_size` that heads cannot share evenly.

@@ -1,8 +1,6 @@
-"""Loading a checkpoint that is damaged or not this family's: one clear error instead of a half-random model. Saving one over
-another: what a killed save leaves is no mixture of the two."""
+"""Loading a checkpoint that is damaged or not this family's: one clear error instead of a half-random model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,17 +9,19 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from .._compat import check_transformers
 from .._compat.modeling import AdapterHooks, LoadingHooks
 from ..hub.publishing import PublishingMixin
-from ..hub.saving import is_first_process
+from ..hub.saving import check_saved, index_taken_away, is_first_process
 from ..hub.weight_files import check_indexes, check_weight_files
 from ..stand_ins import take_places
+from .old_names import FromConfig
 
 # Heads that PEFT names for every classification, whatever they are called.
 ADDED_BY_PEFT = {"score", "classifier", "qa_outputs"}
-UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
 
 
 class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
     """Put in front of `PreTrainedModel`."""
+
+    vocab_size = FromConfig()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -70,15 +70,15 @@ class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
 
     def check_adapter(self, config) -> None:
         """Refuses `modules_to_save` that there are not, over which PEFT passes in silence: names differ by family."""
-        names = [name for name, _ in self.named_modules()]  # type: ignore[attr-defined]
+        names = {module: name for name, module in self.named_modules()}  # type: ignore[attr-defined]
         wanted = set(getattr(config, "modules_to_save", None) or ()) - ADDED_BY_PEFT
-        for missing in sorted(name for name in wanted if not any(known.endswith(name) for known in names)):
+        missing = sorted(name for name in wanted if not any(known.endswith(name) for known in names.values()))
+        if missing:
             embedding, head = self.get_input_embeddings(), self.get_output_embeddings()  # type: ignore[attr-defined]
-            known = {id(module): name.rpartition(".")[2] for name, module in self.named_modules()}  # type: ignore[attr-defined]
-            ours = " and ".join(repr(known[id(module)]) for module in (embedding, head) if module is not None)
+            ours = (names[module].rpartition(".")[2] for module in (embedding, head) if module is not None)
             raise ValueError(
-                f"modules_to_save: {type(self).__name__} has no module {missing!r}. Its embedding and head are {ours}; the "
-                "model holds the adapter already, so load it again."
+                f"modules_to_save: {type(self).__name__} has no module {missing[0]!r}. Its embedding and head are "
+                f"{' and '.join(map(repr, ours))}; the model holds the adapter already, so load it again."
             )
 
     @classmethod
@@ -96,47 +96,8 @@ class CheckpointLoadingMixin(PublishingMixin, AdapterHooks, LoadingHooks):
         variant = kwargs.get("variant", args[4] if len(args) > 4 else None)
         index = Path(save_directory, f"model.safetensors.index.{f'{variant}.' if variant else ''}json")
         adapter_only = getattr(self, "_hf_peft_config_loaded", False)
-        with nullcontext() if adapter_only or not is_first_process() else _taken_away(index):
+        with nullcontext() if adapter_only or not is_first_process() else index_taken_away(index):
             return super().save_pretrained(save_directory, *args, **kwargs)
-
-
-@contextmanager
-def _taken_away(index: Path) -> Iterator[None]:
-    """Renames an index, if there is one, and removes it at the end. If no weights were written, it comes back."""
-
-    def weights() -> list[tuple[str, int, int]]:
-        states = ((file.name, file.stat()) for file in index.parent.glob("*.safetensors"))
-        return sorted((name, state.st_mtime_ns, state.st_size) for name, state in states)
-
-    aside = Path(f"{index}{UNFINISHED}")
-    before = None
-    if index.is_file():
-        before = weights()
-        index.replace(aside)
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if before is not None and not index.exists() and weights() == before:
-            aside.replace(index)
-        elif done:
-            aside.unlink(missing_ok=True)
-
-
-def check_saved(folder: Path) -> None:
-    """Refuses a folder that a killed save has left without an index.
-
-    Raises:
-        OSError: naming the folder.
-    """
-    for aside in folder.glob(f"*{UNFINISHED}"):
-        weights = (folder / name for name in (aside.name.removesuffix(UNFINISHED), "model.safetensors"))
-        if not any(file.exists() for file in weights):
-            raise OSError(
-                f"A save into {folder} was interrupted: its shards are some of the older and some of the newer checkpoint. "
-                "Save again, or take another copy."
-            )
 
 
 def _damaged_file(checkpoint) -> str:

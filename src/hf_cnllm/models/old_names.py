@@ -5,10 +5,14 @@ from typing import Any
 
 
 class FromConfig:
-    """An attribute that the original copied from its configuration, which alone counts here."""
+    """An attribute that the original copied from its configuration, which alone counts here: from the field of its own name, or
+    of another one."""
 
-    def __init__(self, field: str):
+    def __init__(self, field: str = ""):
         self.field = field
+
+    def __set_name__(self, owner: type, name: str):
+        self.field = self.field or name
 
     def __get__(self, model: Any, owner: type) -> Any:
         return self if model is None else getattr(model.config, self.field)

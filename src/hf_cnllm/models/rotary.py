@@ -1,9 +1,7 @@
-"""Rotary position embeddings that several families share (RoFormer, arXiv 2104.09864).
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) in the half-split form, where dimension i turns with dimension
+i + d/2: transformers' own Llama code, but for one thing."""
 
-The half-split form, where dimension i turns with dimension i + d/2, is transformers' own Llama code.
-"""
-
-from .._compat.modeling import LlamaRotaryEmbedding, apply_rotary_pos_emb, rotate_half
+from .._compat.modeling import LlamaRotaryEmbedding
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
@@ -21,6 +19,3 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
             if moved.dtype != buffer.dtype and not buffer.is_meta:
                 setattr(self, name, buffer.to(moved.device))
         return self
-
-
-__all__ = ["RotaryEmbedding", "apply_rotary_pos_emb", "rotate_half"]

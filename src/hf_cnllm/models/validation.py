@@ -71,8 +71,8 @@ def validate_inputs(
     if cache is not None:
         fields = vars(config)  # a step should not pay six times for a configuration's own attribute access
         heads = fields["num_attention_heads"]
-        head_dim = fields.get("head_dim") or fields.get("kv_channels") or fields["hidden_size"] // heads
-        heads = fields.get("num_key_value_heads") or heads
+        head_dim = fields.get("kv_channels") or fields["hidden_size"] // heads
+        heads = getattr(config, "num_key_value_heads", heads)
         check_cache(cache, batch_size, config.num_hidden_layers, heads, head_dim)
     return cache
 

@@ -114,6 +114,7 @@ def test_the_derived_sizes_are_in_the_dictionary_that_peft_reads():
         ({**V2, "num_attention_heads": 7}, "`num_attention_heads` .7. is not a multiple of `multi_query_group_num` .2."),
         ({**V1, "num_attention_heads": 7}, "`hidden_size` .4096. is not a multiple of `num_attention_heads` .7."),
         ({**V2, "pre_seq_len": 0}, "`pre_seq_len` must be a positive number, got 0"),
+        ({**V2, "loss_chunk_size": 0}, "`loss_chunk_size` must be a positive number, got 0"),
         ({**V2, "kv_channels": -8}, "`kv_channels` must be a positive number, got -8"),
         ({**V2, "quantization_bit": 3}, "`quantization_bit` must be 0, 4 or 8"),
         ({**V2, "num_key_value_heads": 4}, r"`num_key_value_heads` \(4\) contradicts .* `multi_query_group_num`"),

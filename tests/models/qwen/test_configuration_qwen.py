@@ -60,6 +60,7 @@ def test_windows_have_transformers_names_too(tmp_path):
         ({"seq_length": None}, "`use_dynamic_ntk` is on, but `seq_length`, the trained length, is missing"),
         ({"seq_length": None, "use_dynamic_ntk": False}, "`use_logn_attn` is on, but `seq_length`"),
         ({"seq_length": 0}, "`seq_length` must be a positive number"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` must be a positive number"),
         ({"seq_length": 1}, "`use_logn_attn` needs a `seq_length` of at least 2"),
         ({"window_sizes": [8]}, "`window_sizes` has 1 entries, but there are 2 layers"),
         ({"window_sizes": [8, 0]}, "`window_sizes` must hold positive numbers or None, got 0"),

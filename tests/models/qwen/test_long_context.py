@@ -12,6 +12,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.utils import logging
 
 from goldens import assert_close
@@ -245,6 +246,7 @@ def test_continuous_batching_refuses_what_it_cannot_do_right():
         model.generate_batch([[5] * 33], generation_config=CONTINUOUS)
     with pytest.raises(ValueError, match="max_prompt_length"):
         model.init_continuous_batching(generation_config=CONTINUOUS)
+    model.init_continuous_batching(CONTINUOUS, None, WorkloadHints(max_prompt_length=32))
     model = load(use_dynamic_ntk=False, window_sizes=[4, 8])
     with pytest.raises(ValueError, match="`window_sizes` holds several"):
         model.generate_batch([[5] * 9], generation_config=CONTINUOUS)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE, RopeParameters
+from ..._compat import RopeParameters
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
-from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
+from ..config_mixin import CheckpointConfigMixin
 
 DEFAULT_VOCAB_SIZE = 125_696
 NORM_HEAD_BY_VOCAB_SIZE = {64_000: False, 125_696: True}  # Baichuan, Baichuan2
@@ -72,7 +72,6 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     own_tokenizer = "BaichuanTokenizer"
     own_vocabularies = ("tokenizer.model", "tokenizer.json")
     own_settings = ("add_bos_token",)  # texts begin with <s> unless a checkpoint says no, which all published ones do
-    keys_to_ignore_at_inference = [CACHE]
     # W_pack holds q | k | v, so its column shards are not whole heads of each: it is gathered after the projection, and cut
     # again before the next.
     base_model_tp_plan = {
@@ -146,7 +145,7 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        self.check_positive(*COMMON_SIZES, "max_position_embeddings", "model_max_length", "loss_chunk_size")
+        self.check_sizes("model_max_length")
         self.check_whole_heads()
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding == "rope" and head_dim % 2 != 0:

@@ -11,7 +11,6 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GenerationHooks,
@@ -22,6 +21,7 @@ from ..._compat.modeling import (
     LlamaRMSNorm,
     TransformersKwargs,
     Unpack,
+    apply_rotary_pos_emb,
     can_return_tuple,
     capture_outputs,
     eager_attention_forward,
@@ -39,7 +39,7 @@ from ...loss.head import MeanLoss, causal_lm_output
 from ...loss.norm_head import NormHead, rows_around_mean
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
-from ..rotary import RotaryEmbedding, apply_rotary_pos_emb
+from ..rotary import RotaryEmbedding
 from ..validation import cached_length, validate_inputs
 from .chat import BaichuanChatMixin
 from .configuration_baichuan import BaichuanConfig
@@ -135,7 +135,6 @@ class BaichuanPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanDecoderLayer"]
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -159,8 +158,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
-        self.vocab_size = config.vocab_size
-
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [BaichuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
@@ -232,9 +229,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def _find_fully_masked_rows(self, attention_mask: object, queries: int) -> FullyMaskedRows | None:
         """The rows that look nowhere, as the originals treated them, when a prompt or a training batch has any."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 3) or queries == 1:
+        if not isinstance(attention_mask, torch.Tensor) or queries == 1:
             return None
-        if any(size != queries for size in attention_mask.shape[1:]):
+        if attention_mask.shape[1:] not in ((queries,), (queries, queries)):
             return None
         tokens = attention_mask != 0
         if tokens.ndim == 3:
@@ -258,7 +255,6 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
         self.model = BaichuanModel(config)
-        self.vocab_size = config.vocab_size
         if config.norm_head:
             self.lm_head = NormHead(config.hidden_size, config.vocab_size)
         else:

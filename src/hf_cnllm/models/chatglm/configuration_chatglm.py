@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -27,7 +26,7 @@ EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE = 150528, 130528
 FIRST_CONTROL_ID = {EARLY_VOCAB_SIZE: 150000, LATE_VOCAB_SIZE: 130000}
 CONTROL_TOKENS = {"mask_token_id": 0, "gmask_token_id": 1, "smask_token_id": 2, "bos_token_id": 4, "eos_token_id": 5}
 
-# Whoever changes one of these changes what follows from it.
+# What the sizes that other libraries read follow from.
 SIZES_FOLLOW_FROM = (
     "hidden_size",
     "num_attention_heads",
@@ -37,10 +36,23 @@ SIZES_FOLLOW_FROM = (
 )
 SIZES = ("head_dim", "num_key_value_heads")
 
-POSITIVE_FIELDS = (
-    "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "ffn_hidden_size",
-    "kv_channels", "multi_query_group_num", "max_sequence_length", "seq_length", "rope_ratio", "pre_seq_len",
-)  # fmt: skip
+
+class _Follows:
+    """A size that follows from other fields: setting it to another value is refused."""
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        return self if config is None else config.sizes_that_follow()[self.name]
+
+    def __set__(self, config: Any, value: int | None):
+        size = self.__get__(config, type(config))
+        if value not in (None, size):
+            raise ValueError(
+                f"`{self.name}` ({value}) contradicts what it follows from ({size}): set "
+                f"{' or '.join(f'`{name}`' for name in SIZES_FOLLOW_FROM if hasattr(config, name))}"
+            )
 
 
 @strict
@@ -77,10 +89,8 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
     )
     own_tokenizer = "ChatGLMTokenizer"
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"}
 
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # each architecture's backbone has its own plans
     # Fields of one architecture that are asked of both.
     early_positions: ClassVar[bool | None] = None
     quantization_embeddings: ClassVar[bool] = False
@@ -103,8 +113,7 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     prefix_dropout: float = 0.0
     quantization_bit: int = 0
     loss_chunk_size: int | None = DEFAULT_CHUNK_SIZE
-    head_dim: int | None = None
-    num_key_value_heads: int | None = None
+    head_dim, num_key_value_heads = _Follows(), _Follows()
 
     def __new__(cls, *args, **kwargs):
         # A configuration is often made from keywords alone, which say which one only now.
@@ -123,33 +132,15 @@ class ChatGLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def sizes_that_follow(self) -> dict[str, int]:
-        """`head_dim` and `num_key_value_heads`, from the fields that say them."""
+        """`SIZES`, from the fields that say them."""
         raise NotImplementedError
 
-    def _derive_sizes(self):
-        for field, value in self.sizes_that_follow().items():
-            if getattr(self, field) not in (None, value):
-                raise ValueError(
-                    f"`{field}` ({getattr(self, field)}) contradicts what it follows from ({value}): set "
-                    f"{' or '.join(f'`{name}`' for name in SIZES_FOLLOW_FROM if hasattr(self, name))}"
-                )
-            setattr(self, field, value)
-        self._follows = True
-
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name in SIZES_FOLLOW_FROM and getattr(self, "_follows", False) and self.num_attention_heads:
-            for field, size in self.sizes_that_follow().items():
-                super().__setattr__(field, size)
-
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "_follows"}
+        return super().to_dict() | self.sizes_that_follow()
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
-        for field in POSITIVE_FIELDS:
-            if (value := getattr(self, field, None)) is not None and value <= 0:
-                raise ValueError(f"`{field}` must be a positive number, got {value}")
+        self.check_sizes("pre_seq_len")
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, but is {self.quantization_bit}")
 
@@ -211,10 +202,7 @@ class ChatGLM1Config(ChatGLMConfig):
                 self.vocab_size != LATE_VOCAB_SIZE and self.pad_token_id is None
             )
         if (first_id := FIRST_CONTROL_ID.get(self.vocab_size)) is not None:
-            for field, offset in CONTROL_TOKENS.items():
-                if getattr(self, field) is None:
-                    setattr(self, field, first_id + offset)
-        self._derive_sizes()
+            self.set_missing({field: first_id + offset for field, offset in CONTROL_TOKENS.items()})
 
     def sizes_that_follow(self):
         head_dim = self.hidden_size // (self.num_attention_heads or 1)
@@ -222,11 +210,7 @@ class ChatGLM1Config(ChatGLMConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})"
-            )
+        self.check_whole_heads()
 
 
 @strict
@@ -280,7 +264,6 @@ class ChatGLM2Config(ChatGLMConfig):
             name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
             self.rope_ratio_type = "linear" if "chatglm2" in str(name).lower() else "base"
         super().__post_init__(**kwargs)
-        self._derive_sizes()
 
     def sizes_that_follow(self):
         heads = self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
@@ -288,6 +271,7 @@ class ChatGLM2Config(ChatGLMConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        self.check_sizes("kv_channels", "multi_query_group_num", "rope_ratio")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `multi_query_group_num` "

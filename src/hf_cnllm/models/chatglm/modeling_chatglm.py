@@ -11,24 +11,21 @@ from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
     BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
     GradientCheckpointingLayer,
     TransformersKwargs,
     Unpack,
-    can_return_tuple,
     capture_outputs,
     drops_cache,
     eager_attention_forward,
     merge_with_config_defaults,
+    rotate_half,
     shifts_labels,
     takes_cache,
 )
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...loss.head import causal_lm_output
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
-from ..glm_line.generation import PrefixLMGenerationMixin
+from ..glm_line.heads import PrefixLanguageModel
 from ..old_names import FromConfig
-from ..rotary import rotate_half
 from ..validation import validate_inputs
 from . import modeling_chatglm_auto as auto
 from .configuration_chatglm import ChatGLM1Config
@@ -133,9 +130,7 @@ class SelfAttention(nn.Module):
         """transformers' of the configured backend, or what stands in for it at this mask."""
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        if isinstance(attention_mask, PrefixLMLayout):
-            return prefix_lm_attention(backend, attention_interface)
-        return attention_interface
+        return prefix_lm_attention(backend, attention_interface)
 
 
 class GLU(nn.Module):
@@ -202,11 +197,9 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    hidden_size, num_attention_heads, vocab_size = map(
-        FromConfig, ("hidden_size", "num_attention_heads", "vocab_size")
-    )
-    inner_hidden_size, layernorm_epsilon = FromConfig("inner_hidden_size"), FromConfig("layernorm_epsilon")
-    position_encoding_2d, max_sequence_length = FromConfig("position_encoding_2d"), FromConfig("max_sequence_length")
+    hidden_size, num_attention_heads = FromConfig(), FromConfig()
+    inner_hidden_size, layernorm_epsilon = FromConfig(), FromConfig()
+    position_encoding_2d, max_sequence_length = FromConfig(), FromConfig()
     hidden_size_per_attention_head = FromConfig("head_dim")
     params_dtype = property(lambda model: model.dtype)
 
@@ -323,13 +316,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
 
 @shifts_labels
 class ChatGLMForConditionalGeneration(
-    PrefixLMGenerationMixin, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin
+    PrefixLanguageModel, ChatGLMPreTrainedModel, auto.ChatGLMForConditionalGeneration, GenerationMixin
 ):
-    position_encoding_2d = FromConfig("position_encoding_2d")
+    position_encoding_2d = FromConfig()
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ChatGLM1Config, empty_init: bool | None = None, device=None):
         super().__init__(config, empty_init, device)
@@ -337,36 +327,6 @@ class ChatGLMForConditionalGeneration(
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learned_keys = config.pre_seq_len or 0
         self.post_init()
-
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            labels: (batch, length) token ids, -100 where nothing is to be learned; shifted here. The rest as for
-                [`ChatGLMModel`].
-        """
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **kwargs)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel, auto.ChatGLMForSequenceClassification): ...

@@ -26,7 +26,7 @@ from ..._compat.modeling import (
     shifts_labels,
     takes_cache,
 )
-from ...attention.masks import TENSOR_MASK_BACKENDS, create_causal_mask, positions_in_sequences
+from ...attention.masks import create_causal_mask, positions_in_sequences
 from ...loss.head import causal_lm_output
 from ..chat import History, as_messages
 from ..old_names import FromConfig, instead_use
@@ -59,10 +59,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
+        rope = rope_parameters(config)
         self.dim = config.head_dim // 2
-        linear = config.rope_ratio_type == "linear"
-        self.base = ROPE_BASE if linear else ROPE_BASE * config.rope_ratio
-        self.position_divisor = config.rope_ratio if linear else 1
+        self.base, self.position_divisor = rope["rope_theta"], rope.get("factor", 1)
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,8 +231,7 @@ class ChatGLMPreTrainedModel(auto.ChatGLMPreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel, auto.ChatGLMModel):
     """The backbone."""
 
-    multi_query_group_num, kv_channels = FromConfig("multi_query_group_num"), FromConfig("kv_channels")
-    seq_length = FromConfig("seq_length")
+    multi_query_group_num, kv_channels, seq_length = FromConfig(), FromConfig(), FromConfig()
     output_layer: nn.Linear  # which a model with a head puts there
     # Row groups of the packed projections are not whole heads or channel pairs: their shards are gathered.
     _tp_plan = {
@@ -371,8 +369,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         self.learned_keys = config.pre_seq_len or 0
         self.post_init()
 
-    def why_not_continuous(self):
-        return "has no place for a P-tuning prefix (`pre_seq_len`)" if self.learned_keys else None
+    def check_continuous_batching(self, workload_hints):
+        if self.learned_keys:
+            raise ValueError(
+                "continuous batching (`generate_batch`) has no place for a P-tuning prefix (`pre_seq_len`): use `generate` with "
+                "a padded batch"
+            )
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.transformer.output_layer
@@ -419,9 +421,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, auto.ChatGLMForCon
         return causal_lm_output(self, self.transformer.output_layer, outputs, labels, logits_to_keep, **kwargs)
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
-        """The mask of a compiled step with a static cache, made outside of it. The forward pass makes its own where that
-        is not possible: `generate` cannot handle a BlockMask, and before its first step the prefix is not in the cache."""
-        if config._attn_implementation not in TENSOR_MASK_BACKENDS or (self.learned_keys and is_empty(cache)):
+        if self.learned_keys and is_empty(cache):  # the prefix is not in it yet
             return attention_mask
         return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, self.learned_keys)
 

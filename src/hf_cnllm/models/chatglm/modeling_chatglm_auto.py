@@ -19,7 +19,6 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from ..._compat.modeling import (
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     GenerationHooks,
     SequenceClassifierOutputWithPast,
@@ -50,7 +49,6 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -176,7 +174,7 @@ class ChatGLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Door to the backbones."""
 
-    num_layers, pre_seq_len, prefix_projection = map(FromConfig, ("num_layers", "pre_seq_len", "prefix_projection"))
+    num_layers, pre_seq_len, prefix_projection = FromConfig(), FromConfig(), FromConfig()
     get_prompt = instead_use("`prefix_encoder(batch_size, dtype)` gives the keys and values of each layer.")
 
     @property

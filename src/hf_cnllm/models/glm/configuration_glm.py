@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import GlmConfig, PreTrainedConfig
 
-from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -24,8 +23,6 @@ VOCABULARIES = {
         "gmask_token_id": 50009,
     },
 }
-
-SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_sequence_length", "loss_chunk_size")
 
 
 @strict
@@ -65,12 +62,9 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
         norms=("input_layernorm", "post_attention_layernorm", "final_layernorm", "norm"),
     )
     own_vocabularies = ("cog-pretrain.model", "vocab.txt", "vocab.json", "tokenizer.json")
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
-    base_model_fsdp_plan: ClassVar[
-        dict[str, str]
-    ] = {}  # transformers' default is Llama's names; the backbone has its own
     has_kinds_of_blanks: ClassVar[bool] = False
+    kinds_of_blanks: ClassVar[tuple[str, ...]] = ("gmask_token_id", "mask_token_id", "smask_token_id")
 
     vocab_size: int = 30592
     hidden_size: int = 1024
@@ -106,16 +100,13 @@ class GLMConfig(CheckpointConfigMixin, PreTrainedConfig):
     spell_length: int | None = None
 
     def __post_init__(self, **kwargs):
-        for field, token_id in VOCABULARIES.get(self.vocab_size, {}).items():
-            if getattr(self, field) is None:
-                setattr(self, field, token_id)
-        if self.eos_token_id is None:
-            self.eos_token_id = self.eop_token_id
+        self.set_missing(VOCABULARIES.get(self.vocab_size, {}))
+        self.set_missing({"eos_token_id": self.eop_token_id})
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        self.check_positive(*SIZES)
+        self.check_sizes()
         self.check_whole_heads()
         if self.relative_encoding:
             raise ValueError("`relative_encoding` must be False: no published GLM has relative positions")

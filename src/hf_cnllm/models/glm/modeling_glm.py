@@ -1,6 +1,6 @@
 """The original GLM (arXiv 2103.10360): a prefix language model that fills blanks, with learned 2-D positions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,14 +9,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from ..._compat.modeling import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
     GradientCheckpointingLayer,
-    MultipleChoiceModelOutput,
     TransformersKwargs,
     Unpack,
-    can_return_tuple,
     capture_outputs,
     eager_attention_forward,
     init,
@@ -25,9 +21,8 @@ from ..._compat.modeling import (
 )
 from ...attention.mask_values import is_readable, largest_number
 from ...attention.prefix_lm import PrefixLMLayout, create_prefix_lm_mask, prefix_lm_attention
-from ...loss.head import MeanLoss, causal_lm_output
 from ..glm_line.blank_positions import POSITIONS, positions_and_context, texts_of_packed_row
-from ..glm_line.generation import PrefixLMGenerationMixin
+from ..glm_line.heads import MultipleChoiceScoring, PrefixLanguageModel
 from ..loading import CheckpointLoadingMixin
 from ..old_names import WithoutChats
 from ..validation import cached_length, validate_inputs
@@ -69,9 +64,7 @@ class SelfAttention(nn.Module):
 
         backend = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        if isinstance(attention_mask, PrefixLMLayout):
-            attention_interface = prefix_lm_attention(backend, attention_interface)
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = prefix_lm_attention(backend, attention_interface)(
             self,
             query_states,
             key_states,
@@ -149,7 +142,6 @@ class GLMPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     base_model_prefix = "glm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -302,49 +294,8 @@ class GLMModel(GLMPreTrainedModel):
             )
 
 
-class BlankFilling(WithoutChats, PrefixLMGenerationMixin):
-    """The forward pass of a model with a `base_model` and an `lm_head` that writes what is in a blank."""
-
-    base_model: nn.Module
-    lm_head: nn.Linear
-
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            input_ids, attention_mask, position_ids: see the backbone.
-            labels: (batch, length), the token that each position is to predict, -100 for none. They are not shifted: at the
-                start token stands the first token of its blank, at the blank's last token the one that ends it.
-        """
-        outputs: BaseModelOutputWithPast = self.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **kwargs)  # type: ignore[arg-type]
-
-
-class GLMForConditionalGeneration(BlankFilling, GLMPreTrainedModel, GenerationMixin):
+class GLMForConditionalGeneration(WithoutChats, PrefixLanguageModel, GLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GLMConfig):
         super().__init__(config)
@@ -354,80 +305,10 @@ class GLMForConditionalGeneration(BlankFilling, GLMPreTrainedModel, GenerationMi
         self.post_init()
 
 
-class MultipleChoiceScoring(MeanLoss):
-    """The forward pass of a model with a `base_model` and an `lm_head` that scores each choice by the log-probability of its
-    tokens in the blank."""
-
-    base_model: nn.Module
-    lm_head: nn.Linear
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        choice_ids: Sequence[Sequence[torch.Tensor | Sequence[int]]] | None = None,
-        choice_indices: Sequence[Sequence[torch.Tensor | Sequence[int]]] | None = None,
-        labels: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MultipleChoiceModelOutput:
-        """
-        Args:
-            input_ids, attention_mask, position_ids: see [`GLMModel`]; the tokenizer's `build_inputs_for_multiple_choice`
-                makes them and the next two.
-            choice_ids: for every row, for every choice, its tokens. All rows have the same number of choices.
-            choice_indices: for every token of `choice_ids` the place in `input_ids` that predicts it.
-            labels: (batch,) the number of the right choice.
-
-        Returns:
-            `logits` (batch, choices): sums of log-probabilities; `loss`: their cross entropy with `labels`.
-        """
-        if choice_ids is None or choice_indices is None:
-            raise ValueError(
-                "pass `choice_ids` and `choice_indices`, e.g. from the tokenizer's build_inputs_for_multiple_choice"
-            )
-        outputs: BaseModelOutputWithPast = self.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **{**kwargs, "use_cache": False},
-        )
-        hidden_states = outputs.last_hidden_state
-        scores = []
-        for states, choices, places in zip(hidden_states, choice_ids, choice_indices, strict=True):
-            for choice, place in zip(choices, places, strict=True):
-                choice, place = (torch.as_tensor(ids, device=states.device).reshape(-1) for ids in (choice, place))
-                if len(choice) != len(place):
-                    raise ValueError(
-                        f"`choice_indices` has {len(place)} places for a choice of {len(choice)} tokens in `choice_ids`; "
-                        "every token needs one"
-                    )
-                log_probs = self.lm_head(states[place]).float().log_softmax(dim=-1)
-                scores.append(log_probs[torch.arange(len(choice), device=states.device), choice].sum())
-        counts = {len(choices) for choices in choice_ids}
-        if len(counts) != 1:
-            raise ValueError(f"all rows must have the same number of choices, not {sorted(counts)}")
-        logits = torch.stack(scores).view(len(choice_ids), -1)
-
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits, labels.to(logits.device))
-
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
 class GLMForMultipleChoice(MultipleChoiceScoring, GLMPreTrainedModel):
     """Scores each choice by the log-probability of its tokens in the blank."""
 
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GLMConfig):
         super().__init__(config)

@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
 from ..config_mixin import CheckpointConfigMixin
@@ -62,14 +61,12 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
         norms=("input_layernorm", "post_attention_layernorm", "final_layernorm"),
     )
     own_tokenizer = "GLM130BTokenizer"
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "sop_token_id": "bos_token_id",  # by GLM's name
     }
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # the backbone has its own plans
     # What ChatGLM-6B's layers, which it shares, ask of a configuration.
     has_kinds_of_blanks: ClassVar[bool] = True
     kinds_of_blanks: ClassVar[tuple[str, ...]] = ("mask_token_id", "smask_token_id", "gmask_token_id")
@@ -106,11 +103,9 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
     model_parallel_size: int = 1
 
     def __post_init__(self, **kwargs):
-        if self.inner_hidden_size is None:
-            self.inner_hidden_size = 4 * self.hidden_size * 2 // 3
-        for field, token_id in CONTROL_TOKENS.items() if self.vocab_size == VOCAB_SIZE else ():
-            if getattr(self, field) is None:
-                setattr(self, field, token_id)
+        self.set_missing({"inner_hidden_size": 4 * self.hidden_size * 2 // 3})
+        if self.vocab_size == VOCAB_SIZE:
+            self.set_missing(CONTROL_TOKENS)
         if self.quantization_bit and kwargs.get("quantization_config") is None:
             kwargs["quantization_config"] = {
                 "quant_method": "chatglm",
@@ -125,15 +120,7 @@ class GLM130BConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that must be positive and fit together."""
-        self.check_positive(
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_attention_heads",
-            "inner_hidden_size",
-            "max_sequence_length",
-        )
-        self.check_positive("loss_chunk_size", "quantization_groups")
+        self.check_sizes("quantization_groups")
         self.check_whole_heads()
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"`quantization_bit` must be 0, 4 or 8, but is {self.quantization_bit}")

@@ -16,8 +16,8 @@ from transformers import GenerationMixin
 
 from ..._compat import CACHE, CACHE_NAMES
 from ..chatglm import modeling_chatglm as chatglm
-from ..glm.modeling_glm import BlankFilling, MultipleChoiceScoring
-from ..old_names import FromConfig
+from ..glm_line.heads import MultipleChoiceScoring, PrefixLanguageModel
+from ..old_names import FromConfig, WithoutChats
 from ..row_parallel import row_parallel
 from .configuration_glm130b import GLM130BConfig
 
@@ -131,12 +131,9 @@ class GLM130BModel(GLM130BPreTrainedModel, chatglm.ChatGLMModel):
         self.embedding_dropout = config.hidden_dropout
 
 
-class GLM130BForConditionalGeneration(BlankFilling, GLM130BPreTrainedModel, GenerationMixin):
-    max_sequence_length = FromConfig("max_sequence_length")
+class GLM130BForConditionalGeneration(WithoutChats, PrefixLanguageModel, GLM130BPreTrainedModel, GenerationMixin):
+    max_sequence_length = FromConfig()
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GLM130BConfig, empty_init: bool | None = None, device=None):
         super().__init__(config, empty_init, device)  # type: ignore[arg-type]
@@ -185,10 +182,7 @@ def turn_to_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 class GLM130BForMultipleChoice(MultipleChoiceScoring, GLM130BPreTrainedModel):
     """Scores each choice by the log-probability of its tokens in the blank."""
 
-    _tied_weights_keys = GLM130BForConditionalGeneration._tied_weights_keys
-    _tp_plan = GLM130BForConditionalGeneration._tp_plan
-    _pp_plan = GLM130BForConditionalGeneration._pp_plan
-    _fsdp_plan = GLM130BForConditionalGeneration._fsdp_plan
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: GLM130BConfig, empty_init: bool | None = None, device=None):
         super().__init__(config, empty_init, device)  # type: ignore[arg-type]

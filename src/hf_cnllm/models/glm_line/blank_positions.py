@@ -170,16 +170,7 @@ def find_positions(
     Raises:
         ValueError: see `check`; or the configuration does not know the start token or any mask token.
     """
-    fields = config.kinds_of_blanks if config.has_kinds_of_blanks else MASK_FIELDS
-    masks = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
-    start_field, start_id = config.attribute_map.get("sop_token_id", "sop_token_id"), config.sop_token_id
-    if not masks or start_id is None:
-        raise ValueError(
-            f"to find context and blanks in `input_ids` the configuration needs `{start_field}` and at least one of "
-            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: let `hf_cnllm.infill` or the tokenizer's "
-            "`build_inputs_for_generation` make the inputs, or set the ids"
-            + (", or pass 2-row `position_ids`" if config.block_position_encoding else "")
-        )
+    masks, start_id = _mask_tokens(config), config.sop_token_id
     batch, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -217,13 +208,7 @@ def find_positions(
     if check:
         checked = token if start_needed else token & started
         again, behind = (input_ids == start_id) & (index > start), is_mask & (index > start)
-        for message, wrong in zip(MALFORMED, (~started, again, behind, blank == missing), strict=True):
-            if (rows := (wrong & checked).any(dim=1)).any():
-                mask_names = ", ".join(f"{name}={mask_id}" for name, mask_id in masks.items())
-                message = message.format(start=f"{start_field}={start_id}", masks=mask_names)
-                if config.block_position_encoding:
-                    message += " Or pass 2-row `position_ids`, which say where the context ends."
-                raise ValueError(f"row {int(rows.nonzero()[0])} of `input_ids` {message}")
+        _refuse(config, [wrong & checked for wrong in (~started, again, behind, blank == missing)])
 
     position = torch.where(index < start, index, blank)
     if not config.block_position_encoding:
@@ -235,3 +220,36 @@ def find_positions(
         position_ids = torch.stack([position, (index - start + 1).clamp(min=0)], dim=1)
     context = token & (index < start)
     return position_ids * token[:, None], context & started if start_needed else context
+
+
+def _mask_tokens(config: PreTrainedConfig) -> dict[str, int]:
+    """Names and ids of the mask tokens, in the order in which they are looked for.
+
+    Raises:
+        ValueError: the configuration knows none, or not the start token.
+    """
+    masks = {name: getattr(config, name) for name in config.kinds_of_blanks if getattr(config, name) is not None}
+    if not masks or config.sop_token_id is None:
+        raise ValueError(
+            f"to find context and blanks in `input_ids` the configuration needs `{_start_field(config)}` and at least one of "
+            f"{', '.join(f'`{name}`' for name in MASK_FIELDS)}: let `hf_cnllm.infill` or the tokenizer's "
+            "`build_inputs_for_generation` make the inputs, or set the ids"
+            + (", or pass 2-row `position_ids`" if config.block_position_encoding else "")
+        )
+    return masks
+
+
+def _start_field(config: PreTrainedConfig) -> str:
+    return config.attribute_map.get("sop_token_id", "sop_token_id")
+
+
+def _refuse(config: PreTrainedConfig, faults: list[torch.Tensor]) -> None:
+    """Refuses texts of which any token [batch, length] has one of the `faults`, those of `MALFORMED`."""
+    for message, wrong in zip(MALFORMED, faults, strict=True):
+        if (rows := wrong.any(dim=1)).any():
+            start = f"{_start_field(config)}={config.sop_token_id}"
+            masks = ", ".join(f"{name}={mask_id}" for name, mask_id in _mask_tokens(config).items())
+            message = message.format(start=start, masks=masks)
+            if config.block_position_encoding:
+                message += " Or pass 2-row `position_ids`, which say where the context ends."
+            raise ValueError(f"row {int(rows.nonzero()[0])} of `input_ids` {message}")

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ..._compat import CACHE
 from ..._compat.modeling import GenerationHooks
-from ...attention.masks import TENSOR_MASK_BACKENDS
 from ...attention.prefix_lm import create_prefix_lm_mask
 from .blank_positions import NEED_POSITIONS, POSITIONS, find_positions
 
@@ -24,8 +23,11 @@ class PrefixLMGenerationMixin(GenerationHooks):
     counts_positions = False
     not_for_assistants = ("found_position_ids",)
 
-    def why_not_continuous(self):
-        return "is causal and has no place for the prefix of a prefix language model"
+    def check_continuous_batching(self, workload_hints):
+        raise ValueError(
+            "continuous batching (`generate_batch`) is causal and has no place for the prefix of a prefix language model: use "
+            "`generate` with a padded batch"
+        )
 
     def positions_of_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, check: bool = False, more: int = 0
@@ -120,9 +122,8 @@ class PrefixLMGenerationMixin(GenerationHooks):
 
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         """For static caches: after the prompt the mask is causal and made outside the compiled step; the prompt's own is
-        made in the forward pass, which is not compiled then. So is every one of flex attention, whose BlockMask
-        `generate` cannot handle, and of flash attention, which takes the 2-D mask."""
-        if inputs_embeds.shape[1] > 1 or config._attn_implementation not in TENSOR_MASK_BACKENDS:
+        made in the forward pass, which is not compiled then."""
+        if inputs_embeds.shape[1] > 1:
             return attention_mask
         mask = create_prefix_lm_mask(config, inputs_embeds, attention_mask, cache, None, self.learned_keys)
         # As bool: an additive mask of zeros could be taken for a 0/1 one.

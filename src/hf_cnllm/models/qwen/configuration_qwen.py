@@ -5,11 +5,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..._compat import CACHE, logging
+from ..._compat import logging
 from ...attention.layer_types import FULL, SLIDING
 from ...loss.causal_lm import DEFAULT_CHUNK_SIZE
 from ..adapter_targets import AdapterTargets
-from ..config_mixin import COMMON_SIZES, CheckpointConfigMixin
+from ..config_mixin import CheckpointConfigMixin
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,6 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
     model_type = "qwen"
     adapter_targets = AdapterTargets(("c_attn",), ("mlp.c_proj",), norms=("ln_1", "ln_2", "ln_f"))
     own_tokenizer = "QWenTokenizer"
-    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "head_dim": "kv_channels",
         "num_key_value_heads": "num_attention_heads",
@@ -143,11 +142,8 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
         self.vocab_size = max(self.vocab_size, kwargs.get("padded_vocab_size") or 0)
-        if self.kv_channels is None:
-            self.kv_channels = self.hidden_size // max(self.num_attention_heads, 1)
-        for switch in LONG_CONTEXT_SWITCHES:
-            if getattr(self, switch) is None:
-                setattr(self, switch, self.seq_length is not None)
+        self.set_missing({"kv_channels": self.hidden_size // max(self.num_attention_heads, 1)})
+        self.set_missing(dict.fromkeys(LONG_CONTEXT_SWITCHES, self.seq_length is not None))
         for flag, dtype in DTYPE_FLAGS.items():
             if getattr(self, flag) and self.dtype is None:
                 self.dtype = dtype
@@ -208,7 +204,7 @@ class QWenConfig(CheckpointConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every message names the field to change."""
-        self.check_positive(*COMMON_SIZES, "kv_channels", "max_position_embeddings", "seq_length", "rotary_emb_base")
+        self.check_sizes("kv_channels", "seq_length", "rotary_emb_base")
         if self.intermediate_size % 2 != 0:
             raise ValueError(f"`intermediate_size` ({self.intermediate_size}) must be even: twice the MLP's width.")
         if not 0 < self.rotary_pct <= 1:

@@ -98,9 +98,8 @@ class DynamicNtkRotaryEmbedding(nn.Module):
     ) -> Tensor:
         """The inverse frequencies of this call, (rows or 1, tokens or 1, dim / 2), which `cache` carries from now on.
 
-        In this order: those that the cache carries; those of `prompt_lengths`; the plain ones for a call that continues a
-        cache within the trained length, or that fits it; else this is the prefill of a long prompt, and they follow from
-        its true lengths.
+        Those that the cache carries already, or else those of the prompts' lengths. A cache within the trained length, unless
+        the caller gives the lengths, carries none.
 
         Args:
             inputs_embeds: (batch, length, hidden).
@@ -113,45 +112,55 @@ class DynamicNtkRotaryEmbedding(nn.Module):
         """
         if (carried := getattr(cache, "ntk_inv_freq", None)) is not None:
             return carried
+        lengths = self._prompt_lengths(inputs_embeds, attention_mask, position_ids, cache, prompt_lengths)
+        inv_freq = self.plain_inv_freq if lengths is None else self.inv_freq_for(lengths)
+        past = cached_length(cache)
+        reach = inputs_embeds.shape[1] + (past if isinstance(past, int) else 0)
+        if cache is not None and (prompt_lengths is not None or reach > self.seq_length):
+            carry_inv_freq(cache, inv_freq)
+        return inv_freq
+
+    def _prompt_lengths(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        given: Tensor | int | None,
+    ) -> Tensor | None:
+        """Tokens in the prompts, (rows or 1, tokens or 1): those `given`, or else this call's if it is a prefill. None: all
+        are within the trained length."""
         batch_size, length = inputs_embeds.shape[:2]
-        if prompt_lengths is not None:
-            lengths = torch.as_tensor(prompt_lengths, device=inputs_embeds.device).reshape(-1, 1)
+        if given is not None:
+            lengths = torch.as_tensor(given, device=inputs_embeds.device).reshape(-1, 1)
             if lengths.shape[0] not in (1, batch_size):
                 raise ValueError(
                     f"`prompt_lengths` holds {lengths.shape[0]} lengths, but the inputs are {batch_size} sequences. Give "
                     "one for each."
                 )
-        elif cache is not None and isinstance(past := cached_length(cache), int) and past:
+            return lengths
+        if isinstance(past := cached_length(cache), int) and past:
             if past > self.seq_length:
                 raise ValueError(
                     f"the cache holds {past} tokens, more than `seq_length` ({self.seq_length}), but not the NTK factor of "
                     "their prompts, as one that was made from keys and values alone. Pass the cache itself, or the lengths of "
                     "the prompts as `prompt_lengths`."
                 )
-            if past + length > self.seq_length:
-                carry_inv_freq(cache, self.plain_inv_freq)
-            return self.plain_inv_freq
-        elif (cache is not None or not is_tracing(inputs_embeds)) and length <= self.seq_length:
-            return self.plain_inv_freq
-        elif cache is None:
-            lengths = true_lengths(inputs_embeds, attention_mask, position_ids)
-        elif is_packed(attention_mask):
-            if (true_lengths(inputs_embeds, attention_mask) > self.seq_length).any():
-                raise ValueError(
-                    "`attention_mask` packs sequences longer than `seq_length` into a row, each with an NTK factor of its "
-                    "own, which a cache cannot carry: pass `use_cache=False`."
-                )
-            carry_inv_freq(cache, self.plain_inv_freq)
-            return self.plain_inv_freq
-        else:
-            # A static cache counts in a tensor, hence no `if`. Tokens before this call, and nothing carried: their prompt was
-            # short, which is as good as length 0 here.
-            lengths = true_lengths(inputs_embeds, attention_mask).amax(-1, keepdim=True)
-            lengths = lengths * (cache.get_seq_length() == 0)
-        inv_freq = self.inv_freq_for(lengths)
-        if cache is not None:
-            carry_inv_freq(cache, inv_freq.expand(batch_size, -1, -1))
-        return inv_freq
+            return None
+        # A traced graph is to hold for all lengths, so tracing does not ask for this one.
+        if (cache is not None or not is_tracing(inputs_embeds)) and length <= self.seq_length:
+            return None
+        if cache is None:
+            return true_lengths(inputs_embeds, attention_mask, position_ids)
+        lengths = true_lengths(inputs_embeds, attention_mask)
+        if is_packed(attention_mask) and (lengths > self.seq_length).any():
+            raise ValueError(
+                "`attention_mask` packs sequences longer than `seq_length` into a row, each with an NTK factor of its "
+                "own, which a cache cannot carry: pass `use_cache=False`."
+            )
+        # A static cache counts in a tensor, hence no `if`. Tokens before this call, and nothing carried: their prompt was
+        # short, which is as good as length 0 here.
+        return lengths.amax(-1, keepdim=True) * (cache.get_seq_length() == 0)
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,13 +51,9 @@ class QWenGenerationMixin(GenerationHooks):
     def masks_for_generate(self, config, inputs_embeds, attention_mask, cache, position_ids=None):
         return create_window_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
-    def init_continuous_batching(self, *args, workload_hints=None, **kwargs):
-        """As transformers', for what it can serve right: it packs requests into one row and does not say where their
-        prompts end, so dynamic NTK cannot follow prompts past the trained length, nor masks more than one window.
-
-        Raises:
-            ValueError: naming what to change.
-        """
+    def check_continuous_batching(self, workload_hints):
+        """It packs requests into one row and does not say where their prompts end, so dynamic NTK cannot follow prompts past
+        the trained length, nor masks more than one window."""
         if self.config.use_dynamic_ntk:
             longest = getattr(workload_hints, "max_prompt_length", None)
             seq_length = self.transformer.rotary_emb.seq_length
@@ -77,7 +73,6 @@ class QWenGenerationMixin(GenerationHooks):
             raise ValueError(
                 "Continuous batching knows one window for all windowed layers, but `window_sizes` holds several."
             )
-        return super().init_continuous_batching(*args, workload_hints=workload_hints, **kwargs)
 
     def generate(
         self,

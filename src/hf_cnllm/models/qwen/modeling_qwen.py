@@ -12,7 +12,6 @@ from ..._compat import logging
 from ..._compat.modeling import (
     ALL_ATTENTION_FUNCTIONS,
     PAGED_CACHES,
-    SKIP_KEYS_DEVICE_PLACEMENT,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GenericForSequenceClassification,
@@ -21,6 +20,7 @@ from ..._compat.modeling import (
     LlamaRMSNorm,
     TransformersKwargs,
     Unpack,
+    apply_rotary_pos_emb,
     can_return_tuple,
     capture_outputs,
     eager_attention_forward,
@@ -38,7 +38,6 @@ from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import MeanLoss, causal_lm_output
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig
-from ..rotary import apply_rotary_pos_emb
 from ..validation import cached_length, validate_inputs
 from .chat import QWenChatMixin
 from .configuration_qwen import QWenConfig
@@ -162,7 +161,6 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = SKIP_KEYS_DEVICE_PLACEMENT
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -182,14 +180,13 @@ class QWenPreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
 
 class QWenModel(QWenPreTrainedModel):
-    embed_dim, num_hidden_layers = FromConfig("hidden_size"), FromConfig("num_hidden_layers")
-    seq_length, use_dynamic_ntk = FromConfig("seq_length"), FromConfig("use_dynamic_ntk")
-    use_flash_attn, use_cache_quantization = FromConfig("use_flash_attn"), FromConfig("use_cache_quantization")
+    embed_dim, num_hidden_layers = FromConfig("hidden_size"), FromConfig()
+    seq_length, use_dynamic_ntk = FromConfig(), FromConfig()
+    use_flash_attn, use_cache_quantization = FromConfig(), FromConfig()
     is_fp32 = property(lambda model: model.dtype == torch.float32)
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)
-        self.vocab_size = config.vocab_size
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.drop = nn.Dropout(config.emb_dropout_prob)
         self.rotary_emb = DynamicNtkRotaryEmbedding(config.rotary_dim, config.rotary_emb_base, config.seq_length)
@@ -243,7 +240,7 @@ class QWenModel(QWenPreTrainedModel):
         masks: Any = attention_mask
         if not isinstance(masks, dict):  # made by `create_masks_for_generate`, or by continuous batching
             masks = create_window_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
-        fully_masked_rows = find_padding_in_front(attention_mask, length) if length > 1 else None
+        fully_masked_rows = find_padding_in_front(attention_mask, length)
 
         inv_freq = self.rotary_emb.plain_inv_freq
         # Continuous batching and vLLM pack requests into one row and do not say how long the prompts were, so dynamic NTK
@@ -257,15 +254,9 @@ class QWenModel(QWenPreTrainedModel):
         query_scale = None
         seq_length = self.rotary_emb.seq_length  # one for NTK and LogN
         if self.config.use_logn_attn and not self.training and (reach is None or reach > seq_length):
-            counted = position_ids
-            if by_columns and (packed := is_packed(attention_mask)) is not False:
-                in_sequences = positions_in_sequences(attention_mask)[:, -length:].to(inputs_embeds.device)
-                counted = (
-                    in_sequences if packed else torch.where((attention_mask > 1).any(), in_sequences, position_ids)
-                )
+            counted = columns_or_places(attention_mask, position_ids) if by_columns else position_ids
             query_scale = logn_scale(counted, seq_length).to(inputs_embeds.dtype)
-        too_far = reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk
-        if too_far:
+        if reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk:
             logger.warning_once(
                 f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
                 "`use_dynamic_ntk` off: expect worse predictions there. Load the model with `use_dynamic_ntk=True` for "
@@ -289,6 +280,15 @@ class QWenModel(QWenPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
 
 
+def columns_or_places(attention_mask: Any, columns: torch.Tensor) -> torch.Tensor:
+    """What LogN counts by default: columns, as the original, or the places of tokens in sequences that the mask packs."""
+    packed = is_packed(attention_mask)
+    if packed is False:
+        return columns
+    places = positions_in_sequences(attention_mask)[:, -columns.shape[1] :].to(columns.device)
+    return places if packed else torch.where((attention_mask > 1).any(), places, columns)
+
+
 @shifts_labels
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, GenerationMixin):
     quantize = QUANTIZE_WHILE_LOADING
@@ -300,7 +300,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, G
     def __init__(self, config: QWenConfig):
         super().__init__(config)
         self.transformer = QWenModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, which does not tell here
         self.loss_function = causal_lm_loss
