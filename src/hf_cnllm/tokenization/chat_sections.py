@@ -244,7 +244,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         if lost := next((token for token in control if token not in written and token in template), None):
             raise ValueError(f"the chat template has {lost!r}: control tokens need more than one character.")
         control_ids = Tokenizer(models.WordLevel(written, unk_token=""))
-        backends = ChatBackends(any_of(written) or "(?!)", control_ids, plain)
+        backends = ChatBackends(any_of(written), control_ids, plain)
         self._latest_chat_backends.clear()
         self._latest_chat_backends[key] = backends
         return backends
