@@ -324,18 +324,6 @@ def taking_spaces(token: str) -> AddedToken:
     return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
 
 
-def load_sp_model(tokenizer: OriginalVocabularyTokenizer, **arguments: Any) -> Any:
-    """The original vocabulary as a `sentencepiece.SentencePieceProcessor`, for scripts that look into it."""
-    from sentencepiece import SentencePieceProcessor
-
-    if not tokenizer.can_save_slow_tokenizer:
-        name = tokenizer.vocab_files_names["vocab_file"]
-        raise ValueError(f"sp_model needs {name}, which this tokenizer was loaded without.")
-    processor = SentencePieceProcessor(**arguments)
-    processor.Load(tokenizer.vocab_file)
-    return processor
-
-
 def id_of(token: str) -> property:
     """A tokenizer's property: the id of `token`."""
     return property(lambda tokenizer: tokenizer.convert_tokens_to_ids(token))

@@ -61,11 +61,11 @@ class SentencePieceLibrary:
         cls,
         vocab_file: str,
         backend: Tokenizer,
-        read: Callable[[bytes, str], SentencePieceModel] = SentencePieceModel.from_bytes,
+        extend: Callable[[SentencePieceModel], SentencePieceModel] | None = None,
         **options: Any,
     ) -> "SentencePieceLibrary":
-        """`read` gives the vocabulary from the bytes of the file."""
-        return cls(partial(read, Path(vocab_file).read_bytes(), vocab_file), backend, **options)
+        """`extend` adds to the vocabulary of the file what the original's code does."""
+        return cls(partial(_read_model, Path(vocab_file).read_bytes(), vocab_file, extend), backend, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in vars(type(self))}
@@ -251,6 +251,13 @@ class SentencePieceLibrary:
             first = int(self.model.texts[index][3:5], 16)
             lengths[index] = next((size for size, least in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if first >= least), 1)
         return lengths
+
+
+def _read_model(
+    data: bytes, path: str, extend: Callable[[SentencePieceModel], SentencePieceModel] | None
+) -> SentencePieceModel:
+    model = SentencePieceModel.from_bytes(data, path)
+    return extend(model) if extend else model
 
 
 class _Shortcut:

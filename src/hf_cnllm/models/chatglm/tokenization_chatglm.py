@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -14,12 +14,12 @@ from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
 from ..._compat import is_for_pipeline
-from ...tokenization.base import as_list, id_of, known, load_sp_model, surround_texts, taking_spaces
+from ...tokenization.base import as_list, id_of, known, surround_texts, taking_spaces
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
-from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
+from ...tokenization.sentencepiece_mixin import SentencePieceMixin
 from ...tokenization.templates import read_template
 from ..chat import as_messages
 from ..old_names import instead_use
@@ -36,7 +36,6 @@ from .vocabulary_chatglm import (
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
-    read_ice_model,
     recognize_version,
     symbols_as_text,
     with_ice_pieces,
@@ -55,7 +54,7 @@ PUBLISHED_PIECES, FIRST_MERGED = 64_789, (259, "▁t")  # of ChatGLM2's and Chat
 ENCODING_OPTIONS = ("truncation_strategy", "stride", "is_split_into_words", "split_special_tokens")
 
 
-class ChatGLMTokenizer(ChatTokenizer):
+class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
     r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
 
     | version                    | special tokens      | chat                                               |
@@ -86,8 +85,6 @@ class ChatGLMTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": TOKENIZER_MODEL, "ice_text_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
-    finds_added_tokens_in_raw_text = True
-    can_be_trained_anew = False
     model_type = "chatglm"
     PUBLISHED_SIZES = {130_528: 130_344, 150_528: 150_344, 65_024: PUBLISHED_PIECES + 5}
     encodes_messages_alone = False  # the templates say where a text ends
@@ -172,27 +169,26 @@ class ChatGLMTokenizer(ChatTokenizer):
     def _version(self) -> ChatGLMVersion:
         return VERSIONS[self.generation]
 
-    def build_backend(self, vocab_file: str) -> Tokenizer:
+    def read_model(self, vocab_file: str) -> SentencePieceModel:
         model = self.__dict__.pop("_sentencepiece")
+        return with_ice_pieces(model, self.num_image_tokens) if self._version.vocab_file == ICE_TEXT else model
+
+    def backend_of(self, model: SentencePieceModel) -> Tokenizer:
         if self._version.vocab_file == TOKENIZER_MODEL:
-            backend = build_bpe_backend(model, self._version)
-            self.use_original(vocab_file, backend, model)
-            return backend
-        model = with_ice_pieces(model, self.num_image_tokens)
+            return build_bpe_backend(model, self._version)
         backend = build_ice_backend(model, self.do_lower_case, self.remove_space)
-        self.use_original(vocab_file, backend, model)
         named = [str(token) for token in self._named.values() if token is not None]
         backend.add_special_tokens([taking_spaces(token) for token in named if backend.token_to_id(token) is not None])
         return backend
 
     def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
-        if self._version.vocab_file == TOKENIZER_MODEL:
-            self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
-        elif not (self.do_lower_case or self.remove_space):
-            read = partial(read_ice_model, num_image_tokens=self.num_image_tokens)
-            self.library = SentencePieceLibrary.of_file(
-                vocab_file, backend, read, prepare=write_white_space, written=WHITE_SPACE, lost=STAND_INS, model=model
-            )
+        options: dict[str, Any] = {}
+        if self._version.vocab_file == ICE_TEXT:
+            if self.do_lower_case or self.remove_space:
+                return
+            extend = partial(with_ice_pieces, num_image_tokens=self.num_image_tokens)
+            options = {"extend": extend, "prepare": write_white_space, "written": WHITE_SPACE, "lost": STAND_INS}
+        super().use_original(vocab_file, backend, model, **options)
 
     @property
     def MODEL_TOKENS(self) -> dict[str, tuple[str, ...]]:
@@ -279,10 +275,6 @@ class ChatGLMTokenizer(ChatTokenizer):
     def special_tokens(self) -> dict[str, int]:
         """ChatGLM2 and 3: the usual names for ids; the control tokens are in `control_tokens`."""
         return {name: self.get_command(name) for name in ("<bos>", "<eos>", "<pad>")}
-
-    @cached_property
-    def sp_model(self) -> Any:
-        return load_sp_model(self)
 
     def get_command(self, token: str) -> int:
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.

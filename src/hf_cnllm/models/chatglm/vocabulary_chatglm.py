@@ -230,10 +230,6 @@ def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> Sentenc
     return model.with_pieces([f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL, in_front=True)
 
 
-def read_ice_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
-    return with_ice_pieces(SentencePieceModel.from_bytes(data, path), num_image_tokens)
-
-
 def write_white_space(text: str) -> str:
     """The text with line breaks, tabs and runs of spaces as the symbols for them."""
     text = text.replace("\n", "<n>").replace("\t", "<|tab|>")

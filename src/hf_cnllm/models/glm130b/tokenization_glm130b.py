@@ -6,7 +6,7 @@ space, and nothing in a text becomes a control token: a text with blanks goes th
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import BatchEncoding
 
-from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known, load_sp_model, surround_texts
+from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known, surround_texts
 from ...tokenization.folder import DOWNLOAD_AGAIN
-from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.regex import any_of
-from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder
+from ...tokenization.sentencepiece_mixin import SentencePieceMixin
 from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS
 from ..glm.tokenization_glm import IGNORED, GLMBatchEncoding, GLMTokenizerMixin
 
@@ -36,11 +36,7 @@ def with_control_tokens(model: SentencePieceModel, num_image_tokens: int) -> Sen
     return model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
 
 
-def _read_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
-    return with_control_tokens(SentencePieceModel.from_bytes(data, path), num_image_tokens)
-
-
-class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
+class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabularyTokenizer):
     """SentencePiece Unigram after NFKC, with white space collapsed: text `[gMASK]` `<sop>`, a prompt to go on with.
 
     Names of control tokens in a text are text. [`encode_blanks`] reads `[MASK]`, `[sMASK]` and `[gMASK]`, and
@@ -56,8 +52,6 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     vocab_files_names = {"vocab_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
     padding_side = "left"
-    finds_added_tokens_in_raw_text = True
-    can_be_trained_anew = False
     model_type = "glm130b"
     PUBLISHED_SIZES = {150_528: 150_008}
     MODEL_TOKENS = {
@@ -86,21 +80,22 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         kwargs = {**self.NAMED_TOKENS, "num_image_tokens": num_image_tokens, **kwargs}
         super().__init__(vocab_file=vocab_file, **kwargs)
 
-    def build_backend(self, vocab_file: str) -> Tokenizer:
-        model = SentencePieceModel.from_file(vocab_file)
+    def read_model(self, vocab_file: str) -> SentencePieceModel:
+        model = super().read_model(vocab_file)
         is_early = model.model_type is ModelType.UNIGRAM and model.symbols == ["<n>"] and "[gMASK]" not in model.ids
         if not is_early or model.byte_fallback:
             raise ValueError(self.NOT_THIS.format(vocab_file))
-        model = with_control_tokens(model, self.num_image_tokens)
-        backend = build_tokenizer(model)
-        self.use_original(vocab_file, backend, model)
+        return with_control_tokens(model, self.num_image_tokens)
+
+    def backend_of(self, model: SentencePieceModel) -> Tokenizer:
+        backend = super().backend_of(model)
         silent = any_of([token for token in model.of_type(PieceType.CONTROL) if not token.startswith("<image_")])
         backend.decoder = build_decoder(model, rf"{silent}|<image_\d+>", {model.unknown: " ⁇ ", "<n>": "\n"})
         return backend
 
     def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
-        read = partial(_read_model, num_image_tokens=self.num_image_tokens)
-        self.library = SentencePieceLibrary.of_file(vocab_file, backend, read, model=model)
+        extend = partial(with_control_tokens, num_image_tokens=self.num_image_tokens)
+        super().use_original(vocab_file, backend, model, extend=extend)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         ids = self._tokenizer.get_vocab(with_added_tokens=False)
@@ -116,10 +111,6 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     def is_settled(self, token: str) -> bool:
         return self._tokenizer.model.token_to_id(token) is not None  # also that no text contains it
-
-    @cached_property
-    def sp_model(self) -> Any:
-        return load_sp_model(self)
 
     def get_command(self, token: str) -> int:
         """The original's: the id of `[MASK]`, `[gMASK]`, `[sMASK]`, `eod`, `sop`, `eop`, `ENC`, `dBLOCK` or `eos`."""
