@@ -1,19 +1,19 @@
 """Fast tokenizers that are built from a checkpoint's original vocabulary file and keep it when they are saved."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer, processors
+from tokenizers import Encoding, Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 from .._compat import check_transformers
 from ..hub.publishing import TokenizerPublishingMixin
+from .backends import read_state, with_changes
 from .folder import (
     Folder,
     check_added_tokens,
@@ -298,30 +298,6 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         if not is_batched and return_tensors is None:
             data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
         return BatchEncoding(data, encodings, tensor_type=return_tensors)
-
-
-@lru_cache(maxsize=16)
-def read_state(state: bytes) -> dict[str, Any]:
-    """What a part of a backend says of itself; not to be changed."""
-    return json.loads(state)
-
-
-def surround_texts(backend: Tokenizer, single: Sequence[str], pair: Sequence[str]) -> None:
-    """Makes `backend` put special tokens around texts: `["[CLS]", "$A", "[SEP]"]`, and around pairs `$A` and `$B`."""
-    names = sorted({name for name in (*single, *pair) if not name.startswith("$")})
-    backend.post_processor = processors.TemplateProcessing(
-        single=list(single), pair=list(pair), special_tokens=[(name, backend.token_to_id(name)) for name in names]
-    )
-
-
-def with_changes(token: str | AddedToken, **changes: Any) -> AddedToken:
-    token = AddedToken(token) if isinstance(token, str) else token
-    return AddedToken(**token.__getstate__() | changes)
-
-
-def taking_spaces(token: str) -> AddedToken:
-    """A special token that takes the white space around it with it."""
-    return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
 
 
 def id_of(token: str) -> property:

@@ -25,6 +25,7 @@ from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding
 
 from .._compat import get_json_schema, render_jinja_template
+from .backends import like
 from .base import OriginalVocabularyTokenizer
 from .regex import any_of
 from .rendered_chat import ChatBackends, EncodedChat, Marks, NoCharacterLeft, RenderedChat
@@ -256,17 +257,13 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         own text are also kept from it: the first character of that text becomes a pre-token of its own.
         """
         backend = self.text_backend()
-        plain = Tokenizer(backend.model)
-        if backend.normalizer is not None:
-            plain.normalizer = backend.normalizer
-        steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        added = backend.get_added_tokens_decoder().values()
+        plain = like(backend, [token for token in added if token.content not in control])
         pieces = [token for token in control if any(made.value == token for made in backend.model.tokenize(token))]
         if pieces:
-            steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
-        if steps:
-            plain.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        added = backend.get_added_tokens_decoder().values()
-        plain.add_tokens([token for token in added if token.content not in control])
+            split = pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated")
+            steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+            plain.pre_tokenizer = pre_tokenizers.Sequence([split, *steps])
         return plain
 
     def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:

@@ -20,6 +20,7 @@ from tokenizers.models import Unigram
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from .backends import like
 from .charsmap import APART, BORDER
 from .sentencepiece import SPACE, WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
 
@@ -172,13 +173,11 @@ class SentencePieceLibrary:
         """The backend with the library's tokens, or itself if that is not for the library to say."""
         if not self.decides or rules_of(backend) != self._rules:
             return backend
-        other = Tokenizer(backend.model)
+        other = like(backend, backend.get_added_tokens_decoder().values())
         other.normalizer = self.normalizer_like(backend.normalizer)
         other.pre_tokenizer = PreTokenizer.custom(self)
-        if backend.post_processor is not None:
-            other.post_processor = backend.post_processor
+        other.post_processor = backend.post_processor
         other.encode_special_tokens = backend.encode_special_tokens
-        other.add_tokens(list(backend.get_added_tokens_decoder().values()))
         return other
 
     def normalizer_like(self, rules: Any, are_symbols_text: bool = False) -> Any:

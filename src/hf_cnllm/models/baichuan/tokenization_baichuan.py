@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers.models import BPE
 
-from ...tokenization.base import known, with_changes
+from ...tokenization.backends import with_changes
+from ...tokenization.base import known
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
 from ...tokenization.sentencepiece import mend_bytes

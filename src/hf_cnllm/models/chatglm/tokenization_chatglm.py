@@ -14,7 +14,8 @@ from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
 from ..._compat import is_for_pipeline
-from ...tokenization.base import as_list, id_of, known, surround_texts, taking_spaces
+from ...tokenization.backends import surround_texts, taking_spaces
+from ...tokenization.base import as_list, id_of, known
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
 from ...tokenization.rendered_chat import RenderedChat, unused_characters

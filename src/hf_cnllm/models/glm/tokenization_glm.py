@@ -16,13 +16,8 @@ from tokenizers.models import BPE
 from transformers import BatchEncoding
 
 from ...hub.publishing import TokenizerPublishingMixin
-from ...tokenization.base import (
-    OriginalVocabularyTokenizer,
-    id_of,
-    known,
-    surround_texts,
-    taking_spaces,
-)
+from ...tokenization.backends import surround_texts, taking_spaces
+from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known
 from ...tokenization.folder import DOWNLOAD_AGAIN
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Regex, normalizers
 from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._compat import check_transformers
-from ...tokenization.base import AnyIdMixin, with_changes
+from ...tokenization.backends import with_changes
+from ...tokenization.base import AnyIdMixin
 from ...tokenization.folder import (
     Folder,
     check_added_tokens,

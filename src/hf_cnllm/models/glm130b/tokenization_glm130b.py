@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import BatchEncoding
 
-from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known, surround_texts
+from ...tokenization.backends import surround_texts
+from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known
 from ...tokenization.folder import DOWNLOAD_AGAIN
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder
