@@ -22,7 +22,7 @@ from .folder import (
     check_settings,
     list_added_tokens,
 )
-from .ids_alone import IdsAloneMixin
+from .ids_alone import IdsAloneMixin, padded_length, unbatched
 
 CHECKSUMS = "belong_together"  # in tokenizer_config.json: those of the original vocabulary and of the tokenizer.json made of it
 
@@ -259,13 +259,10 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         padding_side: str | None,
     ) -> None:
         """Pads encodings, in place, as `tokenizer(…)` would."""
-        if padding_strategy == "do_not_pad":
-            return
-        length = max_length if padding_strategy == "max_length" else max(map(len, encodings))
-        multiple = pad_to_multiple_of or 1
+        length = padded_length(map(len, encodings), padding_strategy, max_length, pad_to_multiple_of)
         for encoding in encodings:
             encoding.pad(
-                -(-length // multiple) * multiple,
+                length,
                 direction=padding_side or self.padding_side,
                 pad_id=self.pad_token_id,
                 pad_type_id=self.pad_token_type_id,
@@ -296,7 +293,7 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
                 data.setdefault(name, []).extend(values)
         data |= columns or {}
         if not is_batched and return_tensors is None:
-            data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
+            data = unbatched(data)
         return BatchEncoding(data, encodings, tensor_type=return_tensors)
 
 

@@ -4,7 +4,7 @@ The backend spends half of its time on where in the text each token stands and w
 the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `char_to_token()`, `encodings`, …).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -22,6 +22,19 @@ NEED_ENCODINGS = (
     *("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask"),
     *("is_split_into_words", "stride", "sanitize_control_tokens"),
 )
+
+
+def unbatched(columns: Mapping[str, list]) -> dict[str, list]:
+    """The columns of a batch of one text as transformers gives those of a text alone."""
+    return {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in columns.items()}
+
+
+def padded_length(lengths: Iterable[int], strategy: str, max_length: int | None, multiple: int | None) -> int:
+    """What rows of these lengths are padded to, as the arguments of `tokenizer(…)` say; 0 if they are not."""
+    if strategy == "do_not_pad":
+        return 0
+    length = max_length if strategy == "max_length" else max(lengths)
+    return -(-length // (multiple or 1)) * (multiple or 1)
 
 
 class IdsAloneMixin:
@@ -99,7 +112,7 @@ class IdsAloneMixin:
 
         return_tensors = kwargs.get("return_tensors")
         if not is_batched and return_tensors is None:
-            data = {name: column[0] if isinstance(column[0], list) else column for name, column in data.items()}
+            data = unbatched(data)
         return LateEncodings(data, encode, return_tensors)
 
     def _rows(
@@ -134,10 +147,7 @@ class IdsAloneMixin:
         if len(around) > 1:
             at = around.index(None)
             rows = [around[:at] + ids + around[at + 1 :] for ids in rows]
-        length = 0
-        if padding_strategy != "do_not_pad":
-            length = max_length if padding_strategy == "max_length" else max(map(len, rows))
-            length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        length = padded_length(map(len, rows), padding_strategy, max_length, pad_to_multiple_of)
         is_left = (padding_side or self.padding_side) == "left"
 
         def padded(row: list, fill: Any) -> list:
