@@ -48,7 +48,21 @@ class AnyIdMixin:
         return super()._decode(token_ids, *args, **kwargs)  # type: ignore[misc]
 
 
-class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAloneMixin, TokenizersBackend):
+class SecondTextMixin:
+    """Put in front of a tokenizer: an empty second text is one, which transformers takes for none but in batches."""
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        if text_pair != "" or not isinstance(text, str):
+            return super()._encode_plus(text, text_pair, *args, **kwargs)  # type: ignore[misc]
+        batch = super()._encode_plus([text], [text_pair], *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
+            return batch
+        return BatchEncoding(unbatched(batch.data), batch.encodings)
+
+
+class OriginalVocabularyTokenizer(
+    TokenizerPublishingMixin, AnyIdMixin, SecondTextMixin, IdsAloneMixin, TokenizersBackend
+):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and

@@ -330,11 +330,6 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
 
     def _encode_texts(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
-        if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text
-            batch = self._encode_texts([text], [""], add_special_tokens, **kwargs)
-            if kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens"):
-                batch = BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
-            return batch
         batch = super()._encode_texts(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
         has_blank = "[MASK]" in repr((text, text_pair))
         if self.generation != "chatglm_early" or not add_special_tokens or not has_blank:

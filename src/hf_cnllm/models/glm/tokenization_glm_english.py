@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, normalizers
-from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
+from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._compat import check_transformers
 from ...tokenization.backends import with_changes
-from ...tokenization.base import AnyIdMixin
+from ...tokenization.base import AnyIdMixin, SecondTextMixin
 from ...tokenization.folder import (
     Folder,
     check_added_tokens,
@@ -24,7 +24,7 @@ from ...tokenization.folder import (
 from .tokenization_glm import GLMTokenizerMixin, SurroundedTextMixin
 
 
-class EnglishVocabularyMixin(AnyIdMixin):
+class EnglishVocabularyMixin(AnyIdMixin, SecondTextMixin):
     """Keeps the vocabulary files of GPT-2's, BERT's and RoBERTa's tokenizers, and checks what is read from them."""
 
     OWN_TOKENS: tuple[str, ...]  # that its vocabulary has
@@ -95,15 +95,6 @@ class EnglishVocabularyMixin(AnyIdMixin):
                 "one, or load the folder with the class that it is of."
             )
         check_named_tokens(Folder(source), vocab.get, kwargs, added)
-
-    def _encode_plus(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:
-        if text_pair != "" or not isinstance(text, str):
-            return super()._encode_plus(text, text_pair, **kwargs)  # type: ignore[misc]
-        # An empty second text is one; only in a batch it is not taken for none.
-        batch = super()._encode_plus([text], [""], **kwargs)  # type: ignore[misc]
-        if kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
-            return batch
-        return BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the original vocabulary files into the folder `save_directory`."""
