@@ -40,6 +40,7 @@ from .vocabulary_chatglm import (
     recognize_version,
     symbols_as_text,
     with_ice_pieces,
+    without_control_names,
     write_white_space,
 )
 
@@ -140,10 +141,7 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         version = self._version
         self.vocab_files_names = {"vocab_file": version.vocab_file, "tokenizer_file": "tokenizer.json"}
-        # Names of tokens that are no special tokens: making them so would change what may stand in text.
-        kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
-        for name in ("gmask_token", "end_token", "eop_token"):
-            kwargs.pop(name, None)
+        kwargs = without_control_names(kwargs)
         self._named = {name: kwargs.pop(name, token) for name, token in version.special_tokens.items()}
         names = ("num_image_tokens", "do_lower_case", "remove_space") if version.vocab_file == ICE_TEXT else ()
         kwargs |= {name: getattr(self, name) for name in names}

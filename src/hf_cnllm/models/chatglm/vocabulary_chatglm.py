@@ -101,6 +101,14 @@ VERSIONS = {
 }
 
 
+def without_control_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's settings without their names for control tokens, which are no special tokens: making them so would change
+    what may stand in text."""
+    settings = {**(settings.get("model_specific_special_tokens") or {}), **settings}
+    others = ("model_specific_special_tokens", "gmask_token", "end_token", "eop_token")
+    return {name: value for name, value in settings.items() if name not in others}
+
+
 # ---- which version ----
 
 
@@ -227,7 +235,12 @@ def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> Sentenc
         model = model.with_pieces(["<|tab|>", *blanks], PieceType.USER_DEFINED)
         model = model.with_pieces([f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
-    return model.with_pieces([f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL, in_front=True)
+    return with_images(model, num_image_tokens)
+
+
+def with_images(model: SentencePieceModel, count: int) -> SentencePieceModel:
+    """The model behind ids of images, which no text is encoded to."""
+    return model.with_pieces([f"<image_{i}>" for i in range(count)], PieceType.CONTROL, in_front=True)
 
 
 def write_white_space(text: str) -> str:

@@ -21,7 +21,7 @@ from ...tokenization.folder import DOWNLOAD_AGAIN
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder
 from ...tokenization.sentencepiece_mixin import SentencePieceMixin
-from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS
+from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS, with_images, without_control_names
 from ..glm.tokenization_glm import IGNORED, GLMBatchEncoding, GLMTokenizerMixin
 
 # Behind the pieces of the file, in this order, and </s> among them; the original's names.
@@ -32,9 +32,7 @@ BLANKS = re.compile(r"(\[[gs]?MASK\])")
 
 
 def with_control_tokens(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
-    images = [f"<image_{i}>" for i in range(num_image_tokens)]
-    model = model.with_pieces(images, PieceType.CONTROL, in_front=True)
-    return model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
+    return with_images(model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL), num_image_tokens)
 
 
 class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabularyTokenizer):
@@ -69,10 +67,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabulary
 
     def __init__(self, vocab_file=None, *, num_image_tokens: int = IMAGE_TOKENS, **kwargs: Any):
         self.num_image_tokens = num_image_tokens
-        # What ChatGLM-6B's settings beside the same file say besides.
-        kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
-        for name in ("gmask_token", "end_token", "eop_token"):
-            kwargs.pop(name, None)
+        kwargs = without_control_names(kwargs)  # ChatGLM-6B's settings, beside the same file, have them
         if wrong := [name for name in ("do_lower_case", "remove_space") if kwargs.pop(name, False)]:
             raise ValueError(f"{wrong[0]} in tokenizer_config.json is ChatGLM-6B's: GLM-130B has no such setting.")
         if "additional_special_tokens" not in kwargs and "extra_special_tokens" not in kwargs:
