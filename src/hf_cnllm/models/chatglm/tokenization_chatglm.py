@@ -143,7 +143,7 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
         self.vocab_files_names = {"vocab_file": version.vocab_file, "tokenizer_file": "tokenizer.json"}
         kwargs = without_control_names(kwargs)
         self._named = {name: kwargs.pop(name, token) for name, token in version.special_tokens.items()}
-        names = ("num_image_tokens", "do_lower_case", "remove_space") if version.vocab_file == ICE_TEXT else ()
+        names = ("num_image_tokens", "do_lower_case", "remove_space") if version.is_ice else ()
         kwargs |= {name: getattr(self, name) for name in names}
         if generation == "chatglm3":
             kwargs["encode_special_tokens"] = encode_special_tokens
@@ -170,10 +170,10 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
 
     def read_model(self, vocab_file: str) -> SentencePieceModel:
         model = self.__dict__.pop("_sentencepiece")
-        return with_ice_pieces(model, self.num_image_tokens) if self._version.vocab_file == ICE_TEXT else model
+        return with_ice_pieces(model, self.num_image_tokens) if self._version.is_ice else model
 
     def backend_of(self, model: SentencePieceModel) -> Tokenizer:
-        if self._version.vocab_file == TOKENIZER_MODEL:
+        if not self._version.is_ice:
             return build_bpe_backend(model, self._version)
         backend = build_ice_backend(model, self.do_lower_case, self.remove_space)
         named = [str(token) for token in self._named.values() if token is not None]
@@ -182,7 +182,7 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
 
     def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
         options: dict[str, Any] = {}
-        if self._version.vocab_file == ICE_TEXT:
+        if self._version.is_ice:
             if self.do_lower_case or self.remove_space:
                 return
             extend = partial(with_ice_pieces, num_image_tokens=self.num_image_tokens)
@@ -191,11 +191,11 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
 
     @property
     def MODEL_TOKENS(self) -> dict[str, tuple[str, ...]]:
-        return ICE_TEXT_MODEL_TOKENS if self._version.vocab_file == ICE_TEXT else {}
+        return ICE_TEXT_MODEL_TOKENS if self._version.is_ice else {}
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, ids = self._tokenizer.model, self._tokenizer.get_vocab(with_added_tokens=False)
-        if self._version.vocab_file == ICE_TEXT:
+        if self._version.is_ice:
             is_ours = isinstance(engine, Unigram) and "<n>" in ids and ids.get("<unk>") == self.num_image_tokens
             embeddings = config.get("vocab_size")
             if self.num_image_tokens and isinstance(embeddings, int) and len(ids) > embeddings:
@@ -216,7 +216,7 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
 
     def listed_tokens(self, added: Mapping[Any, Any]) -> Mapping[Any, Any]:
         """Without those of the published vocabulary, if this is another one that goes with its settings."""
-        if self._version.vocab_file == ICE_TEXT or self._tokenizer.id_to_token(FIRST_MERGED[0]) == FIRST_MERGED[1]:
+        if self._version.is_ice or self._tokenizer.id_to_token(FIRST_MERGED[0]) == FIRST_MERGED[1]:
             return added
         published = dict(enumerate(self._version.control, PUBLISHED_PIECES))
         return {index: token for index, token in added.items() if published.get(index) != str(token)}
@@ -263,12 +263,12 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
     def tokenizer(self) -> Any:
         """ChatGLM2 and 3: the vocabulary file alone. ChatGLM-6B, whose is called `sp_tokenizer`, is its own, as nothing that
         a property raises would get past transformers' `__getattr__`."""
-        return self if self._version.vocab_file == ICE_TEXT else SPTokenizer(self)
+        return self if self._version.is_ice else SPTokenizer(self)
 
     @property
     def sp_tokenizer(self) -> Any:
         """ChatGLM-6B: the vocabulary file alone. ChatGLM2's and 3's is called `tokenizer`."""
-        return IceTokenizer(self) if self._version.vocab_file == ICE_TEXT else self.tokenizer
+        return IceTokenizer(self) if self._version.is_ice else self.tokenizer
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -400,7 +400,7 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
         start = attention_mask.index(1) if 1 in attention_mask else len(ids)
         real = ids[start : start + sum(attention_mask)]
         rows = [[*range(len(real))]]
-        if self._version.vocab_file == ICE_TEXT:
+        if self._version.is_ice:
             bos, mask, gmask = map(self._tokenizer.token_to_id, ("<sop>", "[MASK]", "[gMASK]"))
             context = real.index(bos) if bos in real else len(real)
             blank = mask if mask in real else gmask
@@ -450,7 +450,7 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
         plain = super()._without_control_tokens(control)
-        if self._version.vocab_file == ICE_TEXT and self._tokenizer.normalizer:
+        if self._version.is_ice and self._tokenizer.normalizer:
             rules = symbols_as_text(plain, self._tokenizer.normalizer)
             plain.normalizer = self.library.normalizer_like(rules, are_symbols_text=True) if self.library else rules
         return plain

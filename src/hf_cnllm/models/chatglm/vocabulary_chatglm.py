@@ -62,6 +62,11 @@ class ChatGLMVersion(NamedTuple):
     cleans_up: bool = False
 
     @property
+    def is_ice(self) -> bool:
+        """Whether it is ChatGLM-6B, with Unigram over `ice_text.model`; else the vocabulary is BPE."""
+        return self.vocab_file == ICE_TEXT
+
+    @property
     def ending(self) -> str:
         """The special tokens behind a text."""
         return self.single.partition("$A")[2].strip()
