@@ -174,10 +174,6 @@ class SentencePieceModel:
         known = {"\n", *self.texts} if self.byte_fallback else {*self.texts}
         return {text for text in known if len(text) == 1}.difference(*self.joined)
 
-    @property
-    def is_byte_bpe(self) -> bool:
-        return self.model_type is ModelType.BPE and self.byte_fallback
-
     @cached_property
     def unknown(self) -> str:
         return next(iter(self.of_type(PieceType.UNKNOWN)))

@@ -139,17 +139,12 @@ def recognize_version(
     found = _versions_of(model)
     if not found:
         raise ValueError(f"{vocab_file} is not a vocabulary of ChatGLM: it has other pieces or rules.")
-    folder, here, owners, right_name = (
-        Folder(vocab_file),
-        Path(vocab_file),
-        " and ".join(found),
-        VERSIONS[found[0]].vocab_file,
-    )
+    owners, right_name, name = " and ".join(found), VERSIONS[found[0]].vocab_file, Path(vocab_file).name
     if generation is not None and generation not in found:
         raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {owners}.")
-    if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
+    if name in (ICE_TEXT, TOKENIZER_MODEL) and name != right_name:
         raise ValueError(f"{vocab_file} holds the vocabulary of {owners}, whose name is {right_name}.")
-    if right_name == TOKENIZER_MODEL and "num_image_tokens" in folder.read("tokenizer_config.json"):
+    if right_name == TOKENIZER_MODEL and "num_image_tokens" in Folder(vocab_file).read("tokenizer_config.json"):
         raise ValueError(
             f"{vocab_file} is the vocabulary of {owners}, but tokenizer_config.json beside it is that of ChatGLM-6B "
             f"(num_image_tokens), whose vocabulary is {ICE_TEXT}."
@@ -187,19 +182,20 @@ def version_beside(vocab_file: str | os.PathLike | None, settings: Mapping[str, 
         ("tokenizer_config.json", tokenizer_config.get("name_or_path")),
         ("config.json", config.get("_name_or_path")),
     ):
-        if match := re.search(r"(chatglm|codegeex)-?([23])", str(name).lower()):
-            said[where] = "chatglm" + match[2]
+        if version := _version_in(name):
+            said[where] = version
     if len(set(said.values())) > 1:
         claims = ", ".join(f"{where} {version}" for where, version in said.items())
         raise ValueError(
             f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and the files beside it say different things "
             f"({claims}). Pass generation='chatglm2' or generation='chatglm3', or download the files of one of them again."
         )
-    if said:
-        return next(iter(said.values()))
-    if match := re.search(r"(chatglm|codegeex)-?([23])", str(settings.get("name_or_path")).lower()):
-        return "chatglm" + match[2]
-    return None
+    return next(iter(said.values()), _version_in(settings.get("name_or_path")))
+
+
+def _version_in(name: Any) -> str | None:
+    match = re.search(r"(chatglm|codegeex)-?([23])", str(name).lower())
+    return "chatglm" + match[2] if match else None
 
 
 def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
@@ -207,7 +203,7 @@ def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
         if "<n>" not in model.symbols:
             return ()
         return ("chatglm",) if "[gMASK]" in model.ids else ("chatglm_early",)
-    is_plain = not model.charsmap and not model.symbols and model.is_byte_bpe and model.add_dummy_prefix
+    is_plain = not model.charsmap and not model.symbols and model.byte_fallback and model.add_dummy_prefix
     return ("chatglm2", "chatglm3") if is_plain else ()
 
 
