@@ -98,10 +98,7 @@ class GLMTokenizerMixin(TokenizerPublishingMixin):
         batch, length = input_ids.shape
         pieces: list[list[int]] = []
         if targets is not None:
-            texts = [targets] if isinstance(targets, str) else list(targets)
-            if len(texts) != batch:
-                raise ValueError(f"there are {len(texts)} targets for {batch} texts.")
-            pieces = [[*ids, self.eop_token_id][:max_gen_length] for ids in self._plain_ids(texts)]
+            pieces = self._pieces(targets, batch, max_gen_length)
             if not padding:
                 max_gen_length = max(map(len, pieces))
         blanks = self._first_blank(input_ids, self.mask_token_ids)
@@ -169,6 +166,13 @@ class GLMTokenizerMixin(TokenizerPublishingMixin):
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         tensors = ("input_ids", "position_ids", "attention_mask")
         return GLMBatchEncoding(columns | {name: torch.stack(columns[name]) for name in tensors})
+
+    def _pieces(self, targets: str | Sequence[str], count: int, max_length: int) -> list[list[int]]:
+        """The ids of the texts of as many blanks, each up to its end or `max_length`."""
+        texts = [targets] if isinstance(targets, str) else list(targets)
+        if len(texts) != count:
+            raise ValueError(f"there are {len(texts)} targets for {count} texts.")
+        return [[*ids, self.eop_token_id][:max_length] for ids in self._plain_ids(texts)]
 
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer: Any = self

@@ -153,7 +153,9 @@ class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabulary
         if not BLANKS.search(text):
             text += appended
         pieces = BLANKS.split(text)
-        ids = [index for at, piece in enumerate(pieces) for index in self._ids_of_part(piece, is_blank=at % 2 == 1)]
+        ids: list[int] = []
+        for at, piece in enumerate(pieces):
+            ids += [self.get_command(piece)] if at % 2 else self.encode(piece, add_special_tokens=False)
         if is_whole and pieces[-1]:
             ids.append(self.end_token_id)
         ids = ids if max_length is None else ids[-max_length:]
@@ -162,9 +164,6 @@ class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabulary
             tensor_type=return_tensors,
             prepend_batch_axis=return_tensors is not None,
         )
-
-    def _ids_of_part(self, piece: str, is_blank: bool) -> list[int]:
-        return [self.get_command(piece)] if is_blank else self.encode(piece, add_special_tokens=False)
 
     def build_inputs_for_generation(
         self,
@@ -189,10 +188,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabulary
         contexts = self._contexts(model_input)
         if targets is None:
             return self.pad({"input_ids": [[*ids, self.sop_token_id] for ids in contexts]}, return_tensors="pt")
-        texts = [targets] if isinstance(targets, str) else list(targets)
-        if len(texts) != len(contexts):
-            raise ValueError(f"there are {len(texts)} targets for {len(contexts)} texts.")
-        pieces = [[*ids, self.eop_token_id][:max_gen_length] for ids in self._plain_ids(texts)]
+        pieces = self._pieces(targets, len(contexts), max_gen_length)
         rows = [[*ids, self.sop_token_id, *piece[:-1]] for ids, piece in zip(contexts, pieces, strict=True)]
         labels = [[IGNORED] * len(ids) + piece for ids, piece in zip(contexts, pieces, strict=True)]
         length = max(map(len, contexts)) + max_gen_length if padding else None
