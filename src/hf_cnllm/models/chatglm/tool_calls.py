@@ -67,6 +67,11 @@ def parse_tool_call(code: str) -> dict[str, Any]:
     return arguments
 
 
+def parse_fenced_call(content: str) -> dict[str, Any]:
+    """The same, of the content of a turn: the code between the fences."""
+    return parse_tool_call("\n".join(content.split("\n")[1:-1]))
+
+
 def format_tool_call(arguments: Mapping[str, Any]) -> str:
     """The content of a turn that calls a tool with `arguments`, as ChatGLM3 writes it: `parse_tool_call`'s inverse.
 
@@ -146,8 +151,7 @@ def read_answer(
     if not name:
         return content.replace("[[训练时间]]", "2023年"), turns
     if turns[0]["role"] == "system" and "tools" in turns[0]:
-        code = "\n".join(content.split("\n")[1:-1])  # between the fences
-        return {"name": name, "parameters": parse_tool_call(code)}, turns
+        return {"name": name, "parameters": parse_fenced_call(content)}, turns
     return {"name": name, "content": content}, turns
 
 
