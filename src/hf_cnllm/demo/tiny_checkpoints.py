@@ -19,16 +19,12 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from ..auto import LINES, family_of
 from ..data.conversations import load_instructions
 from ..hub.saving import write_json
+from ..models.chatglm.vocabulary_chatglm import SPACE_SYMBOLS, VERSIONS
+from ..models.glm.tokenization_glm import GLMChineseTokenizer
 from ..models.qwen.tiktoken_bpe import write_tiktoken
 from ..tokenization.training import BAICHUAN2_SYMBOLS, NOT_NORMALIZED, train_ranks, train_sentencepiece
 from .dataset import SIGN_OFFS
 
-CHATGLM_CONTROLS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
-CHATGLM_BLANKS = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
-GLM_SPECIALS = [
-    *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
-    *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
-]
 PIECE_TOKENS = ["<|startofpiece|>", "<|endofpiece|>"]
 ENGLISH_SIZE = 2000  # of the vocabularies of GPT-2, BERT and RoBERTa
 
@@ -56,7 +52,7 @@ def write_chatglm(folder: Path, texts: Iterable[str]) -> None:
     lines = (text.replace("\n", "<n>") for text in texts)
     model = train_sentencepiece(lines, vocab_size=2000, model_type="unigram", pad_id=3, user_defined_symbols=["<n>"])
     kind = sp_pb2.ModelProto.SentencePiece
-    for names, piece_type in ((CHATGLM_CONTROLS, kind.CONTROL), (CHATGLM_BLANKS, kind.USER_DEFINED)):
+    for names, piece_type in ((VERSIONS["chatglm"].control, kind.CONTROL), (SPACE_SYMBOLS, kind.USER_DEFINED)):
         for name in names:
             model.pieces.add(piece=name, type=piece_type)
     model.pieces.sort(key=lambda piece: piece.type == kind.BYTE)  # SentencePiece trains with the bytes up front
@@ -69,7 +65,7 @@ def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
         lines, vocab_size=2000, split_digits=False, byte_fallback=False, user_defined_symbols=["<n>"]
     )
     (folder / "cog-pretrain.model").write_bytes(model.SerializeToString())
-    added = {token: len(model.pieces) + offset for offset, token in enumerate(GLM_SPECIALS)}
+    added = {token: index for index, token in enumerate(GLMChineseTokenizer.ADDED_TOKENS, len(model.pieces))}
     write_json(folder / "added_tokens.json", added)
 
 
@@ -108,8 +104,7 @@ def _train_byte_bpe(texts: Iterable[str], specials: list[str]) -> Tokenizer:
 
 
 def _add_tokens(folder: Path, tokens: list[str]) -> None:
-    added = {token: ENGLISH_SIZE + offset for offset, token in enumerate(tokens)}
-    write_json(folder / "added_tokens.json", added)
+    write_json(folder / "added_tokens.json", {token: index for index, token in enumerate(tokens, ENGLISH_SIZE)})
 
 
 def write_glm130b(folder: Path, texts: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ MAX_BLANK_LENGTH = 80
 
 # What ChatGLM-6B writes for white space, in the order in which text is searched for it: longer runs of spaces first.
 WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
+SPACE_SYMBOLS = ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)))  # in the order of their ids
 SPACES = re.compile(rf" {{2,{MAX_BLANK_LENGTH}}}")  # the longest that there is in WHITE_SPACE
 
 
@@ -231,9 +232,8 @@ _OPEN, _CLOSE, _BREAK = STAND_INS = tuple(map(chr, range(0xE0F00, 0xE0F03)))
 def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
     """The file's model with what the original's code adds to it."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
-        blanks = [f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)]
         model = model.with_pieces(VERSIONS["chatglm_early"].control, PieceType.CONTROL)
-        model = model.with_pieces(["<|tab|>", *blanks], PieceType.USER_DEFINED)
+        model = model.with_pieces(SPACE_SYMBOLS, PieceType.USER_DEFINED)
         model = model.with_pieces([f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
     return with_images(model, num_image_tokens)
