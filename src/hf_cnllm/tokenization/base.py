@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,14 @@ class OriginalVocabularyTokenizer(
         kwargs.pop("auto_map", None)
         recorded = kwargs.pop(CHECKSUMS, None)
         vocab_file = None if vocab_file is None else os.fspath(vocab_file)
-        tokenizer_file = tokenizer_file if os.path.isfile(tokenizer_file or "") else None
+        tokenizer_file = os.fspath(tokenizer_file) if os.path.isfile(tokenizer_file or "") else None
         if tokenizer_object is not None:
             super().__init__(vocab_file=vocab_file, tokenizer_object=tokenizer_object, **kwargs)
             return
         self._tokenizer = self._load_backend(vocab_file, tokenizer_file)
         if recorded and vocab_file and tokenizer_file and recorded == checksums(vocab_file, tokenizer_file):
             self.use_original(vocab_file, self._tokenizer)
-        source = vocab_file if tokenizer_file is None else os.fspath(tokenizer_file)
+        source = tokenizer_file or vocab_file
         folder, added = Folder(source), dict(kwargs.get("added_tokens_decoder") or {})
         check_named_tokens(folder, self._tokenizer.token_to_id, kwargs, added)
         config: Mapping[str, Any] = {}
@@ -136,27 +136,22 @@ class OriginalVocabularyTokenizer(
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         """Refuses a vocabulary, which came from `source`, that is not of this family or not of the model's `config`."""
 
-    def _load_backend(self, vocab_file: str | None, tokenizer_file: str | os.PathLike | None) -> Tokenizer:
-        if tokenizer_file is not None:
-            try:
-                return Tokenizer.from_file(os.fspath(tokenizer_file))
-            except (
-                BaseException
-            ) as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                raise ValueError(f"{tokenizer_file} is damaged ({error}). Delete it or save it again.") from error
-        if vocab_file is None:
+    def _load_backend(self, vocab_file: str | None, tokenizer_file: str | None) -> Tokenizer:
+        read: Callable[[str], Tokenizer] = Tokenizer.from_file
+        source, advice = tokenizer_file, "Delete it or save it again"
+        if source is None:
+            read, source, advice = self.build_backend, vocab_file, "Download it again"
+        if source is None:
             names = " nor ".join(self.vocab_files_names.values())
             raise ValueError(f"{self.__class__.__name__}: neither {names} was found in the checkpoint.")
         try:
-            return self.build_backend(vocab_file)
-        except FileNotFoundError:
+            return read(source)
+        except (FileNotFoundError, KeyboardInterrupt):
             raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or (isinstance(error, ValueError) and vocab_file in str(error)):
+        except BaseException as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
+            if isinstance(error, ValueError) and source in str(error):
                 raise
-            raise ValueError(f"{vocab_file} is damaged: {error} Download it again.") from error
+            raise ValueError(f"{source} is damaged ({error}). {advice}.") from error
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
