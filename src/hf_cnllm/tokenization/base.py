@@ -181,12 +181,8 @@ class OriginalVocabularyTokenizer(
         self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
     ) -> tuple[str, ...]:
         config_file, settings = file_names[0], self.settings_to_save()
-        if legacy_format:
-            list_added_tokens(config_file, self.added_tokens_decoder, **settings)
-            return PreTrainedTokenizerBase._save_pretrained(
-                self, save_directory, file_names, legacy_format, filename_prefix
-            )
-        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        save = PreTrainedTokenizerBase._save_pretrained if legacy_format else TokenizersBackend._save_pretrained
+        file_names = save(self, save_directory, file_names, legacy_format, filename_prefix)
         if legacy_format is None and self.can_save_slow_tokenizer:
             file_names += self.save_vocabulary(save_directory, filename_prefix)
             if self.has_own_rules():
