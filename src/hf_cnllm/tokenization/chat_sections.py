@@ -339,8 +339,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
                 encoding.truncate(max(max_length - added, 0), direction=self.truncation_side)
             if add_special_tokens:
-                backend.no_truncation()  # which the call before may have left there
-                backend.no_padding()
+                self._take_whole_texts()
                 encoding = backend.post_process(encoding)
             self._eventual_warn_about_too_long_sequence(encoding.ids, max_length, verbose)
             encodings.append(encoding)

@@ -57,6 +57,7 @@ class IdsAloneMixin:
         return self.library is not None and self.library.agrees(self._tokenizer)
 
     def _take_whole_texts(self) -> None:
+        """Without the truncation and padding that the call before has left in the backend."""
         backend = self._tokenizer
         if backend.truncation is not None:  # or else nothing changes while another thread encodes
             backend.no_truncation()
@@ -137,9 +138,8 @@ class IdsAloneMixin:
         if self._tokenizer.encode_special_tokens != split_special_tokens:
             self._tokenizer.encode_special_tokens = split_special_tokens
         rows = self._ids_of(texts)
-        around = (
-            self.build_inputs_with_special_tokens([None]) if add_special_tokens and self._adds_tokens() else [None]
-        )
+        adds_tokens = add_special_tokens and self._tokenizer.num_special_tokens_to_add(False) > 0
+        around = self.build_inputs_with_special_tokens([None]) if adds_tokens else [None]
         if truncation_strategy != "do_not_truncate":
             room = max(max_length - len(around) + 1, 0)
             is_left = self.truncation_side == "left"
@@ -155,17 +155,15 @@ class IdsAloneMixin:
             return filler + row if is_left else row + filler
 
         names, pad_token_id = self.model_input_names, self.pad_token_id
+        columns: dict[str, list] = {"input_ids": [padded(ids, pad_token_id) for ids in rows]}
         masks = [padded([1] * len(ids), 0) for ids in rows]
-        types = [padded([0] * len(ids), self.pad_token_type_id) for ids in rows]
-        rows = [padded(ids, pad_token_id) for ids in rows]
-        columns: dict[str, list] = {"input_ids": rows}
         if "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids:
-            columns["token_type_ids"] = types
+            columns["token_type_ids"] = [padded([0] * len(ids), self.pad_token_type_id) for ids in rows]
         if "attention_mask" in names if return_attention_mask is None else return_attention_mask:
             columns["attention_mask"] = masks
         if return_length:
-            columns["length"] = [len(ids) for ids in rows]
-        for ids, mask in zip(rows, masks, strict=True):
+            columns["length"] = [len(ids) for ids in columns["input_ids"]]
+        for ids, mask in zip(columns["input_ids"], masks, strict=True):
             for name, column in self._columns_of(ids, mask).items():
                 columns.setdefault(name, []).append(column)
             self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
@@ -183,6 +181,3 @@ class IdsAloneMixin:
             vars(tokenizer).update(vars(self) | {"_tokenizer": backend})
         inherited: Any = super(IdsAloneMixin, tokenizer)
         return inherited._encode_plus(*args, **kwargs)
-
-    def _adds_tokens(self) -> bool:
-        return self._tokenizer.num_special_tokens_to_add(False) > 0
