@@ -329,8 +329,8 @@ class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
 
     def _encode_texts(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
         batch = super()._encode_texts(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
-        has_blank = "[MASK]" in repr((text, text_pair))
-        if self.generation != "chatglm_early" or not add_special_tokens or not has_blank:
+        has_own_endings = self.generation == "chatglm_early" and add_special_tokens
+        if not has_own_endings or "[MASK]" not in repr((text, text_pair)):
             return batch
         contents = [
             [index for index, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added]
