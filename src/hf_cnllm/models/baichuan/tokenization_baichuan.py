@@ -78,10 +78,8 @@ class BaichuanTokenizer(SentencePieceMixin, ChatTokenizer):
             self.chat_template = header + read_template("baichuan")
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
-        engine, form = (
-            self._tokenizer.model,
-            self._tokenizer.normalizer and self._tokenizer.normalizer.normalize_str(PROBE),
-        )
+        engine, normalizer = self._tokenizer.model, self._tokenizer.normalizer
+        form = normalizer and normalizer.normalize_str(PROBE)
         ids = [self._tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "[gMASK]")]
         is_ours = isinstance(engine, BPE) and engine.byte_fallback and ids == [0, 1, 2, None]
         if not is_ours or form not in GENERATIONS:

@@ -23,6 +23,10 @@ from ..._compat import get_json_schema
 from ...tokenization.chat_sections import plain_messages
 
 ASSISTANT = "<|assistant|>"
+TRAINING_TIME = (
+    "[[训练时间]]",
+    "2023年",
+)  # the models' own placeholder for the time of training, and what it stands for
 
 
 class ToolCallError(ValueError):
@@ -149,7 +153,7 @@ def read_answer(
         content = content if name else content.strip()
         turns.append({"role": "assistant", "metadata": metadata, "content": content})
     if not name:
-        return content.replace("[[训练时间]]", "2023年"), turns
+        return content.replace(*TRAINING_TIME), turns
     if turns[0]["role"] == "system" and "tools" in turns[0]:
         return {"name": name, "parameters": parse_fenced_call(content)}, turns
     return {"name": name, "content": content}, turns
