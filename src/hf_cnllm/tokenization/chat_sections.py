@@ -119,11 +119,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 `sanitize_control_tokens=True` with `tokenize=False` and a template that changes what messages say.
         """
         must_sanitize = kwargs.pop("sanitize_control_tokens", False)
-        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
-        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
-        chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
-        if not all(chats):
-            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        chats, is_batched = self._read_chats(conversation)
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt are not compatible: choose one.")
         if return_assistant_tokens_mask and continue_final_message:
@@ -133,21 +129,18 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
         template = self.get_chat_template(chat_template, tools)
         inputs = {"tools": self.read_tools(tools), "documents": documents, "border": "", **kwargs}
-
-        def render(chats: list, inputs: dict[str, Any]) -> Any:  # render_jinja_template is annotated as one string
-            return render_jinja_template(
-                conversations=chats,
-                chat_template=template,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens_map, **inputs},
-            )
-
+        options: dict[str, Any] = {
+            **self.special_tokens_map,
+            "chat_template": template,
+            "return_assistant_tokens_mask": return_assistant_tokens_mask,
+            "continue_final_message": continue_final_message,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        render: Callable[..., Any] = partial(render_jinja_template, **options)
+        in_sections = partial(self._in_sections, render, template, chats, inputs)
         if not tokenize:
-            texts = self._with_sections(
-                render(chats, inputs)[0], partial(self._in_sections, render, template, chats, inputs)
-            )
+            texts, _ = render(conversations=chats, **inputs)
+            texts = self._with_sections(texts, in_sections)
             if must_sanitize and not all(isinstance(text, RenderedChat) for text in texts):
                 raise ValueError(
                     "the chat template changes what messages say, so that control tokens in them cannot be told from the "
@@ -155,7 +148,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 )
             return texts if is_batched else texts[0]
 
-        rendered, spans = self._in_sections(render, template, chats, inputs)
+        rendered, spans = in_sections()
         padding_side = self.prompt_padding_side if add_generation_prompt else None
         options = {"add_special_tokens": False, "padding_side": padding_side, **(tokenizer_kwargs or {})}
         padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
@@ -173,10 +166,19 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         )
         return batch if return_dict else batch["input_ids"]
 
+    def _read_chats(self, conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+        """The messages of the chat, or of each of the chats, and whether it is several."""
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
+        if not all(chats):
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        return chats, is_batched
+
     def _in_sections(
         self, render: Callable, template: str, chats: list, inputs: dict[str, Any], has_borders: bool = True
     ) -> tuple[list[RenderedChat], list[list[tuple[int, int]]]]:
-        """The chats as `render(chats, inputs)` gives them, and the spans of characters that the assistant generates.
+        """The chats as `render(conversations=chats, **inputs)` gives them, and the spans of characters that the assistant generates.
 
         Without borders only the control tokens in messages are marked: text between two others is one section.
         """
@@ -191,7 +193,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             for message in chain.from_iterable(chats):
                 if message.get("content"):
                     message["content"] = f"{marks.border}{message['content']}{marks.border}"
-        marked, spans = render(chats, inputs)
+        marked, spans = render(conversations=chats, **inputs)
         rendered = [RenderedChat.of(text, marks, backends.control, template) for text in marked]
         return rendered, list(map(marks.leave_out, spans, marked))
 

@@ -23,10 +23,7 @@ from ..._compat import get_json_schema
 from ...tokenization.chat_sections import plain_messages
 
 ASSISTANT = "<|assistant|>"
-TRAINING_TIME = (
-    "[[训练时间]]",
-    "2023年",
-)  # the models' own placeholder for the time of training, and what it stands for
+TRAINING_TIME = ("[[训练时间]]", "2023年")  # the models' own placeholder for it, and what the originals put there
 
 
 class ToolCallError(ValueError):
