@@ -48,21 +48,24 @@ class AnyIdMixin:
         return super()._decode(token_ids, *args, **kwargs)  # type: ignore[misc]
 
 
-class SecondTextMixin:
-    """Put in front of a tokenizer: an empty second text is one, which transformers takes for none but in batches."""
+class TextsMixin:
+    """Put in front of a tokenizer: an empty second text is one, which transformers takes for none but in batches, and half a
+    surrogate pair is refused by name."""
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        if text_pair != "" or not isinstance(text, str):
-            return super()._encode_plus(text, text_pair, *args, **kwargs)  # type: ignore[misc]
-        batch = super()._encode_plus([text], [text_pair], *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
+        is_lone = text_pair == "" and isinstance(text, str)
+        given = ([text], [text_pair]) if is_lone else (text, text_pair)
+        try:
+            batch = super()._encode_plus(*given, *args, **kwargs)  # type: ignore[misc]
+        except TypeError:
+            check_texts(given)
+            raise
+        if not is_lone or kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
             return batch
         return BatchEncoding(unbatched(batch.data), batch.encodings)
 
 
-class OriginalVocabularyTokenizer(
-    TokenizerPublishingMixin, AnyIdMixin, SecondTextMixin, IdsAloneMixin, TokenizersBackend
-):
+class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, TextsMixin, IdsAloneMixin, TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and
@@ -310,6 +313,25 @@ def id_of(token: str) -> property:
 def known(tokens: Iterable[Any]) -> list[Any]:
     """Those of the tokens that there are: ids without a token have None."""
     return [token for token in tokens if token is not None]
+
+
+def check_texts(given: Any) -> None:
+    """Refuses half a surrogate pair in a text, or in one of the texts in lists; all else is for the backend to refuse.
+
+    Raises:
+        TypeError: as from the backend, but saying where it stands, and how to get rid of it.
+    """
+    if isinstance(given, (list, tuple)):
+        for text in given:
+            check_texts(text)
+    elif isinstance(given, str):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise TypeError(
+                f"a text holds half a surrogate pair, {given[error.start]!r} at character {error.start}, which is no character: "
+                "cut it out, or replace it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+            ) from None
 
 
 def check_ids(token_ids: int | Iterable[int]) -> None:

@@ -26,7 +26,7 @@ from transformers import BatchEncoding
 
 from .._compat import get_json_schema, render_jinja_template
 from .backends import like
-from .base import OriginalVocabularyTokenizer
+from .base import OriginalVocabularyTokenizer, check_texts
 from .regex import any_of
 from .rendered_chat import ChatBackends, EncodedChat, Marks, NoCharacterLeft, RenderedChat
 
@@ -214,7 +214,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
     def encode_message(self, content: str) -> list[int]:
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
-        return self._chat_backends().plain.encode(content, add_special_tokens=False).ids
+        return self._chat_backends().plain.encode(self._in_normal_form(content), add_special_tokens=False).ids
 
     def is_control_token(self, index: int) -> bool:
         """Whether it is the id of a token that only a chat template writes, whatever a message says."""
@@ -292,7 +292,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         return self._encode_chats(rows, is_batched, add_special_tokens=add_special_tokens, **kwargs)
 
     def _in_normal_form(self, text: str) -> str:
-        """The text as the backends take it."""
+        """The text as the backends take it. Raises TypeError for one that they do not."""
+        check_texts(text)
         return text
 
     def _encode_texts(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:

@@ -12,7 +12,7 @@ from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._compat import check_transformers
 from ...tokenization.backends import with_changes
-from ...tokenization.base import AnyIdMixin, SecondTextMixin
+from ...tokenization.base import AnyIdMixin, TextsMixin
 from ...tokenization.folder import (
     Folder,
     check_added_tokens,
@@ -24,7 +24,7 @@ from ...tokenization.folder import (
 from .tokenization_glm import GLMTokenizerMixin, SurroundedTextMixin
 
 
-class EnglishVocabularyMixin(AnyIdMixin, SecondTextMixin):
+class EnglishVocabularyMixin(AnyIdMixin, TextsMixin):
     """Keeps the vocabulary files of GPT-2's, BERT's and RoBERTa's tokenizers, and checks what is read from them."""
 
     OWN_TOKENS: tuple[str, ...]  # that its vocabulary has

@@ -16,7 +16,7 @@ from tokenizers.models import Unigram
 from transformers import BatchEncoding
 
 from ...tokenization.backends import surround_texts
-from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known
+from ...tokenization.base import OriginalVocabularyTokenizer, check_texts, id_of, known
 from ...tokenization.folder import DOWNLOAD_AGAIN
 from ...tokenization.regex import any_of
 from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder
@@ -116,6 +116,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabulary
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """As the original's: tokens that the vocabulary lacks are the text that they stand for."""
+        check_texts([text, pair])
         return self.text_backend().encode(text, pair, add_special_tokens=add_special_tokens).tokens
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
