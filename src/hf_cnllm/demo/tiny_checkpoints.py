@@ -80,10 +80,14 @@ def write_glm_roberta(folder: Path, texts: Iterable[str]) -> None:
 
 
 def write_glm_bert(folder: Path, texts: Iterable[str]) -> None:
+    texts = list(texts)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    trainer = WordPieceTrainer(vocab_size=ENGLISH_SIZE, special_tokens=specials, show_progress=False)
+    # The trainer numbers what goes on with a word in another order each time, unless it is told.
+    words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str("\n".join(texts)))
+    inside = sorted({f"##{char}" for word, _ in words for char in word[1:]})
+    trainer = WordPieceTrainer(vocab_size=ENGLISH_SIZE, special_tokens=[*specials, *inside], show_progress=False)
     backend.train_from_iterator(texts, trainer)
     vocab = backend.get_vocab()
     (folder / "vocab.txt").write_text(
@@ -150,7 +154,7 @@ OWN_RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning
 LINE_OF = {line.demo: name for name, line in LINES.items() if line.demo is not None}
 
 
-def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
+def write_tiny_checkpoint(family: str, folder: str | Path, seed: int = 0) -> None:
     """Writes a checkpoint of random weights into `folder`, in the family's layout on the Hub.
 
     Args:
@@ -158,7 +162,7 @@ def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
         folder: created; must not exist.
         seed: of the random weights.
     """
-    shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder)
+    folder = Path(shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder))
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
     write_vocabulary, _ = (TINY_FAMILIES | TINY_VARIANTS)[family]
     write_vocabulary(folder, texts + [sign_off.strip() for sign_off in SIGN_OFFS.values()])
