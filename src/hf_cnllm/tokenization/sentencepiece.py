@@ -118,11 +118,11 @@ class SentencePieceModel:
             raise ValueError("a piece that is not UTF-8")
         if not all(map(math.isfinite, model.scores)):
             raise ValueError("a score that is no number")
-        if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
+        if model.types.count(PieceType.UNKNOWN) != 1 or not model.normal:
             raise ValueError("no unknown piece or no normal pieces")
         if len(model.ids) != len(model.texts):
             raise ValueError("a piece occurs twice")
-        if model.byte_fallback and len(model.of_type(PieceType.BYTE)) != 256:
+        if model.byte_fallback and model.types.count(PieceType.BYTE) != 256:
             raise ValueError("byte fallback without 256 byte pieces")
         return model
 
@@ -176,7 +176,7 @@ class SentencePieceModel:
 
     @cached_property
     def unknown(self) -> str:
-        return next(iter(self.of_type(PieceType.UNKNOWN)))
+        return self.texts[self.types.index(PieceType.UNKNOWN)]
 
 
 def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
@@ -298,10 +298,10 @@ def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
     scores = model.normal
     # Of two ways to build one piece the original takes the leftmost, so the longer left part goes first.
     merges = [
-        (piece[:cut], piece[cut:])
+        (left, right)
         for piece in sorted(scores, key=scores.__getitem__, reverse=True)
         for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in scores and piece[cut:] in scores
+        if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
     ]
     bpe = models.BPE(
         vocab=model.ids, merges=merges, unk_token=model.unknown, byte_fallback=model.byte_fallback, fuse_unk=True
@@ -336,6 +336,8 @@ def _never_from_text(
     places: dict[str, list[str]] = {}
     guarded = []
     for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
+        if len(encoding) == 1:
+            continue
         starts = sorted({start for start, _ in encoding.offsets} - {0})
         # Neither half may be looked up as a whole either, unless it is one token anyway.
         good = [
