@@ -232,7 +232,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             template = self.chat_template if isinstance(self.chat_template, str) else ""
         listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
-        key = (template, listed, self._tokenizer, *((index, repr(token)) for index, token in added.items()))
+        key = (template, listed, self._tokenizer, repr(added))
         if backends := self._latest_chat_backends.get(key):
             return backends
         control = {
