@@ -232,7 +232,8 @@ def build_decoder(
     return decoders.Sequence([step for step in steps if step is not None])
 
 
-BYTE_PIECE = re.compile(r"<0x(?!20)[0-9A-F]{2}>")  # a space stands by itself: the decoder keeps it in front
+# Of bytes but for the space, which stands by itself: the decoder keeps it in front.
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256) if byte != 0x20}
 
 
 def mend_bytes(tokens: Iterable[str]) -> list[str]:
@@ -241,10 +242,10 @@ def mend_bytes(tokens: Iterable[str]) -> list[str]:
     It loses only the bytes at fault, each to one U+FFFD, where the Rust decoder gives up the whole run.
     """
     mended: list[str] = []
-    for is_byte, run in groupby(tokens, key=lambda token: BYTE_PIECE.fullmatch(token) is not None):
+    for is_byte, run in groupby(tokens, key=BYTE_PIECES.__contains__):
         pieces = list(run)
         if is_byte:
-            data = bytes(int(piece[3:5], 16) for piece in pieces)
+            data = bytes(map(BYTE_PIECES.__getitem__, pieces))
             text = decode_bytes(data)
             pieces = pieces if text.encode() == data else [text]
         mended += pieces
