@@ -193,10 +193,11 @@ def test_english_checkpoints_of_glm_fill_blanks_and_learn(family, tmp_path):
     assert loss.isfinite() and task.model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
-def test_the_same_seed_writes_the_same_checkpoint(family, tmp_path):
+@pytest.mark.parametrize("family", sorted({*TINY_FAMILIES, *TINY_VARIANTS}))
+def test_the_same_seed_writes_the_same_checkpoint(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        write_tiny_checkpoint(family, tmp_path / name, seed=3)
+        write_tiny_checkpoint(family, name, seed=3)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 

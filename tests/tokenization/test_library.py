@@ -22,7 +22,7 @@ from hf_cnllm import BaichuanTokenizer, ChatGLMTokenizer, QWenTokenizer
 from hf_cnllm.demo.tiny_checkpoints import write_tiny_checkpoint
 from hf_cnllm.models.glm.tokenization_glm import GLMChineseTokenizer
 from hf_cnllm.tokenization.library import SentencePieceLibrary
-from hf_cnllm.tokenization.sentencepiece import BYTE_PIECE
+from hf_cnllm.tokenization.sentencepiece import BYTE_PIECES
 from tokenizer_goldens import TokenizerGolden
 
 TIE = "ttttt"  # ttt tt and tt ttt have equal scores, which the library adds in 32 bits and the backend in 64
@@ -114,7 +114,7 @@ def test_what_encodings_know_is_the_backends(unigram, text):
         assert begins_of_words(ours) <= begins_of_words(backend)
         assert begins_of_words(ours) == begins_of_words(backend) or CONTROL.search(text)
         for token, own, other in zip(ours.tokens, ours.offsets, backend.offsets, strict=True):
-            assert own == other or (BYTE_PIECE.fullmatch(token) and other[0] <= own[0] < own[1] <= other[1])
+            assert own == other or (token in BYTE_PIECES and other[0] <= own[0] < own[1] <= other[1])
 
 
 @given(texts=st.lists(TEXTS | st.tuples(TEXTS, st.integers(1, 200)).map(lambda pair: pair[0] * pair[1]), max_size=4))
@@ -241,7 +241,7 @@ def test_characters_that_the_backend_loses_and_halves_of_one():
     for text in ("a\U000e0ffeb", f"\U000e0f00{TIE * 100}", "a\U000e0f02b <n>"):
         assert tokenizer(text)["input_ids"] == tokenizer(text, return_offsets_mapping=True)["input_ids"]
     for options in ({}, {"return_offsets_mapping": True}):
-        with pytest.raises(TypeError, match="TextEncodeInput"):
+        with pytest.raises(TypeError, match="half a surrogate pair"):
             tokenizer("a\ud800b", **options)
 
 

@@ -316,7 +316,11 @@ def _encode_row(
     tools: Sequence[Any] | None,
     system_in_question: bool = False,
 ) -> tuple[dict[str, list[int]], list[str]]:
-    taken = _form_that_is_taken(tokenizer, messages, tools, system_in_question)
+    # Questions and answers alone have one form; a template that does not take them says so when they are encoded.
+    has_forms = (
+        tools or messages[0]["role"] == "system" or any(message.keys() != {"role", "content"} for message in messages)
+    )
+    taken = _form_that_is_taken(tokenizer, messages, tools, system_in_question) if has_forms else list
     ids, is_reply, is_ended = _encode(tokenizer, taken(messages), tools)
     cuts: list[str] = []
     lacking = int(is_ended.get(len(ids) - 1) is False)  # an end behind the last reply, which is appended below
@@ -381,9 +385,12 @@ def _encode(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None
 ) -> tuple[list[int], list[int], dict[int, bool]]:
     """The ids, 1 for those in replies, and where replies end: with a special token, which no reply's own text has, or not."""
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except (TemplateError, ValueError) as error:
+        raise ConversationError(str(error)) from error
     ids, is_reply = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if not any(is_reply) and all(message.get("loss", True) for message in messages):
         raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")

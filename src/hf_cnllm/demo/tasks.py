@@ -59,9 +59,8 @@ class ChatTask:
         return self.model.eval()(**batch).logits
 
     def texts(self, rows: list[list[int]]) -> list[str]:
-        """Generated ids as texts, without those that only pad the embedding to a round size: they have no token."""
-        known = [[index for index in row if index < len(self.tokenizer)] for row in rows]
-        return [text.strip() for text in self.tokenizer.batch_decode(known, skip_special_tokens=True)]
+        """Generated ids as texts."""
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def as_generated(self, text: str) -> str:
         """The text as it would come back from the model: some vocabularies normalize, `，` to `,` for example."""

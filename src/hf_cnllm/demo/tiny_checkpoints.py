@@ -19,16 +19,12 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from ..data.conversations import load_instructions
 from ..families import LINES, family_of
 from ..hub.saving import write_json
+from ..models.chatglm.vocabulary_chatglm import SPACE_SYMBOLS, VERSIONS
+from ..models.glm.tokenization_glm import GLMChineseTokenizer
 from ..models.qwen.tiktoken_bpe import write_tiktoken
 from ..tokenization.training import BAICHUAN2_SYMBOLS, NOT_NORMALIZED, train_ranks, train_sentencepiece
 from .dataset import SIGN_OFFS
 
-CHATGLM_CONTROLS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
-CHATGLM_BLANKS = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
-GLM_SPECIALS = [
-    *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
-    *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
-]
 PIECE_TOKENS = ["<|startofpiece|>", "<|endofpiece|>"]
 ENGLISH_SIZE = 2000  # of the vocabularies of GPT-2, BERT and RoBERTa
 
@@ -56,7 +52,7 @@ def write_chatglm(folder: Path, texts: Iterable[str]) -> None:
     lines = (text.replace("\n", "<n>") for text in texts)
     model = train_sentencepiece(lines, vocab_size=2000, model_type="unigram", pad_id=3, user_defined_symbols=["<n>"])
     kind = sp_pb2.ModelProto.SentencePiece
-    for names, piece_type in ((CHATGLM_CONTROLS, kind.CONTROL), (CHATGLM_BLANKS, kind.USER_DEFINED)):
+    for names, piece_type in ((VERSIONS["chatglm"].control, kind.CONTROL), (SPACE_SYMBOLS, kind.USER_DEFINED)):
         for name in names:
             model.pieces.add(piece=name, type=piece_type)
     model.pieces.sort(key=lambda piece: piece.type == kind.BYTE)  # SentencePiece trains with the bytes up front
@@ -69,7 +65,7 @@ def write_glm_chinese(folder: Path, texts: Iterable[str]) -> None:
         lines, vocab_size=2000, split_digits=False, byte_fallback=False, user_defined_symbols=["<n>"]
     )
     (folder / "cog-pretrain.model").write_bytes(model.SerializeToString())
-    added = {token: len(model.pieces) + offset for offset, token in enumerate(GLM_SPECIALS)}
+    added = {token: index for index, token in enumerate(GLMChineseTokenizer.ADDED_TOKENS, len(model.pieces))}
     write_json(folder / "added_tokens.json", added)
 
 
@@ -84,10 +80,14 @@ def write_glm_roberta(folder: Path, texts: Iterable[str]) -> None:
 
 
 def write_glm_bert(folder: Path, texts: Iterable[str]) -> None:
+    texts = list(texts)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    trainer = WordPieceTrainer(vocab_size=ENGLISH_SIZE, special_tokens=specials, show_progress=False)
+    # The trainer numbers what goes on with a word in another order each time, unless it is told.
+    words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str("\n".join(texts)))
+    inside = sorted({f"##{char}" for word, _ in words for char in word[1:]})
+    trainer = WordPieceTrainer(vocab_size=ENGLISH_SIZE, special_tokens=[*specials, *inside], show_progress=False)
     backend.train_from_iterator(texts, trainer)
     vocab = backend.get_vocab()
     (folder / "vocab.txt").write_text(
@@ -108,8 +108,7 @@ def _train_byte_bpe(texts: Iterable[str], specials: list[str]) -> Tokenizer:
 
 
 def _add_tokens(folder: Path, tokens: list[str]) -> None:
-    added = {token: ENGLISH_SIZE + offset for offset, token in enumerate(tokens)}
-    write_json(folder / "added_tokens.json", added)
+    write_json(folder / "added_tokens.json", {token: index for index, token in enumerate(tokens, ENGLISH_SIZE)})
 
 
 def write_glm130b(folder: Path, texts: Iterable[str]) -> None:
@@ -155,7 +154,7 @@ OWN_RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-5, adapter_learning
 LINE_OF = {line.demo: name for name, line in LINES.items() if line.demo is not None}
 
 
-def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
+def write_tiny_checkpoint(family: str, folder: str | Path, seed: int = 0) -> None:
     """Writes a checkpoint of random weights into `folder`, in the family's layout on the Hub.
 
     Args:
@@ -163,7 +162,7 @@ def write_tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
         folder: created; must not exist.
         seed: of the random weights.
     """
-    shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder)
+    folder = Path(shutil.copytree(Path(__file__).parent / "checkpoints" / family, folder))
     texts = [message["content"] for conversation in load_instructions() for message in conversation]
     write_vocabulary, _ = (TINY_FAMILIES | TINY_VARIANTS)[family]
     write_vocabulary(folder, texts + [sign_off.strip() for sign_off in SIGN_OFFS.values()])

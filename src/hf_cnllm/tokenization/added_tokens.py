@@ -52,4 +52,4 @@ def sections(text: str, tokens: tuple[AddedToken, ...]) -> list[str | int]:
 @lru_cache(maxsize=16)
 def _finder(tokens: tuple[AddedToken, ...]) -> tuple[re.Pattern[str], dict[str, AddedToken]]:
     by_name = {token.content: token for token in tokens}
-    return re.compile(f"({any_of(by_name) or '(?!)'})"), by_name
+    return re.compile(f"({any_of(by_name)})"), by_name

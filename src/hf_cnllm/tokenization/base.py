@@ -1,19 +1,19 @@
 """Fast tokenizers that are built from a checkpoint's original vocabulary file and keep it when they are saved."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer, processors
+from tokenizers import Encoding, Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 from .._compat import check_transformers
 from ..hub.publishing import TokenizerPublishingMixin
+from .backends import read_state, with_changes
 from .folder import (
     Folder,
     check_added_tokens,
@@ -22,7 +22,7 @@ from .folder import (
     check_settings,
     list_added_tokens,
 )
-from .ids_alone import IdsAloneMixin
+from .ids_alone import IdsAloneMixin, padded_length, unbatched
 
 CHECKSUMS = "belong_together"  # in tokenizer_config.json: those of the original vocabulary and of the tokenizer.json made of it
 
@@ -48,7 +48,24 @@ class AnyIdMixin:
         return super()._decode(token_ids, *args, **kwargs)  # type: ignore[misc]
 
 
-class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAloneMixin, TokenizersBackend):
+class TextsMixin:
+    """Put in front of a tokenizer: an empty second text is one, which transformers takes for none but in batches, and half a
+    surrogate pair is refused by name."""
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        is_lone = text_pair == "" and isinstance(text, str)
+        given = ([text], [text_pair]) if is_lone else (text, text_pair)
+        try:
+            batch = super()._encode_plus(*given, *args, **kwargs)  # type: ignore[misc]
+        except TypeError:
+            check_texts(given)
+            raise
+        if not is_lone or kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
+            return batch
+        return BatchEncoding(unbatched(batch.data), batch.encodings)
+
+
+class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, TextsMixin, IdsAloneMixin, TokenizersBackend):
     """Reads `tokenizer.json` where there is one, else the original vocabulary file; writes both.
 
     A family gives `vocab_files_names = {"vocab_file": <its file>, "tokenizer_file": "tokenizer.json"}` and
@@ -97,14 +114,14 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         kwargs.pop("auto_map", None)
         recorded = kwargs.pop(CHECKSUMS, None)
         vocab_file = None if vocab_file is None else os.fspath(vocab_file)
-        tokenizer_file = tokenizer_file if os.path.isfile(tokenizer_file or "") else None
+        tokenizer_file = os.fspath(tokenizer_file) if os.path.isfile(tokenizer_file or "") else None
         if tokenizer_object is not None:
             super().__init__(vocab_file=vocab_file, tokenizer_object=tokenizer_object, **kwargs)
             return
         self._tokenizer = self._load_backend(vocab_file, tokenizer_file)
         if recorded and vocab_file and tokenizer_file and recorded == checksums(vocab_file, tokenizer_file):
             self.use_original(vocab_file, self._tokenizer)
-        source = vocab_file if tokenizer_file is None else os.fspath(tokenizer_file)
+        source = tokenizer_file or vocab_file
         folder, added = Folder(source), dict(kwargs.get("added_tokens_decoder") or {})
         check_named_tokens(folder, self._tokenizer.token_to_id, kwargs, added)
         config: Mapping[str, Any] = {}
@@ -122,27 +139,22 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         """Refuses a vocabulary, which came from `source`, that is not of this family or not of the model's `config`."""
 
-    def _load_backend(self, vocab_file: str | None, tokenizer_file: str | os.PathLike | None) -> Tokenizer:
-        if tokenizer_file is not None:
-            try:
-                return Tokenizer.from_file(os.fspath(tokenizer_file))
-            except (
-                BaseException
-            ) as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                raise ValueError(f"{tokenizer_file} is damaged ({error}). Delete it or save it again.") from error
-        if vocab_file is None:
+    def _load_backend(self, vocab_file: str | None, tokenizer_file: str | None) -> Tokenizer:
+        read: Callable[[str], Tokenizer] = Tokenizer.from_file
+        source, advice = tokenizer_file, "Delete it or save it again"
+        if source is None:
+            read, source, advice = self.build_backend, vocab_file, "Download it again"
+        if source is None:
             names = " nor ".join(self.vocab_files_names.values())
             raise ValueError(f"{self.__class__.__name__}: neither {names} was found in the checkpoint.")
         try:
-            return self.build_backend(vocab_file)
-        except FileNotFoundError:
+            return read(source)
+        except (FileNotFoundError, KeyboardInterrupt):
             raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or (isinstance(error, ValueError) and vocab_file in str(error)):
+        except BaseException as error:  # the Rust side raises bare Exceptions, and panics, which are not even those
+            if isinstance(error, ValueError) and source in str(error):
                 raise
-            raise ValueError(f"{vocab_file} is damaged: {error} Download it again.") from error
+            raise ValueError(f"{source} is damaged ({error}). {advice}.") from error
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -172,12 +184,8 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         self, save_directory, file_names: tuple[str, ...], legacy_format: bool | None = None, filename_prefix=None
     ) -> tuple[str, ...]:
         config_file, settings = file_names[0], self.settings_to_save()
-        if legacy_format:
-            list_added_tokens(config_file, self.added_tokens_decoder, **settings)
-            return PreTrainedTokenizerBase._save_pretrained(
-                self, save_directory, file_names, legacy_format, filename_prefix
-            )
-        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        save = PreTrainedTokenizerBase._save_pretrained if legacy_format else TokenizersBackend._save_pretrained
+        file_names = save(self, save_directory, file_names, legacy_format, filename_prefix)
         if legacy_format is None and self.can_save_slow_tokenizer:
             file_names += self.save_vocabulary(save_directory, filename_prefix)
             if self.has_own_rules():
@@ -259,13 +267,10 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
         padding_side: str | None,
     ) -> None:
         """Pads encodings, in place, as `tokenizer(…)` would."""
-        if padding_strategy == "do_not_pad":
-            return
-        length = max_length if padding_strategy == "max_length" else max(map(len, encodings))
-        multiple = pad_to_multiple_of or 1
+        length = padded_length(map(len, encodings), padding_strategy, max_length, pad_to_multiple_of)
         for encoding in encodings:
             encoding.pad(
-                -(-length // multiple) * multiple,
+                length,
                 direction=padding_side or self.padding_side,
                 pad_id=self.pad_token_id,
                 pad_type_id=self.pad_token_type_id,
@@ -296,44 +301,8 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, IdsAlone
                 data.setdefault(name, []).extend(values)
         data |= columns or {}
         if not is_batched and return_tensors is None:
-            data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
+            data = unbatched(data)
         return BatchEncoding(data, encodings, tensor_type=return_tensors)
-
-
-@lru_cache(maxsize=16)
-def read_state(state: bytes) -> dict[str, Any]:
-    """What a part of a backend says of itself; not to be changed."""
-    return json.loads(state)
-
-
-def surround_texts(backend: Tokenizer, single: Sequence[str], pair: Sequence[str]) -> None:
-    """Makes `backend` put special tokens around texts: `["[CLS]", "$A", "[SEP]"]`, and around pairs `$A` and `$B`."""
-    names = sorted({name for name in (*single, *pair) if not name.startswith("$")})
-    backend.post_processor = processors.TemplateProcessing(
-        single=list(single), pair=list(pair), special_tokens=[(name, backend.token_to_id(name)) for name in names]
-    )
-
-
-def with_changes(token: str | AddedToken, **changes: Any) -> AddedToken:
-    token = AddedToken(token) if isinstance(token, str) else token
-    return AddedToken(**token.__getstate__() | changes)
-
-
-def taking_spaces(token: str) -> AddedToken:
-    """A special token that takes the white space around it with it."""
-    return AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
-
-
-def load_sp_model(tokenizer: OriginalVocabularyTokenizer, **arguments: Any) -> Any:
-    """The original vocabulary as a `sentencepiece.SentencePieceProcessor`, for scripts that look into it."""
-    from sentencepiece import SentencePieceProcessor
-
-    if not tokenizer.can_save_slow_tokenizer:
-        name = tokenizer.vocab_files_names["vocab_file"]
-        raise ValueError(f"sp_model needs {name}, which this tokenizer was loaded without.")
-    processor = SentencePieceProcessor(**arguments)
-    processor.Load(tokenizer.vocab_file)
-    return processor
 
 
 def id_of(token: str) -> property:
@@ -344,6 +313,25 @@ def id_of(token: str) -> property:
 def known(tokens: Iterable[Any]) -> list[Any]:
     """Those of the tokens that there are: ids without a token have None."""
     return [token for token in tokens if token is not None]
+
+
+def check_texts(given: Any) -> None:
+    """Refuses half a surrogate pair in a text, or in one of the texts in lists; all else is for the backend to refuse.
+
+    Raises:
+        TypeError: as from the backend, but saying where it stands, and how to get rid of it.
+    """
+    if isinstance(given, (list, tuple)):
+        for text in given:
+            check_texts(text)
+    elif isinstance(given, str):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise TypeError(
+                f"a text holds half a surrogate pair, {given[error.start]!r} at character {error.start}, which is no character: "
+                "cut it out, or replace it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+            ) from None
 
 
 def check_ids(token_ids: int | Iterable[int]) -> None:

@@ -25,7 +25,8 @@ from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding
 
 from .._compat import get_json_schema, render_jinja_template
-from .base import OriginalVocabularyTokenizer
+from .backends import like
+from .base import OriginalVocabularyTokenizer, check_texts
 from .regex import any_of
 from .rendered_chat import ChatBackends, EncodedChat, Marks, NoCharacterLeft, RenderedChat
 
@@ -118,11 +119,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 `sanitize_control_tokens=True` with `tokenize=False` and a template that changes what messages say.
         """
         must_sanitize = kwargs.pop("sanitize_control_tokens", False)
-        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
-        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
-        chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
-        if not all(chats):
-            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        chats, is_batched = self._read_chats(conversation)
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt are not compatible: choose one.")
         if return_assistant_tokens_mask and continue_final_message:
@@ -132,21 +129,18 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
         template = self.get_chat_template(chat_template, tools)
         inputs = {"tools": self.read_tools(tools), "documents": documents, "border": "", **kwargs}
-
-        def render(chats: list, inputs: dict[str, Any]) -> Any:  # render_jinja_template is annotated as one string
-            return render_jinja_template(
-                conversations=chats,
-                chat_template=template,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens_map, **inputs},
-            )
-
+        options: dict[str, Any] = {
+            **self.special_tokens_map,
+            "chat_template": template,
+            "return_assistant_tokens_mask": return_assistant_tokens_mask,
+            "continue_final_message": continue_final_message,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        render: Callable[..., Any] = partial(render_jinja_template, **options)
+        in_sections = partial(self._in_sections, render, template, chats, inputs)
         if not tokenize:
-            texts = self._with_sections(
-                render(chats, inputs)[0], partial(self._in_sections, render, template, chats, inputs)
-            )
+            texts, _ = render(conversations=chats, **inputs)
+            texts = self._with_sections(texts, in_sections)
             if must_sanitize and not all(isinstance(text, RenderedChat) for text in texts):
                 raise ValueError(
                     "the chat template changes what messages say, so that control tokens in them cannot be told from the "
@@ -154,7 +148,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 )
             return texts if is_batched else texts[0]
 
-        rendered, spans = self._in_sections(render, template, chats, inputs)
+        rendered, spans = in_sections()
         padding_side = self.prompt_padding_side if add_generation_prompt else None
         options = {"add_special_tokens": False, "padding_side": padding_side, **(tokenizer_kwargs or {})}
         padding_strategy, truncation_strategy, max_length, flags = self._get_padding_truncation_strategies(
@@ -172,10 +166,19 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         )
         return batch if return_dict else batch["input_ids"]
 
+    def _read_chats(self, conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+        """The messages of the chat, or of each of the chats, and whether it is several."""
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        chats = [self.read_messages(chat) for chat in (conversation if is_batched else [conversation])]
+        if not all(chats):
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        return chats, is_batched
+
     def _in_sections(
         self, render: Callable, template: str, chats: list, inputs: dict[str, Any], has_borders: bool = True
     ) -> tuple[list[RenderedChat], list[list[tuple[int, int]]]]:
-        """The chats as `render(chats, inputs)` gives them, and the spans of characters that the assistant generates.
+        """The chats as `render(conversations=chats, **inputs)` gives them, and the spans of characters that the assistant generates.
 
         Without borders only the control tokens in messages are marked: text between two others is one section.
         """
@@ -190,7 +193,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             for message in chain.from_iterable(chats):
                 if message.get("content"):
                     message["content"] = f"{marks.border}{message['content']}{marks.border}"
-        marked, spans = render(chats, inputs)
+        marked, spans = render(conversations=chats, **inputs)
         rendered = [RenderedChat.of(text, marks, backends.control, template) for text in marked]
         return rendered, list(map(marks.leave_out, spans, marked))
 
@@ -211,7 +214,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
 
     def encode_message(self, content: str) -> list[int]:
         """The ids of a message's content on its own: plain text, no control tokens, nothing added."""
-        return self._chat_backends().plain.encode(content, add_special_tokens=False).ids
+        return self._chat_backends().plain.encode(self._in_normal_form(content), add_special_tokens=False).ids
 
     def is_control_token(self, index: int) -> bool:
         """Whether it is the id of a token that only a chat template writes, whatever a message says."""
@@ -229,7 +232,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
             template = self.chat_template if isinstance(self.chat_template, str) else ""
         listed = tuple(getattr(self, "chat_control_tokens", None) or ())
         added = self.added_tokens_decoder
-        key = (template, listed, self._tokenizer, *((index, repr(token)) for index, token in added.items()))
+        key = (template, listed, self._tokenizer, repr(added))
         if backends := self._latest_chat_backends.get(key):
             return backends
         control = {
@@ -244,7 +247,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         if lost := next((token for token in control if token not in written and token in template), None):
             raise ValueError(f"the chat template has {lost!r}: control tokens need more than one character.")
         control_ids = Tokenizer(models.WordLevel(written, unk_token=""))
-        backends = ChatBackends(any_of(written) or "(?!)", control_ids, plain)
+        backends = ChatBackends(any_of(written), control_ids, plain)
         self._latest_chat_backends.clear()
         self._latest_chat_backends[key] = backends
         return backends
@@ -256,17 +259,13 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         own text are also kept from it: the first character of that text becomes a pre-token of its own.
         """
         backend = self.text_backend()
-        plain = Tokenizer(backend.model)
-        if backend.normalizer is not None:
-            plain.normalizer = backend.normalizer
-        steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        added = backend.get_added_tokens_decoder().values()
+        plain = like(backend, [token for token in added if token.content not in control])
         pieces = [token for token in control if any(made.value == token for made in backend.model.tokenize(token))]
         if pieces:
-            steps.insert(0, pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated"))
-        if steps:
-            plain.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        added = backend.get_added_tokens_decoder().values()
-        plain.add_tokens([token for token in added if token.content not in control])
+            split = pre_tokenizers.Split(Regex(rf"(?={any_of(pieces)})[\s\S]"), "isolated")
+            steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+            plain.pre_tokenizer = pre_tokenizers.Sequence([split, *steps])
         return plain
 
     def _encode_plus(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
@@ -293,7 +292,8 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
         return self._encode_chats(rows, is_batched, add_special_tokens=add_special_tokens, **kwargs)
 
     def _in_normal_form(self, text: str) -> str:
-        """The text as the backends take it."""
+        """The text as the backends take it. Raises TypeError for one that they do not."""
+        check_texts(text)
         return text
 
     def _encode_texts(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:
@@ -342,8 +342,7 @@ class ChatTokenizer(OriginalVocabularyTokenizer):
                 added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
                 encoding.truncate(max(max_length - added, 0), direction=self.truncation_side)
             if add_special_tokens:
-                backend.no_truncation()  # which the call before may have left there
-                backend.no_padding()
+                self._take_whole_texts()
                 encoding = backend.post_process(encoding)
             self._eventual_warn_about_too_long_sequence(encoding.ids, max_length, verbose)
             encodings.append(encoding)

@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from ..hub.saving import write_json
+
 MODEL_TYPES = ("baichuan", "chatglm", "glm", "glm130b", "qwen")
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 DOWNLOAD_AGAIN = "Download the files of one checkpoint again, or save the tokenizer again"
@@ -189,8 +191,6 @@ def check_model_config(
 def list_added_tokens(config_file: str, added: Mapping[int, AddedToken], **settings: Any) -> None:
     """Writes into `tokenizer_config.json` what transformers leaves to `tokenizer.json` alone: the added tokens, without which
     loading would parse the whole of that file in Python, and more `settings`."""
-    with open(config_file, encoding="utf-8") as file:
-        config = json.load(file)
+    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
     config |= settings | {"added_tokens_decoder": {index: token.__getstate__() for index, token in added.items()}}
-    with open(config_file, "w", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_json(Path(config_file), config, sort_keys=True)

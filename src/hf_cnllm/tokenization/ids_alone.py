@@ -4,7 +4,7 @@ The backend spends half of its time on where in the text each token stands and w
 the rest when somebody asks the batch for it (`batch.tokens()`, `word_ids()`, `char_to_token()`, `encodings`, …).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -22,6 +22,19 @@ NEED_ENCODINGS = (
     *("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask"),
     *("is_split_into_words", "stride", "sanitize_control_tokens"),
 )
+
+
+def unbatched(columns: Mapping[str, list]) -> dict[str, list]:
+    """The columns of a batch of one text as transformers gives those of a text alone."""
+    return {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in columns.items()}
+
+
+def padded_length(lengths: Iterable[int], strategy: str, max_length: int | None, multiple: int | None) -> int:
+    """What rows of these lengths are padded to, as the arguments of `tokenizer(…)` say; 0 if they are not."""
+    if strategy == "do_not_pad":
+        return 0
+    length = max_length if strategy == "max_length" else max(lengths)
+    return -(-length // (multiple or 1)) * (multiple or 1)
 
 
 class IdsAloneMixin:
@@ -44,6 +57,7 @@ class IdsAloneMixin:
         return self.library is not None and self.library.agrees(self._tokenizer)
 
     def _take_whole_texts(self) -> None:
+        """Without the truncation and padding that the call before has left in the backend."""
         backend = self._tokenizer
         if backend.truncation is not None:  # or else nothing changes while another thread encodes
             backend.no_truncation()
@@ -99,7 +113,7 @@ class IdsAloneMixin:
 
         return_tensors = kwargs.get("return_tensors")
         if not is_batched and return_tensors is None:
-            data = {name: column[0] if isinstance(column[0], list) else column for name, column in data.items()}
+            data = unbatched(data)
         return LateEncodings(data, encode, return_tensors)
 
     def _rows(
@@ -124,9 +138,8 @@ class IdsAloneMixin:
         if self._tokenizer.encode_special_tokens != split_special_tokens:
             self._tokenizer.encode_special_tokens = split_special_tokens
         rows = self._ids_of(texts)
-        around = (
-            self.build_inputs_with_special_tokens([None]) if add_special_tokens and self._adds_tokens() else [None]
-        )
+        adds_tokens = add_special_tokens and self._tokenizer.num_special_tokens_to_add(False) > 0
+        around = self.build_inputs_with_special_tokens([None]) if adds_tokens else [None]
         if truncation_strategy != "do_not_truncate":
             room = max(max_length - len(around) + 1, 0)
             is_left = self.truncation_side == "left"
@@ -134,10 +147,7 @@ class IdsAloneMixin:
         if len(around) > 1:
             at = around.index(None)
             rows = [around[:at] + ids + around[at + 1 :] for ids in rows]
-        length = 0
-        if padding_strategy != "do_not_pad":
-            length = max_length if padding_strategy == "max_length" else max(map(len, rows))
-            length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        length = padded_length(map(len, rows), padding_strategy, max_length, pad_to_multiple_of)
         is_left = (padding_side or self.padding_side) == "left"
 
         def padded(row: list, fill: Any) -> list:
@@ -145,17 +155,15 @@ class IdsAloneMixin:
             return filler + row if is_left else row + filler
 
         names, pad_token_id = self.model_input_names, self.pad_token_id
+        columns: dict[str, list] = {"input_ids": [padded(ids, pad_token_id) for ids in rows]}
         masks = [padded([1] * len(ids), 0) for ids in rows]
-        types = [padded([0] * len(ids), self.pad_token_type_id) for ids in rows]
-        rows = [padded(ids, pad_token_id) for ids in rows]
-        columns: dict[str, list] = {"input_ids": rows}
         if "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids:
-            columns["token_type_ids"] = types
+            columns["token_type_ids"] = [padded([0] * len(ids), self.pad_token_type_id) for ids in rows]
         if "attention_mask" in names if return_attention_mask is None else return_attention_mask:
             columns["attention_mask"] = masks
         if return_length:
-            columns["length"] = [len(ids) for ids in rows]
-        for ids, mask in zip(rows, masks, strict=True):
+            columns["length"] = [len(ids) for ids in columns["input_ids"]]
+        for ids, mask in zip(columns["input_ids"], masks, strict=True):
             for name, column in self._columns_of(ids, mask).items():
                 columns.setdefault(name, []).append(column)
             self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
@@ -173,6 +181,3 @@ class IdsAloneMixin:
             vars(tokenizer).update(vars(self) | {"_tokenizer": backend})
         inherited: Any = super(IdsAloneMixin, tokenizer)
         return inherited._encode_plus(*args, **kwargs)
-
-    def _adds_tokens(self) -> bool:
-        return self._tokenizer.num_special_tokens_to_add(False) > 0

@@ -20,6 +20,7 @@ from tokenizers.models import Unigram
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from .backends import like
 from .charsmap import APART, BORDER
 from .sentencepiece import SPACE, WORDS, PieceType, SentencePieceModel, cuts_before_words, places_to_cut
 
@@ -61,11 +62,11 @@ class SentencePieceLibrary:
         cls,
         vocab_file: str,
         backend: Tokenizer,
-        read: Callable[[bytes, str], SentencePieceModel] = SentencePieceModel.from_bytes,
+        extend: Callable[[SentencePieceModel], SentencePieceModel] | None = None,
         **options: Any,
     ) -> "SentencePieceLibrary":
-        """`read` gives the vocabulary from the bytes of the file."""
-        return cls(partial(read, Path(vocab_file).read_bytes(), vocab_file), backend, **options)
+        """`extend` adds to the vocabulary of the file what the original's code does."""
+        return cls(partial(_read_model, Path(vocab_file).read_bytes(), vocab_file, extend), backend, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in vars(type(self))}
@@ -172,13 +173,11 @@ class SentencePieceLibrary:
         """The backend with the library's tokens, or itself if that is not for the library to say."""
         if not self.decides or rules_of(backend) != self._rules:
             return backend
-        other = Tokenizer(backend.model)
+        other = like(backend, backend.get_added_tokens_decoder().values())
         other.normalizer = self.normalizer_like(backend.normalizer)
         other.pre_tokenizer = PreTokenizer.custom(self)
-        if backend.post_processor is not None:
-            other.post_processor = backend.post_processor
+        other.post_processor = backend.post_processor
         other.encode_special_tokens = backend.encode_special_tokens
-        other.add_tokens(list(backend.get_added_tokens_decoder().values()))
         return other
 
     def normalizer_like(self, rules: Any, are_symbols_text: bool = False) -> Any:
@@ -251,6 +250,13 @@ class SentencePieceLibrary:
             first = int(self.model.texts[index][3:5], 16)
             lengths[index] = next((size for size, least in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if first >= least), 1)
         return lengths
+
+
+def _read_model(
+    data: bytes, path: str, extend: Callable[[SentencePieceModel], SentencePieceModel] | None
+) -> SentencePieceModel:
+    model = SentencePieceModel.from_bytes(data, path)
+    return extend(model) if extend else model
 
 
 class _Shortcut:

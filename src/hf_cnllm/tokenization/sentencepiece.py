@@ -118,11 +118,11 @@ class SentencePieceModel:
             raise ValueError("a piece that is not UTF-8")
         if not all(map(math.isfinite, model.scores)):
             raise ValueError("a score that is no number")
-        if len(model.of_type(PieceType.UNKNOWN)) != 1 or not model.normal:
+        if model.types.count(PieceType.UNKNOWN) != 1 or not model.normal:
             raise ValueError("no unknown piece or no normal pieces")
         if len(model.ids) != len(model.texts):
             raise ValueError("a piece occurs twice")
-        if model.byte_fallback and len(model.of_type(PieceType.BYTE)) != 256:
+        if model.byte_fallback and model.types.count(PieceType.BYTE) != 256:
             raise ValueError("byte fallback without 256 byte pieces")
         return model
 
@@ -174,13 +174,9 @@ class SentencePieceModel:
         known = {"\n", *self.texts} if self.byte_fallback else {*self.texts}
         return {text for text in known if len(text) == 1}.difference(*self.joined)
 
-    @property
-    def is_byte_bpe(self) -> bool:
-        return self.model_type is ModelType.BPE and self.byte_fallback
-
     @cached_property
     def unknown(self) -> str:
-        return next(iter(self.of_type(PieceType.UNKNOWN)))
+        return self.texts[self.types.index(PieceType.UNKNOWN)]
 
 
 def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
@@ -236,7 +232,8 @@ def build_decoder(
     return decoders.Sequence([step for step in steps if step is not None])
 
 
-BYTE_PIECE = re.compile(r"<0x(?!20)[0-9A-F]{2}>")  # a space stands by itself: the decoder keeps it in front
+# Of bytes but for the space, which stands by itself: the decoder keeps it in front.
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256) if byte != 0x20}
 
 
 def mend_bytes(tokens: Iterable[str]) -> list[str]:
@@ -245,10 +242,10 @@ def mend_bytes(tokens: Iterable[str]) -> list[str]:
     It loses only the bytes at fault, each to one U+FFFD, where the Rust decoder gives up the whole run.
     """
     mended: list[str] = []
-    for is_byte, run in groupby(tokens, key=lambda token: BYTE_PIECE.fullmatch(token) is not None):
+    for is_byte, run in groupby(tokens, key=BYTE_PIECES.__contains__):
         pieces = list(run)
         if is_byte:
-            data = bytes(int(piece[3:5], 16) for piece in pieces)
+            data = bytes(map(BYTE_PIECES.__getitem__, pieces))
             text = decode_bytes(data)
             pieces = pieces if text.encode() == data else [text]
         mended += pieces
@@ -302,10 +299,10 @@ def _bpe(model: SentencePieceModel) -> tuple[models.BPE, list[str]]:
     scores = model.normal
     # Of two ways to build one piece the original takes the leftmost, so the longer left part goes first.
     merges = [
-        (piece[:cut], piece[cut:])
+        (left, right)
         for piece in sorted(scores, key=scores.__getitem__, reverse=True)
         for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in scores and piece[cut:] in scores
+        if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
     ]
     bpe = models.BPE(
         vocab=model.ids, merges=merges, unk_token=model.unknown, byte_fallback=model.byte_fallback, fuse_unk=True
@@ -340,6 +337,8 @@ def _never_from_text(
     places: dict[str, list[str]] = {}
     guarded = []
     for text, encoding in zip(texts, Tokenizer(bpe).encode_batch(texts), strict=True):
+        if len(encoding) == 1:
+            continue
         starts = sorted({start for start, _ in encoding.offsets} - {0})
         # Neither half may be looked up as a whole either, unless it is one token anyway.
         good = [

@@ -4,6 +4,8 @@ vLLM's guide for models of others names the registry, the interfaces and the par
 that lacks some of it is not served at all (`unsupported.py`), rather than with wrong tokens.
 """
 
+# ruff: noqa: F401  (others import these from here)
+
 import inspect
 from collections.abc import Callable
 from functools import partial, wraps
@@ -17,7 +19,7 @@ from vllm.entrypoints.generate.base.protocol import (
     ToolCall,
 )
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.model_executor.models.utils import (  # noqa: F401  (the models import these from here)
+from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
     WeightsMapper,
@@ -33,23 +35,6 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-__all__ = [
-    "AttentionBackendEnum",
-    "DeltaMessage",
-    "DeltaToolCall",
-    "ExtractedToolCallInformation",
-    "FunctionCall",
-    "ModelArchConfigConvertorBase",
-    "ToolCall",
-    "ToolParser",
-    "VerifyAndUpdateConfig",
-    "add_stop_ids",
-    "add_tool_parser",
-    "set_architecture_hook",
-    "set_convertor",
-    "use_own_config",
-]
 
 
 def use_own_config(model_type: str) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from ..models.chatglm.tool_calls import ASSISTANT, ToolCallError, parse_tool_call
+from ..models.chatglm.tool_calls import ASSISTANT, ToolCallError, parse_fenced_call
 
 OBSERVATION = "<|observation|>"
 
@@ -37,7 +37,7 @@ class ToolTurns:
         if name.strip() not in self.tools:
             return None
         try:
-            arguments = json.dumps(parse_tool_call("\n".join(content.split("\n")[1:-1])), ensure_ascii=False)
+            arguments = json.dumps(parse_fenced_call(content), ensure_ascii=False)
         except (ToolCallError, TypeError, ValueError):  # no literals, or none that JSON has
             return None
         return Call(name.strip(), arguments, self._text(ids[: max(start - 1, 0)]).strip())

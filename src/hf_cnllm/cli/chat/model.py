@@ -190,7 +190,6 @@ class ChatModel:
     # --- the answer ---
 
     def _reply(self, ids: list[int], messages: Sequence[Message], is_whole: bool) -> Reply:
-        ids = [index for index in ids if index < len(self.tokenizer)]  # models have more ids than there are tokens
         text = self.tokenizer.decode(ids, skip_special_tokens=self.generation != "chatglm3")
         if self.generation == "chatglm3" and not self.is_raw:
             return self._chatglm3_reply(text, messages, is_whole)

@@ -2,18 +2,18 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 from tokenizers.models import BPE
 
-from ...tokenization.base import known, load_sp_model, with_changes
+from ...tokenization.backends import with_changes
+from ...tokenization.base import known
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_settings
-from ...tokenization.library import SentencePieceLibrary
-from ...tokenization.sentencepiece import SentencePieceModel, build_tokenizer, mend_bytes
+from ...tokenization.sentencepiece import mend_bytes
+from ...tokenization.sentencepiece_mixin import SentencePieceMixin
 from ...tokenization.templates import read_template
 from .chat import TURN_TOKEN_IDS
 from .configuration_baichuan import NORM_HEAD_BY_VOCAB_SIZE, has_norm_head
@@ -23,7 +23,7 @@ PROBE = "Ａ  b "
 GENERATIONS = {"▁A▁▁b▁": "Baichuan 1", PROBE.replace(" ", "▁"): "Baichuan 2"}  # what their normalizers make of it
 
 
-class BaichuanTokenizer(ChatTokenizer):
+class BaichuanTokenizer(SentencePieceMixin, ChatTokenizer):
     """SentencePiece BPE with byte fallback: v1 after NFKC with a `▁` in front, v2 on the text as it is.
 
     Args:
@@ -40,7 +40,7 @@ class BaichuanTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
-    finds_added_tokens_in_raw_text = True
+    can_be_trained_anew = True
     model_type = "baichuan"
     PUBLISHED_SIZES = {size: size for size in NORM_HEAD_BY_VOCAB_SIZE}
     NAMED_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
@@ -77,20 +77,9 @@ class BaichuanTokenizer(ChatTokenizer):
             header = "{{%- set user_token, assistant_token = {!r}, {!r} -%}}\n".format(*turns)
             self.chat_template = header + read_template("baichuan")
 
-    def build_backend(self, vocab_file: str) -> Tokenizer:
-        model = SentencePieceModel.from_file(vocab_file)
-        backend = build_tokenizer(model)
-        self.use_original(vocab_file, backend, model)
-        return backend
-
-    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
-        self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
-
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
-        engine, form = (
-            self._tokenizer.model,
-            self._tokenizer.normalizer and self._tokenizer.normalizer.normalize_str(PROBE),
-        )
+        engine, normalizer = self._tokenizer.model, self._tokenizer.normalizer
+        form = normalizer and normalizer.normalize_str(PROBE)
         ids = [self._tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>", "[gMASK]")]
         is_ours = isinstance(engine, BPE) and engine.byte_fallback and ids == [0, 1, 2, None]
         if not is_ours or form not in GENERATIONS:
@@ -129,10 +118,6 @@ class BaichuanTokenizer(ChatTokenizer):
         """The pieces without a text of their own: `<reserved_0>` …, `<SEP>`, `<CLS>`."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
         return [piece for piece in vocab if piece.startswith(RESERVED) or piece in ("<SEP>", "<CLS>")]
-
-    @cached_property
-    def sp_model(self) -> Any:
-        return load_sp_model(self, **self.sp_model_kwargs)
 
 
 class BaiChuanTokenizer(BaichuanTokenizer):

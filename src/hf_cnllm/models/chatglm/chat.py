@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 from ..._compat import CACHE
 from ..._compat.modeling import pop_cache
 from ..chat import as_messages, by_name, generated_tokens, iterate_tokens, streamed_tokens
-from .tool_calls import ToolCallError, read_answer
+from .tool_calls import TRAINING_TIME, ToolCallError, read_answer
 
 # What each generation's `chat` passes to `generate` unless told otherwise, and the tokens that end its answers.
 _CHATGLM = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}, ("<eop>",)
@@ -195,7 +195,7 @@ class ChatGLMChatMixin:
         """
         if history is not None:
             return read_answer(output, history)
-        text = output.strip().replace("[[训练时间]]", "2023年")  # the models' own placeholder for the time of training
+        text = output.strip().replace(*TRAINING_TIME)
         if self.config.architecture == "chatglm" and not self.config.early_positions:
             text = _MARKS.sub(lambda mark: _CHINESE_MARKS[mark[0]], text)
         return text

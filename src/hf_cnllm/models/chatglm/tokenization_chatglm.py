@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -14,12 +14,13 @@ from tokenizers.models import BPE, Unigram
 from transformers import BatchEncoding
 
 from ..._compat import is_for_pipeline
-from ...tokenization.base import as_list, id_of, known, load_sp_model, surround_texts, taking_spaces
+from ...tokenization.backends import surround_texts, taking_spaces
+from ...tokenization.base import as_list, id_of, known
 from ...tokenization.chat_sections import ChatTokenizer, plain_messages
 from ...tokenization.folder import DOWNLOAD_AGAIN, check_added_tokens, check_settings
-from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.rendered_chat import RenderedChat, unused_characters
 from ...tokenization.sentencepiece import SentencePieceModel, mend_bytes
+from ...tokenization.sentencepiece_mixin import SentencePieceMixin
 from ...tokenization.templates import read_template
 from ..chat import as_messages
 from ..old_names import instead_use
@@ -36,10 +37,10 @@ from .vocabulary_chatglm import (
     ChatGLMVersion,
     build_bpe_backend,
     build_ice_backend,
-    read_ice_model,
     recognize_version,
     symbols_as_text,
     with_ice_pieces,
+    without_control_names,
     write_white_space,
 )
 
@@ -55,7 +56,7 @@ PUBLISHED_PIECES, FIRST_MERGED = 64_789, (259, "▁t")  # of ChatGLM2's and Chat
 ENCODING_OPTIONS = ("truncation_strategy", "stride", "is_split_into_words", "split_special_tokens")
 
 
-class ChatGLMTokenizer(ChatTokenizer):
+class ChatGLMTokenizer(SentencePieceMixin, ChatTokenizer):
     r"""SentencePiece Unigram (ChatGLM-6B, `ice_text.model`) or BPE (ChatGLM2 and 3, `tokenizer.model`).
 
     | version                    | special tokens      | chat                                               |
@@ -86,8 +87,6 @@ class ChatGLMTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": TOKENIZER_MODEL, "ice_text_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
-    finds_added_tokens_in_raw_text = True
-    can_be_trained_anew = False
     model_type = "chatglm"
     PUBLISHED_SIZES = {130_528: 130_344, 150_528: 150_344, 65_024: PUBLISHED_PIECES + 5}
     encodes_messages_alone = False  # the templates say where a text ends
@@ -142,12 +141,9 @@ class ChatGLMTokenizer(ChatTokenizer):
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         version = self._version
         self.vocab_files_names = {"vocab_file": version.vocab_file, "tokenizer_file": "tokenizer.json"}
-        # Names of tokens that are no special tokens: making them so would change what may stand in text.
-        kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
-        for name in ("gmask_token", "end_token", "eop_token"):
-            kwargs.pop(name, None)
+        kwargs = without_control_names(kwargs)
         self._named = {name: kwargs.pop(name, token) for name, token in version.special_tokens.items()}
-        names = ("num_image_tokens", "do_lower_case", "remove_space") if version.vocab_file == ICE_TEXT else ()
+        names = ("num_image_tokens", "do_lower_case", "remove_space") if version.is_ice else ()
         kwargs |= {name: getattr(self, name) for name in names}
         if generation == "chatglm3":
             kwargs["encode_special_tokens"] = encode_special_tokens
@@ -172,35 +168,34 @@ class ChatGLMTokenizer(ChatTokenizer):
     def _version(self) -> ChatGLMVersion:
         return VERSIONS[self.generation]
 
-    def build_backend(self, vocab_file: str) -> Tokenizer:
+    def read_model(self, vocab_file: str) -> SentencePieceModel:
         model = self.__dict__.pop("_sentencepiece")
-        if self._version.vocab_file == TOKENIZER_MODEL:
-            backend = build_bpe_backend(model, self._version)
-            self.use_original(vocab_file, backend, model)
-            return backend
-        model = with_ice_pieces(model, self.num_image_tokens)
+        return with_ice_pieces(model, self.num_image_tokens) if self._version.is_ice else model
+
+    def backend_of(self, model: SentencePieceModel) -> Tokenizer:
+        if not self._version.is_ice:
+            return build_bpe_backend(model, self._version)
         backend = build_ice_backend(model, self.do_lower_case, self.remove_space)
-        self.use_original(vocab_file, backend, model)
         named = [str(token) for token in self._named.values() if token is not None]
         backend.add_special_tokens([taking_spaces(token) for token in named if backend.token_to_id(token) is not None])
         return backend
 
     def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
-        if self._version.vocab_file == TOKENIZER_MODEL:
-            self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
-        elif not (self.do_lower_case or self.remove_space):
-            read = partial(read_ice_model, num_image_tokens=self.num_image_tokens)
-            self.library = SentencePieceLibrary.of_file(
-                vocab_file, backend, read, prepare=write_white_space, written=WHITE_SPACE, lost=STAND_INS, model=model
-            )
+        options: dict[str, Any] = {}
+        if self._version.is_ice:
+            if self.do_lower_case or self.remove_space:
+                return
+            extend = partial(with_ice_pieces, num_image_tokens=self.num_image_tokens)
+            options = {"extend": extend, "prepare": write_white_space, "written": WHITE_SPACE, "lost": STAND_INS}
+        super().use_original(vocab_file, backend, model, **options)
 
     @property
     def MODEL_TOKENS(self) -> dict[str, tuple[str, ...]]:
-        return ICE_TEXT_MODEL_TOKENS if self._version.vocab_file == ICE_TEXT else {}
+        return ICE_TEXT_MODEL_TOKENS if self._version.is_ice else {}
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, ids = self._tokenizer.model, self._tokenizer.get_vocab(with_added_tokens=False)
-        if self._version.vocab_file == ICE_TEXT:
+        if self._version.is_ice:
             is_ours = isinstance(engine, Unigram) and "<n>" in ids and ids.get("<unk>") == self.num_image_tokens
             embeddings = config.get("vocab_size")
             if self.num_image_tokens and isinstance(embeddings, int) and len(ids) > embeddings:
@@ -221,7 +216,7 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def listed_tokens(self, added: Mapping[Any, Any]) -> Mapping[Any, Any]:
         """Without those of the published vocabulary, if this is another one that goes with its settings."""
-        if self._version.vocab_file == ICE_TEXT or self._tokenizer.id_to_token(FIRST_MERGED[0]) == FIRST_MERGED[1]:
+        if self._version.is_ice or self._tokenizer.id_to_token(FIRST_MERGED[0]) == FIRST_MERGED[1]:
             return added
         published = dict(enumerate(self._version.control, PUBLISHED_PIECES))
         return {index: token for index, token in added.items() if published.get(index) != str(token)}
@@ -268,21 +263,17 @@ class ChatGLMTokenizer(ChatTokenizer):
     def tokenizer(self) -> Any:
         """ChatGLM2 and 3: the vocabulary file alone. ChatGLM-6B, whose is called `sp_tokenizer`, is its own, as nothing that
         a property raises would get past transformers' `__getattr__`."""
-        return self if self._version.vocab_file == ICE_TEXT else SPTokenizer(self)
+        return self if self._version.is_ice else SPTokenizer(self)
 
     @property
     def sp_tokenizer(self) -> Any:
         """ChatGLM-6B: the vocabulary file alone. ChatGLM2's and 3's is called `tokenizer`."""
-        return IceTokenizer(self) if self._version.vocab_file == ICE_TEXT else self.tokenizer
+        return IceTokenizer(self) if self._version.is_ice else self.tokenizer
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """ChatGLM2 and 3: the usual names for ids; the control tokens are in `control_tokens`."""
         return {name: self.get_command(name) for name in ("<bos>", "<eos>", "<pad>")}
-
-    @cached_property
-    def sp_model(self) -> Any:
-        return load_sp_model(self)
 
     def get_command(self, token: str) -> int:
         """Id of a control token, `"<|user|>"` say; `"<bos>"`, `"<eos>"`, `"<pad>"`, `"<unk>"` name the usual ones.
@@ -337,14 +328,9 @@ class ChatGLMTokenizer(ChatTokenizer):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
 
     def _encode_texts(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
-        if isinstance(text, str) and text_pair == "":  # transformers takes it for no second text
-            batch = self._encode_texts([text], [""], add_special_tokens, **kwargs)
-            if kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens"):
-                batch = BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
-            return batch
         batch = super()._encode_texts(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
-        has_blank = "[MASK]" in repr((text, text_pair))
-        if self.generation != "chatglm_early" or not add_special_tokens or not has_blank:
+        has_own_endings = self.generation == "chatglm_early" and add_special_tokens
+        if not has_own_endings or "[MASK]" not in repr((text, text_pair)):
             return batch
         contents = [
             [index for index, added in zip(row.ids, row.special_tokens_mask, strict=True) if not added]
@@ -414,7 +400,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         start = attention_mask.index(1) if 1 in attention_mask else len(ids)
         real = ids[start : start + sum(attention_mask)]
         rows = [[*range(len(real))]]
-        if self._version.vocab_file == ICE_TEXT:
+        if self._version.is_ice:
             bos, mask, gmask = map(self._tokenizer.token_to_id, ("<sop>", "[MASK]", "[gMASK]"))
             context = real.index(bos) if bos in real else len(real)
             blank = mask if mask in real else gmask
@@ -464,7 +450,7 @@ class ChatGLMTokenizer(ChatTokenizer):
 
     def _without_control_tokens(self, control: Collection[str]) -> Tokenizer:
         plain = super()._without_control_tokens(control)
-        if self._version.vocab_file == ICE_TEXT and self._tokenizer.normalizer:
+        if self._version.is_ice and self._tokenizer.normalizer:
             rules = symbols_as_text(plain, self._tokenizer.normalizer)
             plain.normalizer = self.library.normalizer_like(rules, are_symbols_text=True) if self.library else rules
         return plain

@@ -23,6 +23,7 @@ from ..._compat import get_json_schema
 from ...tokenization.chat_sections import plain_messages
 
 ASSISTANT = "<|assistant|>"
+TRAINING_TIME = ("[[训练时间]]", "2023年")  # the models' own placeholder for it, and what the originals put there
 
 
 class ToolCallError(ValueError):
@@ -65,6 +66,11 @@ def parse_tool_call(code: str) -> dict[str, Any]:
             raise ToolCallError(f"the tool call gives the argument {min(twice)} twice", code)
         arguments |= named
     return arguments
+
+
+def parse_fenced_call(content: str) -> dict[str, Any]:
+    """The same, of the content of a turn: the code between the fences."""
+    return parse_tool_call("\n".join(content.split("\n")[1:-1]))
 
 
 def format_tool_call(arguments: Mapping[str, Any]) -> str:
@@ -144,10 +150,9 @@ def read_answer(
         content = content if name else content.strip()
         turns.append({"role": "assistant", "metadata": metadata, "content": content})
     if not name:
-        return content.replace("[[训练时间]]", "2023年"), turns
+        return content.replace(*TRAINING_TIME), turns
     if turns[0]["role"] == "system" and "tools" in turns[0]:
-        code = "\n".join(content.split("\n")[1:-1])  # between the fences
-        return {"name": name, "parameters": parse_tool_call(code)}, turns
+        return {"name": name, "parameters": parse_fenced_call(content)}, turns
     return {"name": name, "content": content}, turns
 
 

@@ -32,6 +32,7 @@ MAX_BLANK_LENGTH = 80
 
 # What ChatGLM-6B writes for white space, in the order in which text is searched for it: longer runs of spaces first.
 WHITE_SPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * n: f"<|blank_{n}|>" for n in range(MAX_BLANK_LENGTH, 1, -1)}
+SPACE_SYMBOLS = ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)))  # in the order of their ids
 SPACES = re.compile(rf" {{2,{MAX_BLANK_LENGTH}}}")  # the longest that there is in WHITE_SPACE
 
 
@@ -60,6 +61,11 @@ class ChatGLMVersion(NamedTuple):
     shows_control: bool = False
     keeps_unknown: bool = False
     cleans_up: bool = False
+
+    @property
+    def is_ice(self) -> bool:
+        """Whether it is ChatGLM-6B, with Unigram over `ice_text.model`; else the vocabulary is BPE."""
+        return self.vocab_file == ICE_TEXT
 
     @property
     def ending(self) -> str:
@@ -101,6 +107,14 @@ VERSIONS = {
 }
 
 
+def without_control_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's settings without their names for control tokens, which are no special tokens: making them so would change
+    what may stand in text."""
+    settings = {**(settings.get("model_specific_special_tokens") or {}), **settings}
+    others = ("model_specific_special_tokens", "gmask_token", "end_token", "eop_token")
+    return {name: value for name, value in settings.items() if name not in others}
+
+
 # ---- which version ----
 
 
@@ -126,17 +140,12 @@ def recognize_version(
     found = _versions_of(model)
     if not found:
         raise ValueError(f"{vocab_file} is not a vocabulary of ChatGLM: it has other pieces or rules.")
-    folder, here, owners, right_name = (
-        Folder(vocab_file),
-        Path(vocab_file),
-        " and ".join(found),
-        VERSIONS[found[0]].vocab_file,
-    )
+    owners, right_name, name = " and ".join(found), VERSIONS[found[0]].vocab_file, Path(vocab_file).name
     if generation is not None and generation not in found:
         raise ValueError(f"generation is {generation!r}, but {vocab_file} is the vocabulary of {owners}.")
-    if here.name in (ICE_TEXT, TOKENIZER_MODEL) and here.name != right_name:
+    if name in (ICE_TEXT, TOKENIZER_MODEL) and name != right_name:
         raise ValueError(f"{vocab_file} holds the vocabulary of {owners}, whose name is {right_name}.")
-    if right_name == TOKENIZER_MODEL and "num_image_tokens" in folder.read("tokenizer_config.json"):
+    if right_name == TOKENIZER_MODEL and "num_image_tokens" in Folder(vocab_file).read("tokenizer_config.json"):
         raise ValueError(
             f"{vocab_file} is the vocabulary of {owners}, but tokenizer_config.json beside it is that of ChatGLM-6B "
             f"(num_image_tokens), whose vocabulary is {ICE_TEXT}."
@@ -174,19 +183,20 @@ def version_beside(vocab_file: str | os.PathLike | None, settings: Mapping[str, 
         ("tokenizer_config.json", tokenizer_config.get("name_or_path")),
         ("config.json", config.get("_name_or_path")),
     ):
-        if match := re.search(r"(chatglm|codegeex)-?([23])", str(name).lower()):
-            said[where] = "chatglm" + match[2]
+        if version := _version_in(name):
+            said[where] = version
     if len(set(said.values())) > 1:
         claims = ", ".join(f"{where} {version}" for where, version in said.items())
         raise ValueError(
             f"{vocab_file} is the vocabulary of both ChatGLM2 and ChatGLM3, and the files beside it say different things "
             f"({claims}). Pass generation='chatglm2' or generation='chatglm3', or download the files of one of them again."
         )
-    if said:
-        return next(iter(said.values()))
-    if match := re.search(r"(chatglm|codegeex)-?([23])", str(settings.get("name_or_path")).lower()):
-        return "chatglm" + match[2]
-    return None
+    return next(iter(said.values()), _version_in(settings.get("name_or_path")))
+
+
+def _version_in(name: Any) -> str | None:
+    match = re.search(r"(chatglm|codegeex)-?([23])", str(name).lower())
+    return "chatglm" + match[2] if match else None
 
 
 def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
@@ -194,7 +204,7 @@ def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
         if "<n>" not in model.symbols:
             return ()
         return ("chatglm",) if "[gMASK]" in model.ids else ("chatglm_early",)
-    is_plain = not model.charsmap and not model.symbols and model.is_byte_bpe and model.add_dummy_prefix
+    is_plain = not model.charsmap and not model.symbols and model.byte_fallback and model.add_dummy_prefix
     return ("chatglm2", "chatglm3") if is_plain else ()
 
 
@@ -222,16 +232,16 @@ _OPEN, _CLOSE, _BREAK = STAND_INS = tuple(map(chr, range(0xE0F00, 0xE0F03)))
 def with_ice_pieces(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
     """The file's model with what the original's code adds to it."""
     if "[gMASK]" not in model.ids:  # the early revision's code adds what the later file has
-        blanks = [f"<|blank_{n}|>" for n in range(2, MAX_BLANK_LENGTH + 1)]
         model = model.with_pieces(VERSIONS["chatglm_early"].control, PieceType.CONTROL)
-        model = model.with_pieces(["<|tab|>", *blanks], PieceType.USER_DEFINED)
+        model = model.with_pieces(SPACE_SYMBOLS, PieceType.USER_DEFINED)
         model = model.with_pieces([f"<0x{byte:02X}>" for byte in range(256)], PieceType.BYTE)
         model = replace(model, byte_fallback=True)
-    return model.with_pieces([f"<image_{i}>" for i in range(num_image_tokens)], PieceType.CONTROL, in_front=True)
+    return with_images(model, num_image_tokens)
 
 
-def read_ice_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
-    return with_ice_pieces(SentencePieceModel.from_bytes(data, path), num_image_tokens)
+def with_images(model: SentencePieceModel, count: int) -> SentencePieceModel:
+    """The model behind ids of images, which no text is encoded to."""
+    return model.with_pieces([f"<image_{i}>" for i in range(count)], PieceType.CONTROL, in_front=True)
 
 
 def write_white_space(text: str) -> str:

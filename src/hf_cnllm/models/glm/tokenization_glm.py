@@ -7,7 +7,6 @@ and the place inside the piece, counted from 1, in the text 0.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -17,18 +16,12 @@ from tokenizers.models import BPE
 from transformers import BatchEncoding
 
 from ...hub.publishing import TokenizerPublishingMixin
-from ...tokenization.base import (
-    OriginalVocabularyTokenizer,
-    id_of,
-    known,
-    load_sp_model,
-    surround_texts,
-    taking_spaces,
-)
+from ...tokenization.backends import surround_texts, taking_spaces
+from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known
 from ...tokenization.folder import DOWNLOAD_AGAIN
-from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.regex import any_of
-from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
+from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder
+from ...tokenization.sentencepiece_mixin import SentencePieceMixin
 from ..old_names import NO_CHATS
 
 IGNORED = -100  # label of tokens without a loss
@@ -105,10 +98,7 @@ class GLMTokenizerMixin(TokenizerPublishingMixin):
         batch, length = input_ids.shape
         pieces: list[list[int]] = []
         if targets is not None:
-            texts = [targets] if isinstance(targets, str) else list(targets)
-            if len(texts) != batch:
-                raise ValueError(f"there are {len(texts)} targets for {batch} texts.")
-            pieces = [[*ids, self.eop_token_id][:max_gen_length] for ids in self._plain_ids(texts)]
+            pieces = self._pieces(targets, batch, max_gen_length)
             if not padding:
                 max_gen_length = max(map(len, pieces))
         blanks = self._first_blank(input_ids, self.mask_token_ids)
@@ -177,6 +167,13 @@ class GLMTokenizerMixin(TokenizerPublishingMixin):
         tensors = ("input_ids", "position_ids", "attention_mask")
         return GLMBatchEncoding(columns | {name: torch.stack(columns[name]) for name in tensors})
 
+    def _pieces(self, targets: str | Sequence[str], count: int, max_length: int) -> list[list[int]]:
+        """The ids of the texts of as many blanks, each up to its end or `max_length`."""
+        texts = [targets] if isinstance(targets, str) else list(targets)
+        if len(texts) != count:
+            raise ValueError(f"there are {len(texts)} targets for {count} texts.")
+        return [[*ids, self.eop_token_id][:max_length] for ids in self._plain_ids(texts)]
+
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer: Any = self
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -244,7 +241,7 @@ class SurroundedTextMixin:
         return super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
 
 
-class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabularyTokenizer):
+class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, SentencePieceMixin, OriginalVocabularyTokenizer):
     """SentencePiece BPE after NFKC, with white space collapsed: `[CLS]` text `<|endoftext|>`.
 
     Decoding puts a space between special tokens and the texts around them, as the original does.
@@ -259,8 +256,6 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
     vocab_files_names = {"vocab_file": "cog-pretrain.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     padding_side = "right"
-    finds_added_tokens_in_raw_text = True
-    can_be_trained_anew = False
 
     OTHER_FAMILY = (
         "{} is not the vocabulary of GLM's Chinese models: it has other pieces or rules. " + DOWNLOAD_AGAIN + "."
@@ -284,20 +279,18 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
         kwargs = {**self.NAMED_TOKENS, "clean_up_tokenization_spaces": True, **kwargs}
         super().__init__(vocab_file=vocab_file, **kwargs)
 
-    def build_backend(self, vocab_file: str) -> Tokenizer:
-        model = SentencePieceModel.from_file(vocab_file)
+    def read_model(self, vocab_file: str) -> SentencePieceModel:
+        model = super().read_model(vocab_file)
         if model.model_type is not ModelType.BPE or model.symbols != ["<n>"] or model.byte_fallback:
             raise ValueError(self.OTHER_FAMILY.format(vocab_file))
         # The original knows the unknown piece as [UNK]; "<unk>" is text like any other.
-        model = replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
-        backend = build_tokenizer(model)
-        self.use_original(vocab_file, backend, model)
+        return replace(model, texts=["[UNK]" if text == model.unknown else text for text in model.texts])
+
+    def backend_of(self, model: SentencePieceModel) -> Tokenizer:
+        backend = super().backend_of(model)
         backend.decoder = build_decoder(model, any_of(model.of_type(PieceType.CONTROL)), {model.unknown: " ⁇ "})
         backend.add_special_tokens([taking_spaces(token) for token in (model.unknown, *self.ADDED_TOKENS)])
         return backend
-
-    def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
-        self.library = SentencePieceLibrary.of_file(vocab_file, backend, model=model)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         engine, ids = self._tokenizer.model, map(self._tokenizer.token_to_id, ("[UNK]", *self.ADDED_TOKENS))
@@ -308,10 +301,6 @@ class GLMChineseTokenizer(SurroundedTextMixin, GLMTokenizerMixin, OriginalVocabu
 
     def is_settled(self, token: str) -> bool:
         return token in self.added_tokens_encoder
-
-    @cached_property
-    def sp_model(self) -> Any:
-        return load_sp_model(self)
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
         """The texts of the tokens, and added tokens as they are, with spaces between."""

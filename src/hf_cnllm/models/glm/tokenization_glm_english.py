@@ -3,15 +3,16 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, normalizers
-from transformers import BatchEncoding, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
+from transformers import BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from ..._compat import check_transformers
-from ...tokenization.base import AnyIdMixin, with_changes
+from ...tokenization.backends import with_changes
+from ...tokenization.base import AnyIdMixin, TextsMixin
 from ...tokenization.folder import (
     Folder,
     check_added_tokens,
@@ -23,7 +24,7 @@ from ...tokenization.folder import (
 from .tokenization_glm import GLMTokenizerMixin, SurroundedTextMixin
 
 
-class EnglishVocabularyMixin(AnyIdMixin):
+class EnglishVocabularyMixin(AnyIdMixin, TextsMixin):
     """Keeps the vocabulary files of GPT-2's, BERT's and RoBERTa's tokenizers, and checks what is read from them."""
 
     OWN_TOKENS: tuple[str, ...]  # that its vocabulary has
@@ -61,48 +62,37 @@ class EnglishVocabularyMixin(AnyIdMixin):
             source = kwargs["vocab_file"]
             vocab = _read_vocab_json(source) if source.endswith(".json") else _read_vocab_txt(source)
             merges = _read_merges(kwargs["merges_file"]) if "merges_file" in names else None
-        cls._check_vocabulary(vocab, merges, source, kwargs)
-        return super().convert_to_native_format(**kwargs) | {"checked_file": source}
-
-    @classmethod
-    def _check_vocabulary(
-        cls, vocab: dict[str, int], merges: list[tuple[str, str]] | None, source: str, kwargs: Mapping[str, Any]
-    ) -> None:
         added = kwargs.get("added_tokens_decoder") or {}
-        fault = None
-        if missing := [token for token in cls.OWN_TOKENS if token not in vocab]:
-            fault = f"has no {missing[0]}"
-        elif foreign := [token for token in cls.FOREIGN_TOKENS if token in vocab]:
-            fault = f"has {foreign[0]}, which that of another tokenizer has"
-        elif (merges is None) == issubclass(cls, (GPT2Tokenizer, RobertaTokenizer)):
-            fault = "is of another kind"
-        elif sorted(vocab.values()) != list(range(len(vocab))):
-            fault = "has no token for some of its ids, or two for one"
-        elif merges is not None:
-            made = {left + right for left, right in merges}
-            parts = {part for merge in merges for part in merge}
-            others = {token for token in vocab if len(token) > 1 and not NO_MERGE.fullmatch(token)} - set(
-                map(str, added.values())
-            )
-            if lost := sorted((made | parts) - vocab.keys()):
-                fault = f"has no {lost[0]!r}, which a merge makes or takes"
-            elif lost := sorted(others - made):
-                fault = f"has {lost[0]!r}, which no merge makes"
-        if fault:
+        if fault := cls._fault_of(vocab, merges, [*map(str, added.values())]):
             raise ValueError(
                 f"{source} is not a whole vocabulary of {cls.__name__}: it {fault}. Download it and merges.txt again, if there is "
                 "one, or load the folder with the class that it is of."
             )
         check_named_tokens(Folder(source), vocab.get, kwargs, added)
+        return super().convert_to_native_format(**kwargs) | {"checked_file": source}
 
-    def _encode_plus(self, text, text_pair=None, **kwargs: Any) -> BatchEncoding:
-        if text_pair != "" or not isinstance(text, str):
-            return super()._encode_plus(text, text_pair, **kwargs)  # type: ignore[misc]
-        # An empty second text is one; only in a batch it is not taken for none.
-        batch = super()._encode_plus([text], [""], **kwargs)  # type: ignore[misc]
-        if kwargs.get("return_tensors") is not None or kwargs.get("return_overflowing_tokens"):
-            return batch
-        return BatchEncoding({name: rows[0] for name, rows in batch.items()}, batch.encodings)
+    @classmethod
+    def _fault_of(
+        cls, vocab: dict[str, int], merges: list[tuple[str, str]] | None, added: Collection[str]
+    ) -> str | None:
+        """What is wrong with a vocabulary, if anything."""
+        for token in cls.OWN_TOKENS:
+            if token not in vocab:
+                return f"has no {token}"
+        for token in cls.FOREIGN_TOKENS:
+            if token in vocab:
+                return f"has {token}, which that of another tokenizer has"
+        if (merges is None) == issubclass(cls, (GPT2Tokenizer, RobertaTokenizer)):
+            return "is of another kind"
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            return "has no token for some of its ids, or two for one"
+        if merges is None:
+            return None
+        made = {left + right for left, right in merges}
+        if lost := sorted(made.union(*merges) - vocab.keys()):
+            return f"has no {lost[0]!r}, which a merge makes or takes"
+        others = {token for token in vocab if len(token) > 1 and not NO_MERGE.fullmatch(token)}.difference(added)
+        return f"has {min(others - made)!r}, which no merge makes" if others - made else None
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the original vocabulary files into the folder `save_directory`."""
@@ -113,11 +103,9 @@ class EnglishVocabularyMixin(AnyIdMixin):
     ) -> tuple[str, ...]:
         list_added_tokens(file_names[0], self.added_tokens_decoder)
         file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return (
-            file_names
-            if legacy_format is False
-            else file_names + self.save_vocabulary(save_directory, filename_prefix)
-        )
+        if legacy_format is not False:
+            file_names += self.save_vocabulary(save_directory, filename_prefix)
+        return file_names
 
 
 # Unicode's 66 noncharacters.
@@ -140,11 +128,8 @@ def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def _read_vocab_json(path: str) -> dict[str, int]:
-    try:
-        vocab = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Download it again.") from error
-    if not isinstance(vocab, dict) or not all(type(index) is int for index in vocab.values()):
+    vocab = Folder(path).read(Path(path).name)
+    if not vocab or not all(type(index) is int for index in vocab.values()):
         raise ValueError(f"{path} is damaged: it is not an object of tokens and their ids. Download it again.")
     return vocab
 

@@ -6,7 +6,7 @@ space, and nothing in a text becomes a control token: a text with blanks goes th
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import BatchEncoding
 
-from ...tokenization.base import OriginalVocabularyTokenizer, id_of, known, load_sp_model, surround_texts
+from ...tokenization.backends import surround_texts
+from ...tokenization.base import OriginalVocabularyTokenizer, check_texts, id_of, known
 from ...tokenization.folder import DOWNLOAD_AGAIN
-from ...tokenization.library import SentencePieceLibrary
 from ...tokenization.regex import any_of
-from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder, build_tokenizer
-from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS
+from ...tokenization.sentencepiece import ModelType, PieceType, SentencePieceModel, build_decoder
+from ...tokenization.sentencepiece_mixin import SentencePieceMixin
+from ..chatglm.vocabulary_chatglm import ICE_TEXT, IMAGE_TOKENS, with_images, without_control_names
 from ..glm.tokenization_glm import IGNORED, GLMBatchEncoding, GLMTokenizerMixin
 
 # Behind the pieces of the file, in this order, and </s> among them; the original's names.
@@ -31,16 +32,10 @@ BLANKS = re.compile(r"(\[[gs]?MASK\])")
 
 
 def with_control_tokens(model: SentencePieceModel, num_image_tokens: int) -> SentencePieceModel:
-    images = [f"<image_{i}>" for i in range(num_image_tokens)]
-    model = model.with_pieces(images, PieceType.CONTROL, in_front=True)
-    return model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL)
+    return with_images(model.with_pieces(CONTROL_TOKENS, PieceType.CONTROL), num_image_tokens)
 
 
-def _read_model(data: bytes, path: str, num_image_tokens: int) -> SentencePieceModel:
-    return with_control_tokens(SentencePieceModel.from_bytes(data, path), num_image_tokens)
-
-
-class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
+class GLM130BTokenizer(GLMTokenizerMixin, SentencePieceMixin, OriginalVocabularyTokenizer):
     """SentencePiece Unigram after NFKC, with white space collapsed: text `[gMASK]` `<sop>`, a prompt to go on with.
 
     Names of control tokens in a text are text. [`encode_blanks`] reads `[MASK]`, `[sMASK]` and `[gMASK]`, and
@@ -56,8 +51,6 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     vocab_files_names = {"vocab_file": ICE_TEXT, "tokenizer_file": "tokenizer.json"}
     padding_side = "left"
-    finds_added_tokens_in_raw_text = True
-    can_be_trained_anew = False
     model_type = "glm130b"
     PUBLISHED_SIZES = {150_528: 150_008}
     MODEL_TOKENS = {
@@ -74,10 +67,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     def __init__(self, vocab_file=None, *, num_image_tokens: int = IMAGE_TOKENS, **kwargs: Any):
         self.num_image_tokens = num_image_tokens
-        # What ChatGLM-6B's settings beside the same file say besides.
-        kwargs = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
-        for name in ("gmask_token", "end_token", "eop_token"):
-            kwargs.pop(name, None)
+        kwargs = without_control_names(kwargs)  # ChatGLM-6B's settings, beside the same file, have them
         if wrong := [name for name in ("do_lower_case", "remove_space") if kwargs.pop(name, False)]:
             raise ValueError(f"{wrong[0]} in tokenizer_config.json is ChatGLM-6B's: GLM-130B has no such setting.")
         if "additional_special_tokens" not in kwargs and "extra_special_tokens" not in kwargs:
@@ -86,21 +76,22 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         kwargs = {**self.NAMED_TOKENS, "num_image_tokens": num_image_tokens, **kwargs}
         super().__init__(vocab_file=vocab_file, **kwargs)
 
-    def build_backend(self, vocab_file: str) -> Tokenizer:
-        model = SentencePieceModel.from_file(vocab_file)
+    def read_model(self, vocab_file: str) -> SentencePieceModel:
+        model = super().read_model(vocab_file)
         is_early = model.model_type is ModelType.UNIGRAM and model.symbols == ["<n>"] and "[gMASK]" not in model.ids
         if not is_early or model.byte_fallback:
             raise ValueError(self.NOT_THIS.format(vocab_file))
-        model = with_control_tokens(model, self.num_image_tokens)
-        backend = build_tokenizer(model)
-        self.use_original(vocab_file, backend, model)
+        return with_control_tokens(model, self.num_image_tokens)
+
+    def backend_of(self, model: SentencePieceModel) -> Tokenizer:
+        backend = super().backend_of(model)
         silent = any_of([token for token in model.of_type(PieceType.CONTROL) if not token.startswith("<image_")])
         backend.decoder = build_decoder(model, rf"{silent}|<image_\d+>", {model.unknown: " ⁇ ", "<n>": "\n"})
         return backend
 
     def use_original(self, vocab_file: str, backend: Tokenizer, model: SentencePieceModel | None = None) -> None:
-        read = partial(_read_model, num_image_tokens=self.num_image_tokens)
-        self.library = SentencePieceLibrary.of_file(vocab_file, backend, read, model=model)
+        extend = partial(with_control_tokens, num_image_tokens=self.num_image_tokens)
+        super().use_original(vocab_file, backend, model, extend=extend)
 
     def check_backend(self, config: Mapping[str, Any], source: str | None) -> None:
         ids = self._tokenizer.get_vocab(with_added_tokens=False)
@@ -117,10 +108,6 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
     def is_settled(self, token: str) -> bool:
         return self._tokenizer.model.token_to_id(token) is not None  # also that no text contains it
 
-    @cached_property
-    def sp_model(self) -> Any:
-        return load_sp_model(self)
-
     def get_command(self, token: str) -> int:
         """The original's: the id of `[MASK]`, `[gMASK]`, `[sMASK]`, `eod`, `sop`, `eop`, `ENC`, `dBLOCK` or `eos`."""
         if token not in COMMANDS:
@@ -129,6 +116,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """As the original's: tokens that the vocabulary lacks are the text that they stand for."""
+        check_texts([text, pair])
         return self.text_backend().encode(text, pair, add_special_tokens=add_special_tokens).tokens
 
     def convert_tokens_to_string(self, tokens: Iterable[str | None]) -> str:
@@ -166,7 +154,9 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         if not BLANKS.search(text):
             text += appended
         pieces = BLANKS.split(text)
-        ids = [index for at, piece in enumerate(pieces) for index in self._ids_of_part(piece, is_blank=at % 2 == 1)]
+        ids: list[int] = []
+        for at, piece in enumerate(pieces):
+            ids += [self.get_command(piece)] if at % 2 else self.encode(piece, add_special_tokens=False)
         if is_whole and pieces[-1]:
             ids.append(self.end_token_id)
         ids = ids if max_length is None else ids[-max_length:]
@@ -175,9 +165,6 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
             tensor_type=return_tensors,
             prepend_batch_axis=return_tensors is not None,
         )
-
-    def _ids_of_part(self, piece: str, is_blank: bool) -> list[int]:
-        return [self.get_command(piece)] if is_blank else self.encode(piece, add_special_tokens=False)
 
     def build_inputs_for_generation(
         self,
@@ -202,10 +189,7 @@ class GLM130BTokenizer(GLMTokenizerMixin, OriginalVocabularyTokenizer):
         contexts = self._contexts(model_input)
         if targets is None:
             return self.pad({"input_ids": [[*ids, self.sop_token_id] for ids in contexts]}, return_tensors="pt")
-        texts = [targets] if isinstance(targets, str) else list(targets)
-        if len(texts) != len(contexts):
-            raise ValueError(f"there are {len(texts)} targets for {len(contexts)} texts.")
-        pieces = [[*ids, self.eop_token_id][:max_gen_length] for ids in self._plain_ids(texts)]
+        pieces = self._pieces(targets, len(contexts), max_gen_length)
         rows = [[*ids, self.sop_token_id, *piece[:-1]] for ids, piece in zip(contexts, pieces, strict=True)]
         labels = [[IGNORED] * len(ids) + piece for ids, piece in zip(contexts, pieces, strict=True)]
         length = max(map(len, contexts)) + max_gen_length if padding else None

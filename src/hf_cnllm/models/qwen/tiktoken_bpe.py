@@ -101,15 +101,18 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     Every token is encoded as tiktoken does it, which shows its last merge. One that its own bytes are not encoded to is
     never formed and has none.
     """
-    merges = []
+    merges, none = [], MAX_ID + 1
     for token, _ in by_rank(ranks):
         parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(parts[i] + parts[i + 1], MAX_ID + 1) for i in range(len(parts) - 1)]
-            i = joined.index(min(joined))
-            if joined[i] > MAX_ID:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        pairs = [ranks.get(token[i : i + 2], none) for i in range(len(token) - 1)]  # of each part with the next
+        while len(parts) > 2 and (lowest := min(pairs)) < none:
+            at = pairs.index(lowest)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            del pairs[at]
+            if at > 0:
+                pairs[at - 1] = ranks.get(parts[at - 1] + parts[at], none)
+            if at < len(pairs):
+                pairs[at] = ranks.get(parts[at] + parts[at + 1], none)
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges

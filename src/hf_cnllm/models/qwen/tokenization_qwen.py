@@ -12,7 +12,8 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from transformers import BatchEncoding
 
-from ...tokenization.base import as_list, known, with_changes
+from ...tokenization.backends import like, with_changes
+from ...tokenization.base import as_list, known
 from ...tokenization.chat_sections import ChatTokenizer
 from ...tokenization.folder import check_settings
 from ...tokenization.library import PROBE, rules_of
@@ -289,13 +290,12 @@ class QWenTokenizer(ChatTokenizer):
 
     def _matching_only(self, allowed: Collection[str]) -> "QWenTokenizer":
         """A copy on the same vocabulary that, with `split_special_tokens`, still matches the `allowed` special tokens."""
-        other, backend = copy.copy(self), Tokenizer(self._tokenizer.model)
+        other = copy.copy(self)
         other._tiktoken_rules = None
-        for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-            setattr(backend, step, getattr(self._tokenizer, step))
         added = self.added_tokens_decoder.values()
-        backend.add_tokens([with_changes(t, special=t.special and t.content not in allowed) for t in added])
-        other._tokenizer = backend
+        changed = [with_changes(t, special=t.special and t.content not in allowed) for t in added]
+        other._tokenizer = like(self._tokenizer, changed)
+        other._tokenizer.post_processor = self._tokenizer.post_processor
         return other
 
     def _decode(
