@@ -8,6 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -277,6 +278,10 @@ class GenerationHooks:
     def prepare_cache(self, arguments: dict[str, Any], is_assisted: bool) -> None:
         """Sees the cache, `arguments[CACHE]`, before the first step."""
 
+    def while_generating(self) -> AbstractContextManager:
+        """What `generate` runs in."""
+        return nullcontext()
+
     learned_keys = 0
     """Places that a cache needs besides those of the tokens."""
 
@@ -332,7 +337,8 @@ class GenerationHooks:
             )
         check = _LogitsCheck()
         processors = LogitsProcessorList([check, *(logits_processor or ())])
-        output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        with self.while_generating():
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
         check.judge()
         return output
 
