@@ -174,8 +174,8 @@ def version_beside(vocab_file: str | os.PathLike | None, settings: Mapping[str, 
         ("tokenizer_config.json", tokenizer_config.get("name_or_path")),
         ("config.json", config.get("_name_or_path")),
     ):
-        if match := re.search(r"(chatglm|codegeex)-?([23])", str(name).lower()):
-            said[where] = "chatglm" + match[2]
+        if version := _named_version(name):
+            said[where] = version
     if len(set(said.values())) > 1:
         claims = ", ".join(f"{where} {version}" for where, version in said.items())
         raise ValueError(
@@ -184,9 +184,13 @@ def version_beside(vocab_file: str | os.PathLike | None, settings: Mapping[str, 
         )
     if said:
         return next(iter(said.values()))
-    if match := re.search(r"(chatglm|codegeex)-?([23])", str(settings.get("name_or_path")).lower()):
-        return "chatglm" + match[2]
-    return None
+    return _named_version(settings.get("name_or_path"))
+
+
+def _named_version(name: Any) -> str | None:
+    """By the last of such names in a path: folders in front are named after anything."""
+    numbers = re.findall(r"(?:chatglm|codegeex)-?([23])", str(name).lower())
+    return f"chatglm{numbers[-1]}" if numbers else None
 
 
 def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:
