@@ -278,6 +278,9 @@ class GenerationHooks:
     def prepare_cache(self, arguments: dict[str, Any], is_assisted: bool) -> None:
         """Sees the cache, `arguments[CACHE]`, before the first step."""
 
+    def before_generation(self, input_ids: Tensor | None, arguments: dict[str, Any]) -> None:
+        """Sees what `generate` was given, as it was given."""
+
     def while_generating(self) -> AbstractContextManager:
         """What `generate` runs in."""
         return nullcontext()
@@ -335,6 +338,7 @@ class GenerationHooks:
                 "`attention_mask` holds numbers of packed sequences, but `generate` continues one sequence in each row: "
                 "give each a row of its own, padded on the left, with a mask of 0 and 1."
             )
+        self.before_generation(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         check = _LogitsCheck()
         processors = LogitsProcessorList([check, *(logits_processor or ())])
         with self.while_generating():
