@@ -4,6 +4,7 @@ Each row of `FAMILIES` is a tiny golden checkpoint in the original layout; each 
 one family is in that family's own tests.
 """
 
+import copy
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache, set_seed
 
 import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
@@ -185,6 +186,30 @@ def test_classifier_free_guidance(row):
     if row.prompt_end:
         with pytest.raises(ValueError, match=r"`guidance_scale` .* pass `use_cache=False`"):
             generate(model, ids, **options | {"use_cache": True})
+
+
+@tuned_too
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_text_goes_on_with_its_cache(row, kind):
+    """All ids at every turn; of causal families, and with positions, the new ones alone will do."""
+    model, ids = load(row), prompt(row, 9)
+    options = {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+    room = 30 + model.learned_keys
+    cache = StaticCache(model.config, max_cache_len=room) if kind == "static" else DynamicCache(config=model.config)
+    first = generate(model, ids, cache=cache, **options)
+    text = torch.cat([first.sequences, prompt(row, 9)[:, :3]], dim=1)
+    new, mask = text[:, 14:], torch.ones_like(text)
+    whole, earlier = generate(model, text, **options), copy.deepcopy(cache)
+    assert torch.equal(generate(model, text, cache=cache, **options).sequences, whole.sequences)
+    if row.prompt_end:
+        with pytest.raises(ValueError, match=r"4 new tokens behind the 14 in `cache`.*pass all ids of the text"):
+            generate(model, new, attention_mask=mask, cache=earlier, **options)
+        positions = model.positions_of_prompt(text, None)[..., -4:]
+        options["position_ids"] = positions if positions.shape[1] == 2 else positions[:, 0]
+    going_on = generate(model, new, attention_mask=mask, cache=earlier, **options)
+    torch.testing.assert_close(
+        torch.stack(going_on.logits), torch.stack(whole.logits), atol=10 * row.tolerance, rtol=0
+    )
 
 
 @tuned_too

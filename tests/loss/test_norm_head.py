@@ -1,4 +1,4 @@
-"""NormHead: the naive formula, gradients, what others read and write, and the memo of its norms."""
+"""NormHead: the naive formula, gradients, what others read and write, and when its norms are computed."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cnllm.loss.norm_head import EffectiveWeight, NormHead, normalize_rows, rows_around_mean
+from hf_cnllm.loss.norm_head import EffectiveWeight, NormHead, normalize_rows, rows_around_mean, weights_stay
 
 
 @pytest.fixture
@@ -74,6 +74,8 @@ def test_reading_and_training_leave_the_parameter_alone(head):
         lambda head: head.load_state_dict({"weight": torch.randn(11, 8)}),
         lambda head: setattr(head, "weight", nn.Parameter(torch.randn(11, 8))),
         lambda head: head.double().float(),
+        lambda head: head.raw_weight.data.mul_(torch.rand(11, 1) + 0.5),  # as TRL's SyncRefModelCallback and EMA do
+        lambda head: nn.utils.vector_to_parameters(torch.randn(88), head.parameters()),
     ],
 )
 def test_norms_follow_every_change_of_the_weight(head, change):
@@ -85,17 +87,36 @@ def test_norms_follow_every_change_of_the_weight(head, change):
         torch.testing.assert_close(head(hidden), F.linear(hidden, normalize_rows(head.raw_weight)))
 
 
-def test_norms_are_computed_once_per_weight(head, monkeypatch):
+def test_functional_calls_have_the_norms_of_their_own_weight(head):
+    """Each weight is freed before the next is made, which then has its address."""
+    hidden = torch.randn(4, 8)
+    head.eval()
+    with torch.no_grad():
+        for _ in range(4):
+            weight = torch.randn(11, 8) * (torch.rand(11, 1) + 0.5)
+            logits = torch.func.functional_call(head, {"weight": weight}, (hidden,))
+            torch.testing.assert_close(logits, F.linear(hidden, normalize_rows(weight)))
+            del weight
+
+
+def test_norms_are_computed_once_while_weights_stay(head, monkeypatch):
     calls = []
     original = torch.linalg.vector_norm
     monkeypatch.setattr(
         torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     )
     head.eval()
-    with torch.no_grad():
+    with torch.no_grad(), weights_stay():
         for _ in range(5):
             head(torch.randn(1, 8))
-    assert len(calls) == 1
+        assert len(calls) == 1
+        head.raw_weight.mul_(2)
+        with weights_stay():
+            head(torch.randn(1, 8))
+        assert len(calls) == 2
+    with torch.no_grad():
+        head(torch.randn(1, 8))
+    assert len(calls) == 3
 
 
 def test_zero_rows_and_copies(head):

@@ -47,7 +47,7 @@ def insides() -> Iterator[None]:
 
 
 with insides():
-    from transformers import BatchEncoding
+    from transformers import AutoTokenizer, BatchEncoding
     from transformers.modeling_rope_utils import RopeParameters
     from transformers.models.auto.tokenization_auto import (
         TOKENIZER_MAPPING_NAMES,
@@ -166,6 +166,10 @@ def tensor_parallel_config(size: int) -> Any:
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
+# How `from_pretrained` finds files.
+FILE_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class TokenizerHooks:
     """Stands in front of `PreTrainedConfig`: what `AutoTokenizer` asks the configuration beside a tokenizer, which is
     `model_name` before it reads anything, and `tokenizer_class` where tokenizer_config.json names none. By then the caller's
@@ -186,8 +190,8 @@ class TokenizerHooks:
         name = getattr(self, "name_or_path", None)
         if not name or IS_COPY:  # who runs a copy has trusted the folder
             return
-        # What is on the Hub is looked at once it has been downloaded, which is before any of its code runs.
-        settings = get_tokenizer_config(name, local_files_only=True)
+        options = _options_of_tokenizer(name)
+        settings = get_tokenizer_config(name, **options)
         if not isinstance(settings, dict):
             raise ValueError(f"tokenizer_config.json in {name} is not an object with keys. Download it again.")
         class_name, auto_map = settings.get("tokenizer_class"), settings.get("auto_map")
@@ -197,7 +201,8 @@ class TokenizerHooks:
             names = (class_name.removesuffix("Fast"), class_name)
             found = next(filter(None, map(tokenizer_class_from_name, names)), None)
         is_ours = found is not None and not found.__module__.startswith("transformers.")
-        has_vocabulary = any(os.path.isfile(os.path.join(name, file)) for file in self.own_vocabularies)
+        folder = os.path.join(name, options.get("subfolder") or "")
+        has_vocabulary = any(os.path.isfile(os.path.join(folder, file)) for file in self.own_vocabularies)
         fault = None
         if code and not is_ours:
             fault = f"points to code (`auto_map`), which is never run, and its `tokenizer_class` is {class_name!r}"
@@ -236,6 +241,19 @@ class TokenizerHooks:
     @tokenizer_class.setter
     def tokenizer_class(self, value: str | None) -> None:
         vars(self)["tokenizer_class"] = value
+
+
+def _options_of_tokenizer(name: str) -> dict[str, Any]:
+    """By what the caller of `AutoTokenizer` has the files of `name` found, which it hands to nobody: a checkpoint is looked at
+    where it will be read from, be that another cache, folder or revision. Others are given what is there."""
+    here, frame = (AutoTokenizer.__module__, "from_pretrained"), sys._getframe().f_back
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == here:
+            given = frame.f_locals
+            if str(given.get("pretrained_model_name_or_path")) == name:
+                return {option: given["kwargs"][option] for option in FILE_OPTIONS if option in given["kwargs"]}
+        frame = frame.f_back
+    return {"local_files_only": True}
 
 
 def is_for_pipeline(arguments: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -280,6 +281,13 @@ class GenerationHooks:
     def prepare_cache(self, arguments: dict[str, Any], is_assisted: bool) -> None:
         """Sees the cache, `arguments[CACHE]`, before the first step."""
 
+    def before_generation(self, input_ids: Tensor | None, arguments: dict[str, Any]) -> None:
+        """Sees what `generate` was given, as it was given."""
+
+    def while_generating(self) -> AbstractContextManager:
+        """What `generate` runs in."""
+        return nullcontext()
+
     learned_keys = 0
     """Places that a cache needs besides those of the tokens."""
 
@@ -331,9 +339,11 @@ class GenerationHooks:
                 "`attention_mask` holds numbers of packed sequences, but `generate` continues one sequence in each row: "
                 "give each a row of its own, padded on the left, with a mask of 0 and 1."
             )
+        self.before_generation(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         check = _LogitsCheck()
         processors = LogitsProcessorList([check, *(logits_processor or ())])
-        output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        with self.while_generating():
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
         check.judge()
         return output
 

@@ -9,7 +9,14 @@ nothing is ever overwritten:
 - the *attribute* `head.weight` reads as the effective, normalized matrix, with gradient to the raw one. Code that
   multiplies hidden states by `model.get_output_embeddings().weight` on its own, as TRL's fused heads do, gets right
   logits without knowing of NormHead.
+
+The norms are computed in every forward pass: nothing tells that a weight was written to (`weight.data.mul_()`, as TRL updates
+its reference models, leaves no trace). Only where it is known that nobody writes are they kept: [`weights_stay`].
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -19,6 +26,21 @@ from torch.nn import functional as F
 NORM_EPSILON = 1e-12
 # What products with raw rows may reach in fp16, which ends at 65,504.
 FP16_REACH = 2.0**14
+
+_kept_norms: ContextVar[dict[int, tuple[tuple, torch.Tensor]] | None] = ContextVar("kept_norms", default=None)
+
+
+@contextmanager
+def weights_stay() -> Iterator[None]:
+    """While it lasts, nobody writes to a weight in this thread, as in `generate`: each NormHead computes its norms once."""
+    if _kept_norms.get() is not None:
+        yield
+        return
+    token = _kept_norms.set({})
+    try:
+        yield
+    finally:
+        _kept_norms.reset(token)
 
 
 def normalize_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +111,6 @@ class NormHead(nn.Linear):
 
     def __init__(self, hidden_size: int, vocab_size: int, device=None, dtype=None):
         super().__init__(hidden_size, vocab_size, bias=False, device=device, dtype=dtype)
-        self._memo: tuple[tuple, torch.Tensor] | None = None
 
     def reset_parameters(self):
         nn.init.kaiming_uniform_(self.raw_weight, a=5**0.5)
@@ -134,11 +155,7 @@ class NormHead(nn.Linear):
         return self.raw_weight if target == "weight" else super().get_parameter(target)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> logits [..., vocab_size].
-
-        The rows' norms scale the logits, not the matrix: besides the matmul itself there is no work of size
-        [vocab_size, hidden_size] while the weight does not change.
-        """
+        """[..., hidden_size] -> logits [..., vocab_size]. The rows' norms scale the logits, not the matrix."""
         inverse_norms, device = self._inverse_row_norms(), hidden_states.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         if (torch.get_autocast_dtype(device) if autocast else hidden_states.dtype) != torch.float16:
@@ -151,19 +168,15 @@ class NormHead(nn.Linear):
     def _inverse_row_norms(self) -> torch.Tensor:
         weight = self.raw_weight
         needs_grad = torch.is_grad_enabled() and weight.requires_grad
-        if torch.compiler.is_compiling() or self.training or needs_grad or weight.is_meta or weight.is_inference():
+        if torch.compiler.is_compiling() or needs_grad or weight.is_meta or weight.is_inference():
             return inverse_row_norms(weight)
-        # Memoized for one version of the weight: an in-place change, a move or a replacement makes a new key. Writes
-        # through `raw_weight.data` have no version; `train()` and `eval()` forget the memo for their sake.
+        if (kept := _kept_norms.get()) is None:
+            return inverse_row_norms(weight)
+        # What is moved or loaded in the midst of it has another key.
         key = (weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape)
-        if self._memo is None or self._memo[0] != key:
-            with torch.inference_mode(False):  # a later forward pass may need to save it for backward
-                self._memo = (key, inverse_row_norms(weight.detach()))
-        return self._memo[1]
-
-    def train(self, mode: bool = True) -> "NormHead":
-        self._memo = None
-        return super().train(mode)
+        if id(self) not in kept or kept[id(self)][0] != key:
+            kept[id(self)] = key, inverse_row_norms(weight)
+        return kept[id(self)][1]
 
     def as_linear(self) -> nn.Linear:
         """A plain linear layer that shares the raw parameter."""

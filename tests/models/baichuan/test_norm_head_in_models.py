@@ -6,7 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from goldens import BACKENDS, GOLDENS, assert_close, cases_of
-from hf_cnllm.loss.norm_head import NormHead
+from hf_cnllm.loss import norm_head
+from hf_cnllm.loss.norm_head import NormHead, normalize_rows
 
 
 def load(name: str, backend: str = "sdpa", **overrides):
@@ -30,6 +31,25 @@ def test_golden_norm_head_without_the_originals_writes(name, backend):
     # The second recorded result of 7B is a bug: it used the weight as it was. Normalized rows have no scale.
     for training in (True, False):
         assert_close(model.train(training)(case.inputs["input_ids"]).logits, case.outputs["logits_train"])
+
+
+@pytest.mark.parametrize("name", ["baichuan2_7b", "baichuan2_13b"])
+@torch.no_grad()
+def test_logits_follow_weights_that_are_written_to_without_a_trace(name, monkeypatch):
+    """As TRL's `sync_ref_model` and running averages write to a model that stays in evaluation mode."""
+    model, ids = load(name).eval(), torch.randint(10, 90, (1, 9))
+    model(ids)
+    raw = model.lm_head.raw_weight
+    raw.data.mul_(0.5).add_(raw.flip(0), alpha=0.5)
+    expected = model.model(ids).last_hidden_state @ normalize_rows(raw).T
+    assert_close(model(ids).logits, expected)
+
+    calls = []
+    norms = norm_head.inverse_row_norms
+    monkeypatch.setattr(norm_head, "inverse_row_norms", lambda weight: calls.append(weight) or norms(weight))
+    output = model.generate(ids, max_new_tokens=4, eos_token_id=None, do_sample=False, use_cache=False)
+    assert len(calls) == 1  # nobody writes while it generates
+    assert output[0, -1] == model(output[:, :-1]).logits[0, -1].argmax() and len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["baichuan2_7b", "baichuan2_13b"])

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from goldens import GOLDENS
 from hf_cnllm import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from hf_cnllm.hub.publishing import needs_package
+from hf_cnllm.models.chatglm.vocabulary_chatglm import version_beside
 
 HEAD = {"model_type": "chatglm", "architectures": ["ChatGLMModel"]}
 V1 = {**HEAD, "position_encoding_2d": True, "inner_hidden_size": 16384, "vocab_size": 130528, "pad_token_id": 3}
@@ -71,6 +72,15 @@ def test_the_checkpoints_own_name_counts_before_the_folder_it_is_in(tmp_path):
     folder.mkdir()
     assert read(folder, V2).rope_ratio_type == "linear"
     assert read(folder, {**V2, "_name_or_path": "THUDM/chatglm3-6b-32k"}).rope_ratio_type == "base"
+
+
+@pytest.mark.parametrize("path", ["chatglm2-runs/chatglm3-6b-32k", "chatglm3-runs/chatglm2-6b-32k"])
+def test_the_last_name_in_a_path_counts(path, tmp_path):
+    folder = tmp_path / path
+    folder.mkdir(parents=True)
+    expected = {"chatglm2": "linear", "chatglm3": "base"}[folder.name[:8]]
+    assert read(folder, V2).rope_ratio_type == expected
+    assert version_beside(folder / "tokenizer.model", {"name_or_path": str(folder)}) == folder.name[:8]
 
 
 def test_overrides_take_part_in_the_decisions(tmp_path):

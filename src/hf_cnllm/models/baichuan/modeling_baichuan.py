@@ -36,7 +36,7 @@ from ...attention.mask_values import is_packed, is_readable
 from ...attention.masks import create_causal_mask
 from ...loss.causal_lm import causal_lm_loss
 from ...loss.head import MeanLoss, causal_lm_output
-from ...loss.norm_head import NormHead, rows_around_mean
+from ...loss.norm_head import NormHead, rows_around_mean, weights_stay
 from ..loading import CheckpointLoadingMixin
 from ..old_names import QUANTIZE_WHILE_LOADING, FromConfig, instead_use
 from ..rotary import RotaryEmbedding
@@ -292,6 +292,9 @@ class BaichuanForCausalLM(BaichuanChatMixin, GenerationHooks, BaichuanPreTrained
         )
         loss_kwargs = {"z_loss_weight": self.config.z_loss_weight} | kwargs
         return causal_lm_output(self, self.lm_head, outputs, labels, logits_to_keep, **loss_kwargs)
+
+    def while_generating(self):
+        return weights_stay()
 
     def is_continuous_with_flash(self):
         return self.config.position_embedding != "alibi"

@@ -5,6 +5,7 @@
   rotary positions, in `modeling_chatglm2.py`.
 """
 
+import re
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -228,7 +229,7 @@ class ChatGLM2Config(ChatGLMConfig):
             How far the rotary positions are stretched in the long-context checkpoints, and how: `"base"` multiplies the
             rotary base (ChatGLM3 and later), `"linear"` divides the positions (chatglm2-6b-32k). `config.json` tells
             them apart by its `_name_or_path` only; left out, it is `"linear"` if that (or else the path it is loaded
-            from) names chatglm2, and `"base"` otherwise.
+            from) names chatglm2, and chatglm3 not behind it, and `"base"` otherwise.
         original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32: Kept; they change nothing here.
         bias_dropout_fusion, fp32_residual_connection: Likewise.
     """
@@ -262,7 +263,8 @@ class ChatGLM2Config(ChatGLMConfig):
     def __post_init__(self, **kwargs):
         if self.rope_ratio_type is None:
             name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
-            self.rope_ratio_type = "linear" if "chatglm2" in str(name).lower() else "base"
+            named = re.findall("chatglm[23]", str(name).lower())  # the last: folders in front are named after anything
+            self.rope_ratio_type = "linear" if named[-1:] == ["chatglm2"] else "base"
         super().__post_init__(**kwargs)
 
     def sizes_that_follow(self):

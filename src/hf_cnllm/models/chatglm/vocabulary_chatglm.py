@@ -195,8 +195,9 @@ def version_beside(vocab_file: str | os.PathLike | None, settings: Mapping[str, 
 
 
 def _version_in(name: Any) -> str | None:
-    match = re.search(r"(chatglm|codegeex)-?([23])", str(name).lower())
-    return "chatglm" + match[2] if match else None
+    """By the last of such names in a path: folders in front are named after anything."""
+    numbers = re.findall(r"(?:chatglm|codegeex)-?([23])", str(name).lower())
+    return f"chatglm{numbers[-1]}" if numbers else None
 
 
 def _versions_of(model: SentencePieceModel) -> tuple[str, ...]:

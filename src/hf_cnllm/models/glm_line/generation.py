@@ -43,6 +43,18 @@ class PrefixLMGenerationMixin(GenerationHooks):
             attention_mask = F.pad(attention_mask[:, -input_ids.shape[1] :], (0, more), value=1)
         return find_positions(self.config, F.pad(input_ids, (0, more)), attention_mask, check)[0]
 
+    def before_generation(self, input_ids, arguments):
+        """Refuses new tokens alone behind a cache, whose positions follow from the text in front of them."""
+        cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
+        if input_ids is None or cache is None or arguments.get("position_ids") is not None:
+            return
+        past, length = int(cache.get_seq_length()) - self.learned_keys, input_ids.shape[1]
+        if past > 0 and (length <= past or (mask is not None and mask.shape[-1] > length)):
+            raise ValueError(
+                f"`input_ids` are {length} new tokens behind the {past} in `cache`, from which alone a prefix language model "
+                "cannot tell their positions: pass all ids of the text, those in the cache too, or `position_ids`."
+            )
+
     def add_generation_arguments(self, input_ids, arguments):
         position_ids, embeds = arguments.pop("position_ids", None), arguments.get("inputs_embeds")
         if position_ids is not None:
