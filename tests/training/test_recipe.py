@@ -1,5 +1,6 @@
 """What recipes share: who owns an output folder, where a resumed run begins, what stops a training."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -80,6 +81,28 @@ def test_a_run_leaves_a_model_a_summary_and_curves(tmp_path):
     assert summary["steps"] == 6 and summary["metrics"] == {"tokens": 12} and summary["versions"]["transformers"]
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob(".final*"))
+
+
+@pytest.mark.parametrize("logging_steps", [4, 50])
+def test_the_last_step_is_logged(logging_steps, tmp_path):
+    each = train(tmp_path / "each")
+    parts = [each[:logging_steps], each[logging_steps:]]
+    means = [sum(part) / len(part) for part in parts if part]
+    assert train(tmp_path, logging_steps=logging_steps) == pytest.approx(means, abs=1e-4)
+    summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    assert (summary["first_loss"], summary["last_loss"]) == pytest.approx((means[0], means[-1]), abs=1e-4)
+    assert train(tmp_path / "none", logging_strategy="no") == []
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    train(tmp_path, finish=False)
+    said = r"writing into .*out failed, is the disk full\? .* Make room and add --resume to go on from checkpoint-6"
+    with (
+        pytest.raises(OSError, match=said),
+        open_run(arguments(tmp_path, resume=True), options()) as run,
+        run.saving(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(tmp_path):

@@ -35,7 +35,15 @@ from ..cli import one_line
 from ..data.conversations import Row, read_rows
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
 from ..hub.places import check_is_checkpoint
-from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_json, write_through
+from ..hub.saving import (
+    FullDiskError,
+    failed_write,
+    is_first_process,
+    staged_folder,
+    wait_for_others,
+    write_json,
+    write_through,
+)
 from ..recipes import config_file
 from .curves import draw_curves
 from .processes import gather_whole_model
@@ -132,7 +140,7 @@ def check_counts(options: Any, *names: str) -> None:
 def tell_left_out(kept: int, total: int, what: str, option: str, limit: int | None) -> None:
     """Says how many of the rows were longer than an option allows; raises ValueError if all were."""
     if not kept:
-        raise ValueError(f"all of the {total} {what} are longer than --{option} {limit}")
+        raise ValueError(f"all of the {total} {what} are longer than --{option} {limit}: raise it")
     if kept < total:
         print(f"{total - kept} of {total} {what} are longer than --{option} and left out")
 
@@ -207,6 +215,14 @@ class _MarkComplete(TrainerCallback):
             (folder / COMPLETE_FILE).touch()
 
 
+class _LogTheLastStep(TrainerCallback):
+    """Logs the end of a training whose number of steps `logging_steps` does not divide, or is above."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
+
 class _HasEndedError(Exception):
     pass
 
@@ -251,6 +267,7 @@ class Run:
     def train(self, trainer: Any) -> None:
         """Trains, from the last complete checkpoint on if the run is resumed."""
         trainer.add_callback(_MarkComplete())
+        trainer.add_callback(_LogTheLastStep())
         if self.checkpoint is None:
             trainer.train()
             return
@@ -360,9 +377,8 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if (cause := failed_write(first)) is None:
                 raise
-            raise OSError(
-                f"writing into {output} failed, is the disk full? ({cause}) {_what_is_left(output)}"
-            ) from error
+            advice = _what_is_left(output) if last_complete_checkpoint(output) else None
+            raise FullDiskError(output, cause, advice) from error
         finally:
             if training.process_index == 0:
                 _remove_half_written(output)
