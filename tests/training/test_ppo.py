@@ -440,6 +440,14 @@ def test_queries_are_read_in_every_format_of_questions(row, tmp_path):
     assert read_queries([str(path)]) == [{"messages": [ASKED], "tools": None}]
 
 
+def test_fields_of_queries_can_be_left_out(tmp_path):
+    path = tmp_path / "queries.jsonl"
+    path.write_text(json.dumps({"instruction": "Why?", "output": "So.", "level": 3}), encoding="utf-8")
+    with pytest.raises(ValueError, match="field 'level' is not read"):
+        read_queries([str(path)])
+    assert read_queries([str(path)], ["level"]) == [{"messages": [ASKED], "tools": None}]
+
+
 def test_bad_input_of_the_recipe(checkpoint, tmp_path, monkeypatch):
     path = checkpoint("llama")
     write_foreign("llama", tmp_path / "other", vocab_size=410)
