@@ -336,7 +336,8 @@ def _encode_row(
     ids, labels = ids[:max_length], labels[:max_length]
     # A label is learned from the token before it, so the first one is never.
     if all(label == IGNORE_INDEX for label in labels[1:]):
-        why = f"of the first {max_length} tokens none is an answer's" if cuts else "every answer has `loss` False"
+        short = f"of the first {max_length} tokens none is an answer's: raise max_length"
+        why = short if cuts else "every answer has `loss` False"
         raise ConversationError(f"nothing of it would be learned: {why}")
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}, cuts
 
