@@ -56,6 +56,7 @@ FOLLOWERS = {
     "tool": ("assistant", "tool"),
 }
 Placed = tuple[str, Message]  # and the field that it comes from
+NOT_UTF8 = "the file is not UTF-8 text: convert it first, for example by iconv -f GB18030 -t UTF-8"
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
