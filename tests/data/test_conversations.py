@@ -172,7 +172,7 @@ def test_parquet_is_read_as_lines_of_json_are(tmp_path):
     expected = [{**row, "tools": None} for row in rows]
     assert read_conversations(tmp_path / "data.parquet") == expected
     assert read_rows([str(tmp_path / "data.parquet")], to_messages) == expected
-    with pytest.raises(ConversationError, match=r"data\.parquet, row 0: field 'messages' is not read"):
+    with pytest.raises(ConversationError, match=r"data\.parquet, row 0: needs the field 'a'"):
         read_rows([str(tmp_path / "data.parquet")], partial(to_messages, prompt_column="a", response_column="b"))
 
 

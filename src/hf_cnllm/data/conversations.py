@@ -111,10 +111,11 @@ def _rows_of_parquet(path: str | Path) -> Iterator[tuple[str, Any]]:
 
     number = 0
     try:
-        for batch in ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
+        with open(path, "rb") as file:  # pyarrow's error would not name it
+            for batch in ParquetFile(file).iter_batches(1024):
+                for row in batch.to_pylist():
+                    yield f"row {number}", row
+                    number += 1
     except ArrowException as error:
         raise ConversationError(f"{path}, after {number} rows: the file is damaged ({error})") from None
 

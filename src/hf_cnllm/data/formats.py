@@ -98,6 +98,8 @@ def to_messages(
     history = history_column or "history"
     if prompt_column is not None and response_column is not None:
         found = _pair(prompt_column, response_column, history)
+        if missing := [name for name in found.required if name not in row]:
+            raise ConversationError(f"needs the field {missing[0]!r}; has {sorted(row)}")
     else:
         found = _format_of(row, _formats(history))
     given = {name for name, value in row.items() if value not in NOTHING}

@@ -146,7 +146,8 @@ class Documents:
             return
         name = self.text_field or next((name for name in TEXT_FIELDS if name in row), TEXT_FIELDS[0])
         if not isinstance(text := row.get(name), str):
-            raise ConversationError(f"field {name!r} must be a text; has {sorted(row)}")
+            other = "" if name in row else ": name another by --text_field"
+            raise ConversationError(f"field {name!r} must be a text; has {sorted(row)}{other}")
         ids = self.tokenizer(text, add_special_tokens=self.is_ended, split_special_tokens=True)["input_ids"]
         if text:
             is_closed = not self.is_ended or ids[-1:] == [self._end_id]

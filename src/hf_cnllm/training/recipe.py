@@ -53,6 +53,7 @@ COMPLETE_FILE = "complete"  # in a checkpoint: all processes have written all of
 FINAL_FOLDER = ".final"  # until what is saved last moves into the output folder
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+ADAPTER_FLAG = re.compile(r"--(lora[_-]|use[_-](dora|rslora)\b)")
 # Arguments that do not change the sequence of losses, so a resumed run may have others.
 MAY_DIFFER = re.compile(
     r"logging_.*|log_.*|save_.*|report_to|run_name|project|trackio_.*|hub_.*|push_to_hub|disable_tqdm|output.*|resume.*|"
@@ -125,9 +126,13 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     try:
         with warnings.catch_warnings():  # of a default of TRL's own
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-            return parser.parse_args_and_config(words)
+            parsed = parser.parse_args_and_config(words)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {words[place]} is no YAML: {error}") from error
+    has_adapter = any(getattr(one, "use_peft", False) for one in parsed)
+    if not has_adapter and (flag := next(filter(ADAPTER_FLAG.match, words), None)):
+        raise ValueError(f"{flag} is a setting of an adapter: add --use_peft, without which all weights are trained")
+    return tuple(parsed)
 
 
 def check_counts(options: Any, *names: str) -> None:
