@@ -142,7 +142,9 @@ class PPOTrainer:
         if not queries:
             raise ValueError("there are no queries to answer")
         if (args.ptx_coefficient > 0) != bool(ptx_rows):
-            raise ValueError("--ptx_coefficient weighs the loss on --ptx_data: give both, or neither")
+            raise ValueError(
+                "ptx_coefficient weighs the loss on pre-training examples: give both (--ptx_data), or neither"
+            )
         if reference is None and not isinstance(model, PeftModel):
             reference = copy.deepcopy(model)
         vocabulary = plain_model(model).config.vocab_size
