@@ -114,8 +114,9 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(tmp_path):
     assert json.loads((tmp_path / "cut/out" / SUMMARY_FILE).read_text())["resumed_from"] == "checkpoint-4"
 
 
-def refuse(folder, message, error=ValueError, resume=False, **changes):
-    with pytest.raises(error, match=message), open_run(arguments(folder, resume=resume), options(**changes)):
+def refuse(folder, message, error=ValueError, resume=False, model=None, **changes):
+    told = {"resume": resume} | ({} if model is None else {"model": model})
+    with pytest.raises(error, match=message), open_run(arguments(folder, **told), options(**changes)):
         raise AssertionError
 
 
@@ -200,6 +201,13 @@ def test_a_checkpoint_that_is_not_there_is_named_with_its_option(changes, expect
     with pytest.raises(FileNotFoundError) as refused, open_run(arguments(tmp_path, **changes), options()):
         pass
     assert str(refused.value).startswith(expected) and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refuse(tmp_path, "--model: .*adapter is an adapter: merge it into its base model", model=str(tmp_path / "adapter"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [["--data", "gone.jsonl"], ["--data=gone.jsonl"], ["--data", "here", "gone.jsonl"]])

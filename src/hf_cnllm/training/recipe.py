@@ -34,7 +34,7 @@ from .._stack import LIBRARIES, installed_version, own_version
 from ..cli import one_line
 from ..data.conversations import Row, read_rows
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
-from ..hub.places import check_is_checkpoint
+from ..hub.places import check_is_checkpoint, is_adapter_alone
 from ..hub.saving import (
     FullDiskError,
     failed_write,
@@ -366,6 +366,11 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             # A configuration of its own leaves the tokenizer to --model.
             alone = option == "model" and told.get("config_name") is not None
             check_is_checkpoint(name, f"--{option}", tokenizer_alone=alone)
+            if option != "adapter" and is_adapter_alone(name):
+                other = f", or give its base model, --use_peft and --adapter {name}" if "adapter" in told else ""
+                raise ValueError(
+                    f"--{option}: {name} is an adapter: merge it into its base model (PEFT's merge_and_unload) first{other}"
+                )
     told = json.loads(json.dumps(told, default=str))
     with contextlib.ExitStack() as stack:
         if training.process_index == 0:
