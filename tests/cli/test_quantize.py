@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_line_and_nothing_stays(what, tiny, tmp_path, capsys,
     with files_up_to(10_000):
         assert main(words) == USER_ERROR
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"writing {tmp_path / 'out'} failed, is the disk full?" in said and not list(tmp_path.iterdir())
+    assert f"writing into {tmp_path / 'out'} failed, is the disk full?" in said and not list(tmp_path.iterdir())
 
 
 def test_damaged_weights_are_not_quantized(tiny, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -376,6 +377,15 @@ def test_infill_fills_every_blank(tokenizer):
         ValueError, match=re.escape("has no blank: mark what is to be filled by [MASK], [sMASK] or [gMASK]")
     ):
         infill(model, tokenizer, "没有空白。")
+
+
+def test_what_the_vocabulary_lacks_is_told(tokenizer):
+    model = make_glm(tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        infill(model, tokenizer, "今天[MASK]", max_new_tokens=1)
+    with pytest.warns(UserWarning, match="no token for '😀', '𪚥'"):
+        assert "😀" not in infill(model, tokenizer, "今天😀[MASK]𪚥", max_new_tokens=1)
 
 
 def test_infill_without_block_positions_goes_by_the_order_in_the_text(tokenizer):

@@ -1,6 +1,7 @@
 """Conversations: the embedded set, the user's files, and what is learned from them."""
 
 import json
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -15,9 +16,11 @@ from hf_cnllm.data.conversations import (
     encode_conversations,
     load_instructions,
     read_conversations,
+    read_rows,
     reply_end_ids,
     with_system_in_question,
 )
+from hf_cnllm.data.formats import to_messages
 from tokenizer_goldens import TokenizerGolden
 
 IGNORED = -100
@@ -145,12 +148,32 @@ def test_a_bad_item_of_a_list_is_named_with_its_line(text, named, tmp_path):
         read_conversations(path)
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"\n", "holds no conversation"), (b"\xff\xfe", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\n", "holds no conversation"),
+        (b"\xff\xfe", "not UTF-8"),
+        ("好".encode("gb18030"), "by iconv -f GB18030 -t UTF-8"),
+    ],
+)
 def test_a_file_without_text_is_refused(content, said, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(ConversationError, match=said):
         read_conversations(path)
+
+
+def test_parquet_is_read_as_lines_of_json_are(tmp_path):
+    from datasets import Dataset
+
+    turns = [{"role": "user", "content": "你好😀"}, {"role": "assistant", "content": "𠮷"}]
+    rows = [{"messages": turns}, {"messages": turns * 2}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    expected = [{**row, "tools": None} for row in rows]
+    assert read_conversations(tmp_path / "data.parquet") == expected
+    assert read_rows([str(tmp_path / "data.parquet")], to_messages) == expected
+    with pytest.raises(ConversationError, match=r"data\.parquet, row 0: needs the field 'a'"):
+        read_rows([str(tmp_path / "data.parquet")], partial(to_messages, prompt_column="a", response_column="b"))
 
 
 # ---- tokens and labels

@@ -124,6 +124,11 @@ FORMATS = {
 }
 
 
+def test_a_named_column_that_is_not_there_is_what_is_told():
+    with pytest.raises(ConversationError, match=r"needs the field '答'; has \['instruction', 'output', '问'\]"):
+        to_messages({"问": "q", "instruction": "q", "output": "a"}, prompt_column="问", response_column="答")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())

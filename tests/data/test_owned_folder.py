@@ -20,7 +20,9 @@ from hf_cnllm.data.owned_folder import exclusive, owned_folder
 )
 def test_a_full_disk_is_named_with_what_to_do(error, tmp_path):
     with (
-        pytest.raises(OSError, match=r"the disk of .*out is full .*; make room and give the same command again"),
+        pytest.raises(
+            OSError, match=r"into .*out failed, is the disk full\? .* Make room and give the same command again"
+        ),
         owned_folder(tmp_path / "out", {}),
     ):
         raise error

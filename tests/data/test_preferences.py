@@ -57,6 +57,11 @@ def test_questions(row):
     assert read_question(row) == {"prompt": [Q], "tools": None}
 
 
+def test_a_questions_system_message_is_a_part_of_it():
+    system = {"role": "system", "content": "s"}
+    assert read_question({"prompt": "q", "system": "s", "history": []})["prompt"] == [system, Q]
+
+
 def test_a_questions_other_fields_are_for_the_reward():
     assert read_question({"prompt": "q", "solution": 4, "id": 1}, ignore=["id"]) == {
         "prompt": [Q], "tools": None, "solution": 4,
@@ -72,13 +77,38 @@ def test_a_questions_other_fields_are_for_the_reward():
         (read_pair, {"prompt": "q", "chosen": "a", "rejected": 7}, "field 'rejected' must be a text"),
         (read_pair, {"chosen": [Q, A], "rejected": [{**Q, "content": "?"}, B]}, "must answer the same conversation"),
         (read_pair, {"prompt": "q", "chosen": [Q], "rejected": "b"}, "must end with a message of the assistant"),
-        (read_pair, {"prompt": "q", "chosen": "a", "rejected": "b", "odd": "x"}, "field 'odd'"),
+        (
+            read_pair,
+            {"prompt": "q", "chosen": "a", "rejected": "b", "odd": "x"},
+            "field 'odd' is not read beside 'chosen'",
+        ),
+        (read_pair, {"prompt": "q", "chosen": "a", "rejected": " "}, "field 'rejected' must be a non-empty text"),
+        (
+            read_pair,
+            {"prompt": [Q], "chosen": [{**A, "content": 5}], "rejected": B},
+            r"field 'chosen\[0\].content' must",
+        ),
+        (
+            read_pair,
+            {"prompt": [{**Q, "content": ""}], "chosen": A, "rejected": B},
+            r"field 'prompt\[0\].content' must",
+        ),
+        (read_pair, {"messages": [Q], "chosen": {**A, "content": ""}, "rejected": B}, r"field 'chosen.content' must"),
+        (read_pair, {"instruction": "q", "chosen": "", "rejected": "b"}, "field 'chosen' must be a non-empty text"),
+        (read_pair, {"instruction": "q", "output": "x", "chosen": "a", "rejected": "b"}, "field 'output' is not read"),
+        (read_pair, {"prompt": "q", "messages": [Q], "chosen": "a", "rejected": "b"}, "field 'messages' is not read"),
+        (
+            read_pair,
+            {"prompt": 7, "chosen": "a", "rejected": "b"},
+            "field 'prompt' must be a text or a list of messages",
+        ),
+        (read_question, {"prompt": "q", "history": [["p", "a"]]}, "field 'history' is not read beside 'prompt'"),
         (read_pair, ["q"], "expected an object"),
         (read_judgment, 7, "expected an object"),
         (read_judgment, {"prompt": "q", "completion": "a"}, "needs the field 'label'"),
         (read_judgment, {"prompt": "q", "completion": "a", "label": "yes"}, "must say yes or no"),
         (read_judgment, {"prompt": "q", "completion": "a", "label": 2}, "must say yes or no"),
-        (read_question, {"prompt": 7}, "needs the question"),
+        (read_question, {"prompt": 7}, "field 'prompt' must be a text or a list of messages"),
         (read_question, {"messages": []}, "at least one message"),
         (read_question, {"messages": ["q"]}, "field 'messages\\[0\\]' must be an object"),
         (read_question, {}, "needs the field 'messages'"),

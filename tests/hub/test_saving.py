@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, in one process and in several."""
 
+import errno
 import os
 import signal
 
@@ -7,7 +8,7 @@ import pytest
 import torch.multiprocessing as processes
 from torch import distributed
 
-from hf_cnllm.hub.saving import check_new_folder, staged_folder
+from hf_cnllm.hub.saving import IN_USE, check_new_folder, staged_folder
 
 
 def write(folder, text):
@@ -28,6 +29,17 @@ def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out") as folder:
         write(folder, "new")
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path):
+    with (
+        pytest.raises(
+            OSError, match=r"writing into .*out failed, is the disk full\? .* Make room and give the same command"
+        ),
+        staged_folder(tmp_path / "out"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,6 +80,23 @@ def test_a_killed_process_leaves_the_older_folder(tmp_path):
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert (output / "weights" / "file").read_text() == "old"
+    (left,) = tmp_path.glob(".out-*")
+
+    # The next one removes what was left, but neither what is in use, nor an older folder without its successor, nor others'.
+    (tmp_path / ".out-of-users").mkdir()
+    with staged_folder(output, check=lambda output: None) as in_use:
+        assert not left.exists()
+        with staged_folder(output, check=lambda output: None) as folder:
+            assert in_use.exists()
+            write(folder, "new")
+        write(in_use, "newer")
+    rescued = tmp_path / ".out-12345678" / "old"
+    rescued.parent.mkdir()
+    (rescued.parent / IN_USE).touch()
+    output.rename(rescued)
+    with staged_folder(output) as folder:
+        write(folder, "newest")
+    assert (rescued / "weights" / "file").read_text() == "newer" and (tmp_path / ".out-of-users").exists()
 
 
 def _save(rank: int, output, port_file):

@@ -283,6 +283,7 @@ def test_a_cut_response_pays(checkpoint, tmp_path):
         ({"top_p": 0.0}, "--top_p 0.0 above 0 and at most 1"),
         ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
         ({"per_device_train_batch_size": 3}, "queries_per_device x responses_per_query is 8, which"),
+        ({"kl_target": 0.0}, "--kl_target must be above 0"),
         ({"kl_target": 6.0, "final_kl_coefficient": 0.1}, "give one"),
         ({"save_strategy": "epoch"}, "save_strategy is steps or no"),
         ({"ptx_coefficient": 0.1}, "pre-training examples: give both"),
@@ -438,6 +439,14 @@ def test_queries_are_read_in_every_format_of_questions(row, tmp_path):
     path = tmp_path / "queries.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
     assert read_queries([str(path)]) == [{"messages": [ASKED], "tools": None}]
+
+
+def test_fields_of_queries_can_be_left_out(tmp_path):
+    path = tmp_path / "queries.jsonl"
+    path.write_text(json.dumps({"instruction": "Why?", "output": "So.", "level": 3}), encoding="utf-8")
+    with pytest.raises(ValueError, match="field 'level' is not read"):
+        read_queries([str(path)])
+    assert read_queries([str(path)], ["level"]) == [{"messages": [ASKED], "tools": None}]
 
 
 def test_bad_input_of_the_recipe(checkpoint, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Who owns an output folder, where a resumed run begins, what stops a training and what it leaves behind."""
 
+import errno
 import json
 
 import pytest
@@ -72,6 +73,28 @@ def test_a_run_leaves_a_model_a_summary_and_curves(tmp_path):
     assert not list(output.glob(".final*"))
 
 
+@pytest.mark.parametrize("logging_steps", [4, 50])
+def test_the_last_step_is_logged(logging_steps, tmp_path):
+    each = train(tmp_path / "each")
+    parts = [each[:logging_steps], each[logging_steps:]]
+    means = [sum(part) / len(part) for part in parts if part]
+    assert train(tmp_path, logging_steps=logging_steps) == pytest.approx(means, abs=1e-4)
+    summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    assert (summary["first_loss"], summary["last_loss"]) == pytest.approx((means[0], means[-1]), abs=1e-4)
+    assert train(tmp_path / "none", logging_strategy="no") == []
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    train(tmp_path, finish=False)
+    said = r"writing into .*out failed, is the disk full\? .* Make room and add --resume to go on from checkpoint-6"
+    with (
+        pytest.raises(OSError, match=said),
+        open_run(arguments(tmp_path, resume=True), options()) as run,
+        run.saving(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(tmp_path):
     whole = train(tmp_path / "whole")
     train(tmp_path / "cut", finish=False)
@@ -81,8 +104,9 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(tmp_path):
     assert json.loads((tmp_path / "cut/out" / SUMMARY_FILE).read_text())["resumed_from"] == "checkpoint-4"
 
 
-def refuse(folder, message, error=ValueError, resume=False, **changes):
-    with pytest.raises(error, match=message), open_run(arguments(folder, resume=resume), options(**changes)):
+def refuse(folder, message, error=ValueError, resume=False, model=None, **changes):
+    told = {"resume": resume} | ({} if model is None else {"model": model})
+    with pytest.raises(error, match=message), open_run(arguments(folder, **told), options(**changes)):
         raise AssertionError
 
 
@@ -135,3 +159,10 @@ def test_a_checkpoint_that_is_not_there_is_named_with_its_option(changes, expect
     with pytest.raises(FileNotFoundError) as refused, open_run(arguments(tmp_path, **changes), options()):
         pass
     assert str(refused.value).startswith(expected) and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refuse(tmp_path, "--model: .*adapter is an adapter: merge it into its base model", model=str(tmp_path / "adapter"))
+    assert not (tmp_path / "out").exists()

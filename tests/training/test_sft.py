@@ -224,6 +224,17 @@ QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "cont
         ({"messages": [QUESTION, ANSWER]}, ["--template", "chatml"], "--template must be one of alpaca"),
         ({"messages": [QUESTION, ANSWER]}, ["--model", "llama"], "no chat template: choose one with --template"),
         ({"messages": [QUESTION, ANSWER]}, ["--load_in_8bit"], "add --use_peft"),
+        ({"messages": [QUESTION, ANSWER]}, ["--lora_r", 4], "--lora_r is a setting of an adapter: add --use_peft"),
+        ({"messages": [QUESTION, ANSWER]}, ["--use-dora", "true"], "--use-dora is a setting of an adapter"),
+        (
+            {"messages": [QUESTION, ANSWER]},
+            ["--max_length", 2],
+            "conversation 1: nothing of it would be learned: of the",
+        ),
+        *[
+            ({"messages": [QUESTION, ANSWER]}, ["--model", "glm", "--max_length", length], "conversation 1: of ")
+            for length in (-3, 0, 3)
+        ],
         ({"messages": [QUESTION, ANSWER]}, ["--model", "qwen", "--z_loss_weight", "1"], "has no max-z loss"),
     ],
 )

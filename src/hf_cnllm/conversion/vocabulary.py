@@ -38,9 +38,6 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
     Args:
         tokenizer: of the original.
         tokenizer_class: what reads it.
-
-    Raises:
-        OSError: the disk is full, or a file cannot be written.
     """
     rules, template, control = (
         tokenizer.backend_tokenizer.to_str(),
@@ -68,12 +65,7 @@ def write_vocabulary(tokenizer: ChatTokenizer, tokenizer_class: str, folder: Pat
         clean_up_tokenization_spaces=False,
         **named,
     )
-    try:
-        exported.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(f"tokenizer.json could not be written ({error})") from error  # tokenizers has no class for that
+    exported.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     settings = read_object(file)
     settings |= {"tokenizer_class": tokenizer_class, "add_bos_token": tokenizer.add_bos_token}

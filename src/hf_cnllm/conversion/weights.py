@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..hub.saving import check_saved, write_json
@@ -171,11 +170,7 @@ def normalized(tensors: Tensors) -> torch.Tensor:
 
 
 def write_shards(folder: Path, planned: Mapping[str, Moved], source: Source, progress: Progress) -> None:
-    """Writes `model.safetensors`, or shards with their index.
-
-    Raises:
-        OSError: the disk is full, or a file cannot be written.
-    """
+    """Writes `model.safetensors`, or shards with their index."""
     split = split_state_dict_into_shards_factory(
         dict(planned),
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -199,12 +194,5 @@ def _write_shard(file: Path, planned: Mapping[str, Moved], source: Source) -> No
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a safetensors file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{file.name} could not be written ({error})") from error
+    """Writes a safetensors file."""
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})

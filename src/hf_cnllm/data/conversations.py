@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from .formats import DECODER, Conversation, ConversationError, Message, parse_json, to_messages
+from .formats import DECODER, NOT_UTF8, Conversation, ConversationError, Message, parse_json, to_messages
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def load_instructions(language: str | None = None) -> list[Conversation]:
 
 
 def read_conversations(path: str | Path, **options: Any) -> list[Row]:
-    """The rows of a file, one JSON object a line or one JSON list of them, in any of the formats of [`to_messages`].
+    """The rows of a file, one JSON object a line, one JSON list of them or Parquet, in any of the formats of [`to_messages`].
 
     Args:
         options: as of `to_messages`.
@@ -71,7 +71,7 @@ def read_rows(names: Iterable[str], read: Callable[[Any], Row], split: str = "tr
 
 
 def _rows_of(name: str, split: str) -> Iterable[tuple[str, Any]]:
-    if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
+    if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".parquet"):
         return rows_of_file(name)
     return data_set_rows(name, split)
 
@@ -99,8 +99,25 @@ def data_set_rows(name: str, split: str, streaming: bool = False) -> Iterator[tu
 
 
 def rows_of_file(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """("line N", value) of each row by [`read_json_rows`]."""
+    """("line N", value) of each row of a file of JSON by [`read_json_rows`], or ("row N", value) of a Parquet file."""
+    if Path(path).suffix == ".parquet":
+        return _rows_of_parquet(path)
     return ((f"line {number}", value) for number, value in read_json_rows(path))
+
+
+def _rows_of_parquet(path: str | Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with open(path, "rb") as file:  # pyarrow's error would not name it
+            for batch in ParquetFile(file).iter_batches(1024):
+                for row in batch.to_pylist():
+                    yield f"row {number}", row
+                    number += 1
+    except ArrowException as error:
+        raise ConversationError(f"{path}, after {number} rows: the file is damaged ({error})") from None
 
 
 def read_each(source: object, rows: Iterable[tuple[str, Any]], read: Callable[[Any], T]) -> Iterator[T]:
@@ -129,7 +146,7 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                     yield number, parse_json(line.rstrip())
                     is_first = False
     except UnicodeDecodeError:
-        raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
+        raise ConversationError(f"{path}, after line {number}: {NOT_UTF8}") from None
     except json.JSONDecodeError as error:
         problem = f"not valid JSON ({error.msg} at column {error.colno}): rows are one object a line, or one list"
         raise ConversationError(f"{path}, line {number + error.lineno - 1}: {problem}") from None
@@ -340,7 +357,8 @@ def _encode_row(
     ids, labels = ids[:max_length], labels[:max_length]
     # A label is learned from the token before it, so the first one is never.
     if all(label == IGNORE_INDEX for label in labels[1:]):
-        why = f"of the first {max_length} tokens none is an answer's" if cuts else "every answer has `loss` False"
+        short = f"of the first {max_length} tokens none is an answer's: raise max_length"
+        why = short if cuts else "every answer has `loss` False"
         raise ConversationError(f"nothing of it would be learned: {why}")
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}, cuts
 

@@ -56,6 +56,7 @@ FOLLOWERS = {
     "tool": ("assistant", "tool"),
 }
 Placed = tuple[str, Message]  # and the field that it comes from
+NOT_UTF8 = "the file is not UTF-8 text: convert it first, for example by iconv -f GB18030 -t UTF-8"
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -97,11 +98,13 @@ def to_messages(
     history = history_column or "history"
     if prompt_column is not None and response_column is not None:
         found = _pair(prompt_column, response_column, history)
+        if missing := [name for name in found.required if name not in row]:
+            raise ConversationError(f"needs the field {missing[0]!r}; has {sorted(row)}")
     else:
         found = _format_of(row, _formats(history))
     given = {name for name, value in row.items() if value not in NOTHING}
     for name in sorted(given - METADATA - {*found.required, *found.optional}):
-        raise _not_read(name, f"beside '{found.required[0]}'")
+        raise not_read(name, f"beside '{found.required[0]}'")
     placed = list(_merged(found.read(row)))
     messages = [message for _, message in placed]
     tools = [_tools(row["tools"], "tools")] if row.get("tools") not in NOTHING and "tools" in found.optional else []
@@ -166,11 +169,11 @@ def _read_pair(
         yield "system", {"role": "system", "content": read_text(row, "system")}
     rounds = row.get(history) or []
     if not isinstance(rounds, list):
-        raise ConversationError(f"field '{history}' must be a list of [question, answer], got {_shown(rounds)}")
+        raise ConversationError(f"field '{history}' must be a list of [question, answer], got {shown(rounds)}")
     for index, pair in enumerate(rounds):
         place = f"{history}[{index}]"
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
-            raise ConversationError(f"field '{place}' must be [question, answer], got {_shown(pair)}")
+            raise ConversationError(f"field '{place}' must be [question, answer], got {shown(pair)}")
         sides = {f"{place}[{side}]": value for side, value in enumerate(pair)}
         for role, side in zip(("user", "assistant"), sides, strict=True):
             yield side, {"role": role, "content": read_text(sides, side)}
@@ -223,13 +226,13 @@ def _read_turn(turn: Mapping[str, Any], place: str) -> Iterator[Message]:
     role = ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise ConversationError(f"field '{place}{role_field}' must be one of {known}, got {_shown(named)}")
+        raise ConversationError(f"field '{place}{role_field}' must be one of {known}, got {shown(named)}")
     text_field = next((name for name in ("content", "value") if name in turn), "content")
     is_step = role == "tool" and "parameters" in turn
     read = STEP_FIELDS if is_step else MESSAGE_FIELDS[role] | {text_field}
     for name in sorted(turn.keys() - METADATA - read - {role_field, *LOSS_FIELDS}):
         if turn[name] not in NOTHING:
-            raise _not_read(f"{place}{name}", f"in a message of the role {named!r}")
+            raise not_read(f"{place}{name}", f"in a message of the role {named!r}")
     loss = _loss(turn, place, is_learned=role == "assistant" or is_step)
     if is_step:
         call = _call({"name": turn.get("name"), "arguments": turn["parameters"]}, place)
@@ -290,7 +293,7 @@ def _check_turns(messages: list[Placed]) -> None:
 def _loss(turn: Mapping[str, Any], place: str, is_learned: bool) -> dict[str, bool]:
     for name in LOSS_FIELDS:
         if name in turn and (not isinstance(turn[name], bool | int) or turn[name] not in (0, 1)):
-            raise ConversationError(f"field '{place}{name}' must say yes or no, got {_shown(turn[name])}")
+            raise ConversationError(f"field '{place}{name}' must say yes or no, got {shown(turn[name])}")
         if turn.get(name) and not is_learned:
             raise ConversationError(
                 f"field '{place}{name}' asks for what is not learned: the assistant's messages are"
@@ -308,7 +311,7 @@ def _calls(turn: Mapping[str, Any], field: str, place: str) -> list[dict[str, An
     if isinstance(calls, Mapping):
         return [_call(calls, f"{place}{field}.")]
     if not isinstance(calls, list):
-        raise ConversationError(f"field '{place}{field}' must be a list, got {_shown(calls)}")
+        raise ConversationError(f"field '{place}{field}' must be a list, got {shown(calls)}")
     return [_call(call, f"{place}{field}[{index}].") for index, call in enumerate(calls)]
 
 
@@ -317,18 +320,18 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise ConversationError(
-            f"field '{place}function' must be an object with name and arguments, got {_shown(call)}"
+            f"field '{place}function' must be an object with name and arguments, got {shown(call)}"
         )
     known = {"name", "arguments"} | ({"id", "type"} if function is call else set())
     for name in sorted(
         {*function.keys() - known, *(call.keys() - {"function", "id", "type"} if function is not call else ())}
     ):
-        raise _not_read(f"{place}{name}", "in a tool call")
+        raise not_read(f"{place}{name}", "in a tool call")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _from_json(function, "arguments", place)
     if not isinstance(arguments, Mapping):
-        raise ConversationError(f"field '{place}arguments' must be an object, got {_shown(arguments)}")
+        raise ConversationError(f"field '{place}arguments' must be an object, got {shown(arguments)}")
     link = {"id": read_text(call, "id", place)} if call.get("id") not in NOTHING else {}
     return {
         **link,
@@ -340,7 +343,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 def _tools(tools: Any, place: str) -> list[Any]:
     tools = _from_json({place: tools}, place) if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ConversationError(f"field '{place}' must be a list of objects, one for each tool, got {_shown(tools)}")
+        raise ConversationError(f"field '{place}' must be a list of objects, one for each tool, got {shown(tools)}")
     return tools or []
 
 
@@ -351,7 +354,7 @@ def _content(turn: Mapping[str, Any], name: str, place: str) -> str:
         return read_text(turn, name, place)
     for index, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise ConversationError(f"field '{place}{name}[{index}]' must be of the type text, got {_shown(part)}")
+            raise ConversationError(f"field '{place}{name}[{index}]' must be of the type text, got {shown(part)}")
     return read_text({name: "".join(read_text(part, "text", f"{place}{name}.") for part in content)}, name, place)
 
 
@@ -368,14 +371,14 @@ def _from_json(row: Mapping[str, Any], name: str, place: str = "") -> Any:
     try:
         return parse_json(read_text(row, name, place))
     except ValueError as error:
-        raise ConversationError(f"field '{place}{name}' must be JSON, got {_shown(row[name])} ({error})") from None
+        raise ConversationError(f"field '{place}{name}' must be JSON, got {shown(row[name])} ({error})") from None
 
 
 def read_text(row: Mapping[str, Any], name: str, place: str = "", may_be_blank: bool = False) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not (may_be_blank or value.strip()):
         raise ConversationError(
-            f"field '{place}{name}' must be a non-empty text, got {_shown(value) if name in row else 'nothing'}"
+            f"field '{place}{name}' must be a non-empty text, got {shown(value) if name in row else 'nothing'}"
         )
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise ConversationError(
@@ -384,13 +387,13 @@ def read_text(row: Mapping[str, Any], name: str, place: str = "", may_be_blank: 
     return value
 
 
-def _not_read(field: str, where: str) -> ConversationError:
+def not_read(field: str, where: str) -> ConversationError:
     return ConversationError(
-        f"field '{field}' is not read {where}: remove it, or name it in `ignore` if nothing of it is to be learned"
+        f"field '{field}' is not read {where}: remove it, or name it in `ignore` (--ignore_fields) if nothing of it is to be learned"
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 

@@ -1,6 +1,7 @@
 """Filling the blanks of texts with GLM, GLM-130B or ChatGLM-6B."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def infill(
         generate_kwargs: for `generate`, e.g. `num_beams=4`; one answer for each blank.
 
     Returns:
-        The text or texts without blanks.
+        The text or texts without blanks, as the tokenizer writes its tokens. A warning names what it has no token for.
 
     Raises:
         TypeError: the model fills no blanks.
@@ -66,6 +67,7 @@ def infill(
         return [infill(model, tokenizer, single, max_new_tokens, **generate_kwargs) for single in text]
     control = ControlTokens.of(tokenizer)
     row, places = context_with_blanks(tokenizer, text, control)
+    _tell_what_is_lost(tokenizer, text, row.input_ids, control)
     if not model.config.block_position_encoding:
         _check_ids(model.config, control, {row.input_ids[place] for place in places})
         filled = fill_in_turn(model, row.input_ids, max_new_tokens=max_new_tokens, **generate_kwargs)
@@ -80,6 +82,26 @@ def infill(
     filled = restore_text(row.input_ids, row.positions, row.block_positions)
     filled = filled[len(control.before) : len(filled) - len(control.after)]
     return str(tokenizer.decode(filled, skip_special_tokens=True))
+
+
+def _tell_what_is_lost(tokenizer: Any, text: str, ids: Sequence[int], control: ControlTokens) -> None:
+    """Warns of what the vocabulary has no token for: the model does not see it, and the filled text is without it."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in ids:
+        return
+    for blank in tokenizer.convert_ids_to_tokens([*dict.fromkeys(control.masks.values())]):
+        text = text.replace(blank, " ")
+
+    def lacking(parts: Iterable[str]) -> list[str]:
+        return [part for part in parts if unknown in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    # WordPiece may know the letters of a word that it lacks.
+    lost = lacking(dict.fromkeys(text)) or lacking(dict.fromkeys(text.split()))
+    names = ", ".join(map(repr, lost[:10]))
+    warnings.warn(
+        f"the vocabulary has no token for {names}: the model does not see it, and the text comes back without it",
+        stacklevel=3,
+    )
 
 
 def _check_ids(config: PreTrainedConfig, control: ControlTokens, blanks: set[int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..hub.saving import failed_write, write_json
+from ..hub.saving import FullDiskError, failed_write, write_json
 
 LOCK_FILE, RUN_FILE = ".lock", "run.json"
 
@@ -21,7 +21,7 @@ def full_disk_named(output: Path) -> Iterator[None]:
     except Exception as error:
         if (cause := failed_write(error)) is None:
             raise
-        raise OSError(f"the disk of {output} is full ({cause}); make room and give the same command again") from error
+        raise FullDiskError(output, cause) from error
 
 
 @contextmanager

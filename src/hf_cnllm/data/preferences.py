@@ -13,11 +13,12 @@ An answer is a text, one message, or a list of messages. What comes out is what 
 messages, and `chosen` and `rejected`, or `completion` and `label`, each answer a list of one message; with `tools`.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from .conversations import Row, read_rows
-from .formats import ROLES, ConversationError, to_messages
+from .formats import NOTHING, ROLES, ConversationError, not_read, shown, to_messages
 
 SIDES = ("chosen", "rejected")
 LABELS = ("label", "kto_tag")
@@ -32,6 +33,8 @@ IGNORED = (
     "margin",
 )
 TURNS = ("messages", "conversations")
+# What errors call a message of the conversation that is joined of a question and its answer.
+JOINED = re.compile(r"^field '(?:messages|conversations)\[(\d+)\](\.content\b)?")
 
 Reader = Callable[[Mapping[str, Any]], Row]
 
@@ -73,8 +76,9 @@ def read_question(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Row:
         ConversationError: there is no conversation, or no question in it.
     """
     if isinstance(row, Mapping) and "prompt" in row and not {"response", "completion"} & row.keys():
-        others = {name: value for name, value in row.items() if name not in ("prompt", "tools", *ignore)}
-        asked = {name: row[name] for name in ("prompt", "tools") if name in row}
+        given = {name: value for name, value in row.items() if name not in ignore}
+        others = {name: value for name, value in given.items() if name not in ("prompt", "tools", "system")}
+        asked = {name: given.get(name) for name in ("prompt", "tools", "system", "history")}
         return {**_question(_answered(asked, "?", "prompt", ())), **others}
     name = next((name for name in TURNS if isinstance(row, Mapping) and isinstance(row.get(name), list)), None)
     if name is not None and row[name] and _role(row[name][-1]) != "assistant":
@@ -104,20 +108,45 @@ def _answered(rest: dict[str, Any], answer: Any, field: str, ignore: Collection[
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ConversationError(f"field {field!r} must be a text, a message or a list of messages")
     asked = rest.get("prompt")
+    names, joined = _names(field, answer), JOINED
     if _role(turns[0]) in ("system", "user"):  # the whole conversation
         rest = {name: value for name, value in rest.items() if name not in ("prompt", *TURNS)} | {"messages": turns}
     elif isinstance(asked, str | list):
+        _refuse(rest, TURNS, "prompt", ignore)
+        names = _names("prompt", asked) + names
         asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         rest = {name: value for name, value in rest.items() if name != "prompt"} | {"messages": [*asked, *turns]}
+    elif asked is not None:
+        raise ConversationError(f"field 'prompt' must be a text or a list of messages, got {shown(asked)}")
     elif name := next((name for name in TURNS if isinstance(rest.get(name), list)), None):
+        names = _names(name, rest[name]) + names
         rest = {**rest, name: [*rest[name], *turns]}
     elif "instruction" in rest and len(turns) == 1:
+        _refuse(rest, ("output",), field, ignore)
+        joined = re.compile("^field 'output()()")
         rest = {**rest, "output": turns[0].get("content", turns[0].get("value"))}
     else:
         raise ConversationError(
             f"needs the question: the field 'prompt', or a conversation in {field!r}; has {sorted(rest)}"
         )
-    return to_messages(rest, ignore=ignore)
+    try:
+        return to_messages(rest, ignore=ignore)
+    except ConversationError as error:
+        said = joined.sub(lambda found: f"field '{names[int(found[1] or 0)].format(found[2] or '')}", str(error))
+        raise ConversationError(said.replace("beside 'messages'", f"beside {field!r}")) from None
+
+
+def _refuse(rest: Mapping[str, Any], names: Collection[str], beside: str, ignore: Collection[str]) -> None:
+    """Raises ConversationError for a field that would be passed over without a word."""
+    if name := next((name for name in names if rest.get(name) not in NOTHING and name not in ignore), None):
+        raise not_read(name, f"beside {beside!r}")
+
+
+def _names(field: str, value: Any) -> list[str]:
+    """What errors call the messages of a field, with a place for the part of the message."""
+    if isinstance(value, str):
+        return [field]
+    return [f"{field}[{index}]{{}}" for index in range(len(value))] if isinstance(value, list) else [f"{field}{{}}"]
 
 
 def _role(turn: Any) -> str | None:

@@ -84,7 +84,8 @@ def read_splits(
         try:
             rows = list(read(path))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from error
+            advice = "convert it first, for example by iconv -f GB18030 -t UTF-8"
+            raise ValueError(f"{path} is not UTF-8 ({error}): {advice}") from error
         if not rows:
             raise ValueError(f"{path} holds no question")
         splits[split] = Dataset.from_list(rows)

@@ -28,6 +28,12 @@ def check_is_checkpoint(name: str, option: str, tokenizer_alone: bool = False) -
         raise FileNotFoundError(f"{option}: {error}") from error
 
 
+def is_adapter_alone(name: str) -> bool:
+    """Whether it is a folder of an adapter without a model."""
+    folder = Path(name).expanduser()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
 def find_folder(name: str) -> Path:
     """The folder of that name, or the snapshot of that name in the cache of the Hub's files; nothing is downloaded.
 

@@ -1,18 +1,36 @@
 """Folders and files that appear whole or not at all: what is saved over an older checkpoint never mixes with it."""
 
 import errno
+import glob
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import distributed
 
 UNFINISHED = ".unfinished"  # what the older index is called while a save goes on
+IN_USE, SUFFIX = ".in_use", re.compile(r"[a-z0-9_]{8}")  # in a folder of tempfile's, and at the end of its name
+
+
+class FullDiskError(OSError):
+    """A write failed for want of room, as far as its error tells; `cause` is what that says.
+
+    Args:
+        advice: what to do when there is room, where that is not to begin again.
+    """
+
+    def __init__(self, output: Path, cause: str, advice: str | None = None) -> None:
+        advice = advice or "give the same command again"
+        super().__init__(f"writing into {output} failed, is the disk full? ({cause}) Make room and {advice}")
+        self.cause = cause
 
 
 def check_new_folder(output: Path, advice: str = "choose a new folder") -> None:
@@ -30,7 +48,8 @@ def check_new_folder(output: Path, advice: str = "choose a new folder") -> None:
 @contextmanager
 def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder) -> Iterator[Path]:
     """Gives an empty folder beside `output`, the same to all processes of a distributed run, that takes its place on success,
-    with all it holds on the disk, and is removed otherwise. A process that is killed leaves `output` as it was.
+    with all it holds on the disk, and is removed otherwise. A process that is killed leaves `output` as it was, and a hidden folder
+    beside it, which the next call removes.
 
     Args:
         check: raises if `output` must not be replaced; called at the end, before it is.
@@ -43,16 +62,20 @@ def staged_folder(output: Path, check: Callable[[Path], None] = check_new_folder
         wait_for_others()
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+    _remove_abandoned(output)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch,
+        FileLock(Path(scratch) / IN_USE),
+    ):
         staged, old = Path(scratch) / "new", Path(scratch) / "old"
         staged.mkdir()
         _of_first_process(str(staged))
         try:
             yield staged
         except Exception as error:
-            if isinstance(error, OSError) or (cause := failed_write(error)) is None:
+            if (cause := failed_write(error)) is None:
                 raise
-            raise OSError(f"writing {output} failed, is the disk full? ({cause})") from error
+            raise FullDiskError(output, cause) from error
         wait_for_others()
         write_through(staged)
         check(output)
@@ -107,6 +130,17 @@ def check_saved(folder: Path) -> None:
             )
 
 
+def _remove_abandoned(output: Path) -> None:
+    """Removes what killed processes left beside `output`: the folders whose lock nobody holds, unless the older contents of an
+    `output` that is gone are in them."""
+    prefix = f".{output.name}-"
+    for scratch in output.parent.glob(glob.escape(prefix) + "*"):
+        is_ours = SUFFIX.fullmatch(scratch.name.removeprefix(prefix)) and (scratch / IN_USE).is_file()
+        if is_ours and (output.exists() or not (scratch / "old").exists()):
+            with suppress(Timeout), FileLock(scratch / IN_USE, timeout=0):
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all: what was there before stays until then."""
     partial = path.with_name(f".{path.name}.partial")
@@ -130,6 +164,8 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
 
 def failed_write(error: BaseException) -> str | None:
     """What a write failed of, if that is what this error says: of libraries, each has its own."""
+    if isinstance(error, FullDiskError):
+        return error.cause
     text = str(error)
     is_write = (
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

@@ -105,6 +105,8 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 "PPO logs and saves by steps, and evaluates nothing but its rewards: save_strategy is steps or no"
             )
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"--kl_target must be above 0, got {self.kl_target}")
         if self.kl_target is not None and self.final_kl_coefficient is not None:
             raise ValueError("kl_target adapts the weight of the KL penalty, final_kl_coefficient fixes it: give one")
 
@@ -141,7 +143,9 @@ class PPOTrainer:
         if not queries:
             raise ValueError("there are no queries to answer")
         if (args.ptx_coefficient > 0) != bool(ptx_rows):
-            raise ValueError("ptx_coefficient weighs the loss on pre-training examples: give both, or neither")
+            raise ValueError(
+                "ptx_coefficient weighs the loss on pre-training examples: give both (--ptx_data), or neither"
+            )
         if reference is None and not isinstance(model, PeftModel):
             reference = copy.deepcopy(model)
         vocabulary = plain_model(model).config.vocab_size

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..data.conversations import IGNORE_INDEX, data_set_rows, rows_of_file
-from ..data.formats import ConversationError
+from ..data.formats import NOT_UTF8, ConversationError
 
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
 Row = dict[str, Any]  # of training
@@ -35,28 +35,14 @@ def _read_lines(path: Path) -> Rows:
                 if line.strip():
                     yield f"line {number}", {"text": line.rstrip("\n")}
         except UnicodeDecodeError:
-            raise ConversationError(f"{path}, after line {number}: the file is not UTF-8 text") from None
-
-
-def _read_parquet(path: Path) -> Rows:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        for batch in ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
-    except ArrowException as error:
-        raise ConversationError(f"{path}, after {number} rows: the file is damaged ({error})") from None
+            raise ConversationError(f"{path}, after line {number}: {NOT_UTF8}") from None
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".txt": _read_lines,
     ".json": rows_of_file,
     ".jsonl": rows_of_file,
-    ".parquet": _read_parquet,
+    ".parquet": rows_of_file,
 }
 
 
@@ -160,7 +146,8 @@ class Documents:
             return
         name = self.text_field or next((name for name in TEXT_FIELDS if name in row), TEXT_FIELDS[0])
         if not isinstance(text := row.get(name), str):
-            raise ConversationError(f"field {name!r} must be a text; has {sorted(row)}")
+            other = "" if name in row else ": name another by --text_field"
+            raise ConversationError(f"field {name!r} must be a text; has {sorted(row)}{other}")
         ids = self.tokenizer(text, add_special_tokens=self.is_ended, split_special_tokens=True)["input_ids"]
         if text:
             is_closed = not self.is_ended or ids[-1:] == [self._end_id]

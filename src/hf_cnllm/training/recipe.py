@@ -9,6 +9,7 @@ for what a user can mend.
 """
 
 import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ..data.conversations import Row, read_rows
 from ..recipes import config_file
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
+ADAPTER_FLAG = re.compile(r"--(lora[_-]|use[_-](dora|rslora)\b)")
 
 
 @dataclass
@@ -92,9 +94,13 @@ def parse_arguments(description: str, *dataclasses_of_arguments: type) -> tuple[
     try:
         with warnings.catch_warnings():  # of a default of TRL's own
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-            return parser.parse_args_and_config(words)
+            parsed = parser.parse_args_and_config(words)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {words[place]} is no YAML: {error}") from error
+    has_adapter = any(getattr(one, "use_peft", False) for one in parsed)
+    if not has_adapter and (flag := next(filter(ADAPTER_FLAG.match, words), None)):
+        raise ValueError(f"{flag} is a setting of an adapter: add --use_peft, without which all weights are trained")
+    return tuple(parsed)
 
 
 def check_counts(options: Any, *names: str) -> None:
@@ -107,7 +113,7 @@ def check_counts(options: Any, *names: str) -> None:
 def tell_left_out(kept: int, total: int, what: str, option: str, limit: int | None) -> None:
     """Says how many of the rows were longer than an option allows; raises ValueError if all were."""
     if not kept:
-        raise ValueError(f"all of the {total} {what} are longer than --{option} {limit}")
+        raise ValueError(f"all of the {total} {what} are longer than --{option} {limit}: raise it")
     if kept < total:
         print(f"{total - kept} of {total} {what} are longer than --{option} and left out")
 

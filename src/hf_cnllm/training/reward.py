@@ -105,6 +105,7 @@ class QueryArguments(RecipeArguments):
     safety_data: list[str] | None = field(
         default=None, metadata={"help": "further queries as --data, whose answers the safe reward model judges alone"}
     )
+    ignore_fields: list[str] | None = field(default=None, metadata={"help": "fields of the data to leave out"})
     max_prompt_length: int = field(default=512, metadata={"help": "longer queries are left out"})
 
 
@@ -137,7 +138,9 @@ def load_reward(
 def load_queries(arguments: QueryArguments, tokenizer: Any) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The rows of `--data` and `--safety_data` by `encode_queries`, and the queries of the latter."""
     rows, safety_rows = (
-        encode_queries(tokenizer, read_queries(paths), arguments.max_prompt_length) if paths else []
+        encode_queries(tokenizer, read_queries(paths, arguments.ignore_fields or ()), arguments.max_prompt_length)
+        if paths
+        else []
         for paths in (arguments.data, arguments.safety_data)
     )
     return rows + safety_rows, [row["query"] for row in safety_rows]

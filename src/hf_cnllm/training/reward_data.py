@@ -88,5 +88,8 @@ def encode_pairs(
         else:
             examples.append(example)
     if not examples:
-        raise ValueError(f"none of the {len(rows)} pairs can be learned: {dict(left_out)}")
+        reasons = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        raise ValueError(
+            f"none of the {len(rows)} pairs can be learned ({reasons}): raise --max_length, or give pairs of different answers"
+        )
     return examples, left_out

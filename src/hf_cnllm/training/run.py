@@ -23,8 +23,16 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
-from ..hub.places import check_is_checkpoint
-from ..hub.saving import failed_write, is_first_process, staged_folder, wait_for_others, write_json, write_through
+from ..hub.places import check_is_checkpoint, is_adapter_alone
+from ..hub.saving import (
+    FullDiskError,
+    failed_write,
+    is_first_process,
+    staged_folder,
+    wait_for_others,
+    write_json,
+    write_through,
+)
 from .curves import draw_curves
 from .processes import gather_whole_model
 from .recipe import RecipeArguments
@@ -72,6 +80,14 @@ class _MarkComplete(TrainerCallback):
             (folder / COMPLETE_FILE).touch()
 
 
+class _LogTheLastStep(TrainerCallback):
+    """Logs the end of a training whose number of steps `logging_steps` does not divide, or is above."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
+
 class _HasEndedError(Exception):
     pass
 
@@ -116,6 +132,7 @@ class Run:
     def train(self, trainer: Any) -> None:
         """Trains, from the last complete checkpoint on if the run is resumed."""
         trainer.add_callback(_MarkComplete())
+        trainer.add_callback(_LogTheLastStep())
         if self.checkpoint is None:
             trainer.train()
             return
@@ -209,6 +226,11 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             # A configuration of its own leaves the tokenizer to --model.
             alone = option == "model" and told.get("config_name") is not None
             check_is_checkpoint(name, f"--{option}", tokenizer_alone=alone)
+            if option != "adapter" and is_adapter_alone(name):
+                other = f", or give its base model, --use_peft and --adapter {name}" if "adapter" in told else ""
+                raise ValueError(
+                    f"--{option}: {name} is an adapter: merge it into its base model (PEFT's merge_and_unload) first{other}"
+                )
     told = json.loads(json.dumps(told, default=str))
     with contextlib.ExitStack() as stack:
         if training.process_index == 0:
@@ -225,9 +247,8 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if (cause := failed_write(first)) is None:
                 raise
-            raise OSError(
-                f"writing into {output} failed, is the disk full? ({cause}) {_what_is_left(output)}"
-            ) from error
+            advice = _what_is_left(output) if last_complete_checkpoint(output) else None
+            raise FullDiskError(output, cause, advice) from error
         finally:
             if training.process_index == 0:
                 _remove_half_written(output)

@@ -1,13 +1,14 @@
 """Queries, and the responses that a model samples to them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..data.conversations import as_template_takes, read_rows
+from ..data.conversations import ConversationError, as_template_takes, read_rows
 from ..data.preferences import read_question
 from ..models.glm_line.blank_positions import MASK_FIELDS
 from ..models.glm_line.generation import PrefixLMGenerationMixin
@@ -16,20 +17,25 @@ from .ppo_equations import response_mask
 from .recipe import tell_left_out
 
 
-def read_queries(names: Sequence[str]) -> list[dict[str, Any]]:
+def read_queries(names: Sequence[str], ignore: Collection[str] = ()) -> list[dict[str, Any]]:
     """Rows of conversations that end where an answer is wanted, by [`read_question`]."""
-    return [{"messages": row["prompt"], "tools": row["tools"]} for row in read_rows(names, read_question)]
+    rows = read_rows(names, partial(read_question, ignore=ignore))
+    return [{"messages": row["prompt"], "tools": row["tools"]} for row in rows]
 
 
 def encode_queries(tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
     """The rows with their token ids, as the chat template opens the reply, as `query`; longer ones are left out.
 
     Raises:
+        ConversationError: the template has no place for something.
         ValueError: all queries are longer.
     """
     encoded = []
-    for row in rows:
-        messages = as_template_takes(tokenizer, row["messages"], row["tools"])
+    for number, row in enumerate(rows, start=1):
+        try:
+            messages = as_template_takes(tokenizer, row["messages"], row["tools"])
+        except ConversationError as error:
+            raise ConversationError(f"query {number}: {error}") from None
         query = tokenizer.apply_chat_template(
             messages, tools=row["tools"], add_generation_prompt=True, return_dict=False
         )

@@ -163,7 +163,10 @@ def _encode_all_blanks(tokenizer: Any, rows: Sequence[Row], max_length: int) -> 
                 f"conversation {number}: GLM learns the last answer of a conversation, without tools and with its loss"
             )
         texts = " ".join(message["content"] for message in context), answer["content"]
-        example, cut = _encode_blank(tokenizer, *texts, max_length)
+        try:
+            example, cut = _encode_blank(tokenizer, *texts, max_length)
+        except ConversationError as error:
+            raise ConversationError(f"conversation {number}: {error}") from None
         examples.append(example)
         cuts.update(cut)
     return examples, cuts
@@ -179,6 +182,8 @@ def _encode_blank(tokenizer: Any, question: str, answer: str, max_length: int) -
     )
     # The start token stands where the labels have the end, so the mask is all that is added between the two texts.
     room = max_length - len(control.before) - len(control.after) - 1
+    if room < 1:
+        raise ConversationError(f"of {max_length} tokens none is left for an answer: raise max_length")
     written = [*told, control.end]
     if len(written) >= room:  # the answer alone is too long: the question keeps up to half
         written = written[: room - min(len(asked), room // 2)]

@@ -159,7 +159,7 @@ def test_a_half_written_task_is_done_anew(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps.RecordWriter, "_write", fail_midway)
-        with pytest.raises(OSError, match=r"the disk of .* is full"):
+        with pytest.raises(OSError, match=r"writing into .* failed, is the disk full\?"):
             run(settings)
     run(settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -342,7 +342,7 @@ def test_a_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "__init__", open_on_full_disk)
-        with pytest.raises(OSError, match=r"the disk of .*out is full"):
+        with pytest.raises(OSError, match=r"writing into .*out failed, is the disk full\?"):
             make(tmp_path / "out")
     make(tmp_path / "out")
     make(tmp_path / "whole")
