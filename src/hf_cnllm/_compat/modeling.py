@@ -35,7 +35,6 @@ with insides():
         and_masks,
         causal_mask_function,
         create_causal_mask,
-        create_masks_for_generate,
         create_sliding_window_causal_mask,
         find_packed_sequence_indices,
         or_masks,
@@ -296,8 +295,7 @@ class GenerationHooks:
     ) -> Any:
         """The mask of a step with a static cache, of a fixed shape, made outside of the compiled forward pass;
         `attention_mask` itself where the forward pass is to make it."""
-        # The cache goes by position: its name is another one until 5.23.
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+        return attention_mask
 
     def check_continuous_batching(self, workload_hints: Any) -> None:
         """Refuses, with a ValueError, what continuous batching (`generate_batch`) would not serve right."""

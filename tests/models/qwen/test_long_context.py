@@ -279,6 +279,13 @@ def test_sequences_packed_by_a_mask_count_for_themselves(backend):
     torch.testing.assert_close(step, whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"use_dynamic_ntk": False, "use_logn_attn": False, "seq_length": None}])
+@pytest.mark.parametrize("given", [WIDTH, torch.tensor([WIDTH])], ids=["number", "tensor"])
+def test_generate_takes_prompt_lengths_as_the_forward_pass_does(overrides, given, batch):
+    model, ids = load(**overrides), batch[0][:1]
+    assert torch.equal(generate(model, ids, prompt_lengths=given), generate(model, ids))
+
+
 def test_ntk_and_logn_go_by_one_trained_length(batch):
     """By the one that the model was built with: a configuration that changes later must not move one without the other."""
     model = load(use_logn_attn=True)

@@ -115,13 +115,10 @@ class BaichuanConfig(CheckpointConfigMixin, PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
 
     def __post_init__(self, **kwargs):
-        if self.position_embedding is None:
-            alibi = self.max_position_embeddings is None and self.model_max_length is not None
-            self.position_embedding = "alibi" if alibi else "rope"
-        if self.position_embedding == "rope" and self.max_position_embeddings is None:
-            self.max_position_embeddings = self.model_max_length or 4096
-        if self.position_embedding == "alibi" and self.model_max_length is None:
-            self.model_max_length = self.max_position_embeddings or 4096
+        alibi = self.max_position_embeddings is None and self.model_max_length is not None
+        self.set_missing({"position_embedding": "alibi" if alibi else "rope"})
+        trained_length = {"rope": "max_position_embeddings", "alibi": "model_max_length"}[self.position_embedding]
+        self.set_missing({trained_length: self.max_position_embeddings or self.model_max_length or 4096})
         if self.norm_head is None:
             tokenizer_class = kwargs.get("tokenizer_class")
             if self.vocab_size not in NORM_HEAD_BY_VOCAB_SIZE and tokenizer_class not in (None, BAICHUAN2_TOKENIZER):

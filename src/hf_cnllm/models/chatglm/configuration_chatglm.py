@@ -198,10 +198,8 @@ class ChatGLM1Config(ChatGLMConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.early_positions is None:
-            self.early_positions = self.vocab_size == EARLY_VOCAB_SIZE or (
-                self.vocab_size != LATE_VOCAB_SIZE and self.pad_token_id is None
-            )
+        is_unusual = self.vocab_size not in (EARLY_VOCAB_SIZE, LATE_VOCAB_SIZE) and self.pad_token_id is None
+        self.set_missing({"early_positions": self.vocab_size == EARLY_VOCAB_SIZE or is_unusual})
         if (first_id := FIRST_CONTROL_ID.get(self.vocab_size)) is not None:
             self.set_missing({field: first_id + offset for field, offset in CONTROL_TOKENS.items()})
 
@@ -261,10 +259,9 @@ class ChatGLM2Config(ChatGLMConfig):
     fp32_residual_connection: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.rope_ratio_type is None:
-            name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
-            named = re.findall("chatglm[23]", str(name).lower())  # the last: folders in front are named after anything
-            self.rope_ratio_type = "linear" if named[-1:] == ["chatglm2"] else "base"
+        name = kwargs.get("_name_or_path") or kwargs.get("name_or_path") or ""
+        named = re.findall("chatglm[23]", str(name).lower())  # the last: folders in front are named after anything
+        self.set_missing({"rope_ratio_type": "linear" if named[-1:] == ["chatglm2"] else "base"})
         super().__post_init__(**kwargs)
 
     def sizes_that_follow(self):

@@ -120,22 +120,26 @@ def texts_of_packed_row(
     """Mask and positions, with the numbers of its texts as the mask of a row that TRL or a collator of transformers packed:
     its positions, `[batch, length]`, only say that each text begins at 0, so the model's own are left to be found."""
     is_alone = attention_mask is None and cache is None and isinstance(input_ids, torch.Tensor)
-    if not (is_alone and isinstance(position_ids, torch.Tensor)):
-        return attention_mask, position_ids
+    if is_alone and isinstance(position_ids, torch.Tensor) and _count_texts(config, input_ids, position_ids):
+        return (position_ids == 0).long().cumsum(dim=1), None
+    return attention_mask, position_ids
+
+
+def _count_texts(config: PreTrainedConfig, input_ids: torch.Tensor, position_ids: torch.Tensor) -> bool:
+    """Whether positions count every text of a row from 0."""
     if position_ids.ndim != 2 or position_ids.shape != input_ids.shape:
-        return attention_mask, position_ids
+        return False
     is_start = position_ids == 0
     counts_on = F.pad(position_ids, (1, 0), value=-1).diff() == 1
     if not torch.compiler.is_compiling() and not (is_start | counts_on).all():
-        return attention_mask, position_ids  # which is then refused
-    if not config.block_position_encoding:
-        # One row may as well be the model's own positions, where a blank at 0 has several tokens: a text has one start.
-        if config.sop_token_id is None or not is_readable(position_ids):
-            return attention_mask, position_ids
-        starts, zeros = (input_ids == config.sop_token_id).sum(dim=1), is_start.sum(dim=1)
-        if int(zeros.max()) == 1 or not torch.equal(starts, zeros):
-            return attention_mask, position_ids
-    return is_start.long().cumsum(dim=1), None
+        return False
+    if config.block_position_encoding:
+        return True
+    # One row may as well be the model's own positions, where a blank at 0 has several tokens: a text has one start.
+    if config.sop_token_id is None or not is_readable(position_ids):
+        return False
+    starts, zeros = (input_ids == config.sop_token_id).sum(dim=1), is_start.sum(dim=1)
+    return int(zeros.max()) > 1 and torch.equal(starts, zeros)
 
 
 def _refuse_shifted(

@@ -39,12 +39,15 @@ class QWenGenerationMixin(GenerationHooks):
         prefix tuning); an assistant, which gets copies of all arguments, might not know it.
         """
         cache = arguments.get(CACHE)
-        if cache is None or (prompt_lengths := arguments.pop("prompt_lengths", None)) is None or self.training:
+        if cache is None or (prompt_lengths := arguments.pop("prompt_lengths", None)) is None:
+            return
+        if self.training or not self.config.use_dynamic_ntk:
             return
         rotary_emb = self.transformer.rotary_emb
-        is_long = int(prompt_lengths.max()) > rotary_emb.seq_length
+        lengths = torch.as_tensor(prompt_lengths, device=rotary_emb.inv_freq.device).reshape(-1, 1)
+        is_long = int(lengths.max()) > rotary_emb.seq_length
         if is_long or is_assisted or int(cache.get_seq_length()):
-            carry_inv_freq(cache, rotary_emb.inv_freq_for(prompt_lengths[:, None].to(rotary_emb.inv_freq.device)))
+            carry_inv_freq(cache, rotary_emb.inv_freq_for(lengths))
         if is_long and not is_assisted:
             arguments["prompt_lengths"] = prompt_lengths
 
