@@ -340,6 +340,28 @@ def test_what_prompt_learning_would_cut_is_refused(row, method, how):
         generate(model, ids, **options)
 
 
+@tuned_too
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradients_of_each_example_by_torch_func(row, training):
+    model = load(row).train(training)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    ids = torch.cat([prompt(row, 9, seed=seed) for seed in range(3)])
+
+    def loss(weights, example):
+        inputs = {"labels": example[None], "use_cache": False}
+        if row.needs_mask:
+            inputs["attention_mask"] = torch.ones_like(example[None])
+        return torch.func.functional_call(model, weights, (example[None],), inputs).loss
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids)
+    for index in range(3):
+        model.zero_grad()
+        forward(row, model, ids[index : index + 1], labels=ids[index : index + 1]).loss.backward()
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                torch.testing.assert_close(gradients[name][index], weight.grad, atol=row.tolerance, rtol=1e-4)
+
+
 @families
 def test_accumulated_gradients_equal_those_of_one_batch(row):
     """`num_items_in_batch`, as Trainer passes it, makes two half batches add up to the whole."""

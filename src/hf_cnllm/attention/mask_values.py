@@ -106,5 +106,10 @@ def _check_biases(biases: torch.Tensor) -> None:
 
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether there are values to look at: not while tracing, for `torch.compile` and `torch.export` alike, whose graphs are to
-    hold for others too. Everything that checks values asks here."""
-    return not (is_tracing(tensor) or tensor.device.type == "meta" or tensor.numel() == 0)
+    hold for others too, nor in `torch.func.vmap`, where there are several at once. Everything that checks values asks here."""
+    return not (is_tracing(tensor) or tensor.device.type == "meta" or tensor.numel() == 0 or in_transform())
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` (`grad`, `vmap`, `jvp`, …) runs what is called here."""
+    return torch._C._are_functorch_transforms_active()

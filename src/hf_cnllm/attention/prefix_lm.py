@@ -40,6 +40,7 @@ from .._compat.modeling import (
     repeat_kv,
 )
 from .flex import fixed_size
+from .mask_values import in_transform
 from .masks import EVERYONES, make_mask, read_mask
 from .stretches import Stretches, find_sequences
 
@@ -105,7 +106,8 @@ def create_prefix_lm_mask(
             f"attn_implementation={backend!r} has no prefix-LM form here and would silently be causal: use one of "
             f"{', '.join(MASK_BACKENDS)}, or flash attention."
         )
-    mask, tracing = read_mask(inputs_embeds, attention_mask, cache, learned_keys), is_tracing(inputs_embeds)
+    mask = read_mask(inputs_embeds, attention_mask, cache, learned_keys)
+    tracing = is_tracing(inputs_embeds) or in_transform()
     queries, past = mask.queries, mask.past
     packed = mask.packed is not False
     has_prefix = prefix is not None and (tracing or bool(prefix.any()))
@@ -117,7 +119,7 @@ def create_prefix_lm_mask(
     new, front = None, None
     if mask.sequences is not None:
         new, front = mask.sequences[:, -queries:], mask.sequences[:, :-queries] != 0
-    # A traced graph is to hold for all lengths, so tracing does not ask for this one.
+    # A traced graph is to hold for all lengths, so tracing does not ask for this one, nor can `torch.func.vmap`.
     two_calls = not tracing and (flash or (backend == "sdpa" and queries > DENSE_LENGTH))
     if two_calls and (front is None or front.all()):
         layout = find_layout(prefix, new, int(past))

@@ -12,6 +12,7 @@ from .._compat.modeling import (
     ForMaskedLMLoss,
     slice_logits_to_keep,
 )
+from ..attention.mask_values import in_transform
 from .causal_lm import DEFAULT_CHUNK_SIZE, causal_lm_loss, chunked_causal_lm_loss
 from .lazy_logits import lazy_logits
 from .norm_head import NormHead
@@ -66,7 +67,7 @@ def loss_and_logits(
     `outputs.logits` (a metric, a loss of one's own) gets them then, differentiable as ever, and who does not never pays
     for them. Everything else computes the logits and the loss from them: evaluation, `loss_chunk_size=None`,
     `logits_to_keep`, a `loss_function` of the user's own, a head that is quantized, sharded, adapted by LoRA, offloaded
-    or hooked, `torch.compile`, and `nn.DataParallel`.
+    or hooked, `torch.compile`, transforms of `torch.func`, and `nn.DataParallel`.
 
     Args:
         hidden_states: (batch, length, hidden_size).
@@ -80,6 +81,7 @@ def loss_and_logits(
         model.training
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not in_transform()
         and not in_data_parallel
         and chunk_size is not None
         and isinstance(logits_to_keep, int)
