@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,7 +34,7 @@ from .._stack import LIBRARIES, installed_version, own_version
 from ..cli import one_line
 from ..data.conversations import Row, read_rows
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
-from ..hub.places import check_is_checkpoint, is_adapter_alone
+from ..hub.places import check_is_checkpoint, is_adapter_alone, refuse_classifier
 from ..hub.saving import (
     FullDiskError,
     failed_write,
@@ -69,6 +69,8 @@ class RecipeArguments:
     data: list[str] = field(metadata={"help": "files of examples, or the name of a dataset"})
     output: str = field(metadata={"help": "folder for the result: new, or empty"})
     resume: bool = field(default=False, metadata={"help": "go on from the last complete checkpoint in --output"})
+
+    takes_classifiers: ClassVar[bool] = False  # whether --model may be one
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):  # a YAML file may give one text for a list of one
@@ -366,11 +368,9 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             # A configuration of its own leaves the tokenizer to --model.
             alone = option == "model" and told.get("config_name") is not None
             check_is_checkpoint(name, f"--{option}", tokenizer_alone=alone)
-            if option != "adapter" and is_adapter_alone(name):
-                other = f", or give its base model, --use_peft and --adapter {name}" if "adapter" in told else ""
-                raise ValueError(
-                    f"--{option}: {name} is an adapter: merge it into its base model (PEFT's merge_and_unload) first{other}"
-                )
+            _check_kind(option, name, has_adapter_option="adapter" in told)
+            if option == "model" and not (alone or arguments.takes_classifiers):
+                refuse_classifier(name, f"--{option}")
     told = json.loads(json.dumps(told, default=str))
     with contextlib.ExitStack() as stack:
         if training.process_index == 0:
@@ -392,6 +392,18 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         finally:
             if training.process_index == 0:
                 _remove_half_written(output)
+
+
+def _check_kind(option: str, name: str, has_adapter_option: bool) -> None:
+    """Raises ValueError for an adapter in the place of a model, and the other way round."""
+    is_adapter = is_adapter_alone(name)
+    if option != "adapter" and is_adapter:
+        other = f", or give its base model, --use_peft and --adapter {name}" if has_adapter_option else ""
+        raise ValueError(
+            f"--{option}: {name} is an adapter: merge it into its base model (PEFT's merge_and_unload) first{other}"
+        )
+    if option == "adapter" and not is_adapter and Path(name).is_dir():
+        raise ValueError(f"--{option}: {name} is a model and no adapter: give it as --model")
 
 
 def _what_is_left(output: Path) -> str:
