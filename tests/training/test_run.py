@@ -8,9 +8,18 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_cnllm.data.owned_folder import LOCK_FILE
+from hf_cnllm.recipes.reward import RewardArguments
+from hf_cnllm.recipes.sft import SFTArguments
 from hf_cnllm.training.recipe import RecipeArguments
 from hf_cnllm.training.run import COMPLETE_FILE, SUMMARY_FILE, StopAtNonFiniteLoss, last_complete_checkpoint, open_run
 
@@ -165,4 +174,19 @@ def test_an_adapter_is_no_model(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     refuse(tmp_path, "--model: .*adapter is an adapter: merge it into its base model", model=str(tmp_path / "adapter"))
+    with (
+        pytest.raises(ValueError, match=r"--adapter: .*line is a model and no adapter"),
+        open_run(SFTArguments(**vars(arguments(tmp_path)) | {"adapter": str(tmp_path / "line")}), options()),
+    ):
+        raise AssertionError
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_is_no_language_model(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=8, num_labels=1, **sizes)).save_pretrained(
+        tmp_path / "judge"
+    )
+    refuse(tmp_path, r"--model: .*judge is a classifier \(LlamaForSeq", model=str(tmp_path / "judge"))
+    with open_run(RewardArguments(**vars(arguments(tmp_path, model=str(tmp_path / "judge")))), options()):
+        pass

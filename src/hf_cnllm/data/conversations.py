@@ -411,7 +411,9 @@ def _encode(
         raise ConversationError(str(error)) from error
     ids, is_reply = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if not any(is_reply) and all(message.get("loss", True) for message in messages):
-        raise ValueError(f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}")
+        raise ValueError(
+            f"the chat template of {type(tokenizer).__name__} marks no reply with {{% generation %}}: give it one that does (recipes take --template)"
+        )
     is_special = getattr(tokenizer, "is_control_token", None)  # ChatGLM3's `<|user|>` is a piece of its vocabulary
     if is_special is None:
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

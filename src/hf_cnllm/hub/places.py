@@ -34,6 +34,13 @@ def is_adapter_alone(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def refuse_classifier(name: str, option: str) -> None:
+    """Raises ValueError for a checkpoint whose head is a classifier's: as a language model it would have a random one."""
+    kinds = read_config(name, folder_of(name)).get("architectures") or []
+    if found := next((kind for kind in kinds if str(kind).endswith("ForSequenceClassification")), None):
+        raise ValueError(f"{option}: {name} is a classifier ({found}), as reward models are: give a language model")
+
+
 def find_folder(name: str) -> Path:
     """The folder of that name, or the snapshot of that name in the cache of the Hub's files; nothing is downloaded.
 

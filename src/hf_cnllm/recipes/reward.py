@@ -36,6 +36,7 @@ from hf_cnllm.training.sft_data import fills_blanks, use_template
 
 @dataclass
 class RewardArguments(ChatArguments):
+    takes_classifiers = True
     eval_data: list[str] | None = field(default=None, metadata={"help": "pairs to evaluate on, instead of --held_out"})
     held_out: float = field(default=0.1, metadata={"help": "part of the prompts that is not learned but evaluated on"})
     margins: str | None = field(

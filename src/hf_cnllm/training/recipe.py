@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from yaml import YAMLError
@@ -37,6 +37,8 @@ class RecipeArguments:
     data: list[str] = field(metadata={"help": "files of examples, or the name of a dataset"})
     output: str = field(metadata={"help": "folder for the result: new, or empty"})
     resume: bool = field(default=False, metadata={"help": "go on from the last complete checkpoint in --output"})
+
+    takes_classifiers: ClassVar[bool] = False  # whether --model may be one
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):  # a YAML file may give one text for a list of one

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .._stack import LIBRARIES, installed_version, own_version
 from ..data.owned_folder import LOCK_FILE, RUN_FILE, exclusive
-from ..hub.places import check_is_checkpoint, is_adapter_alone
+from ..hub.places import check_is_checkpoint, is_adapter_alone, refuse_classifier
 from ..hub.saving import (
     FullDiskError,
     failed_write,
@@ -226,11 +226,9 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
             # A configuration of its own leaves the tokenizer to --model.
             alone = option == "model" and told.get("config_name") is not None
             check_is_checkpoint(name, f"--{option}", tokenizer_alone=alone)
-            if option != "adapter" and is_adapter_alone(name):
-                other = f", or give its base model, --use_peft and --adapter {name}" if "adapter" in told else ""
-                raise ValueError(
-                    f"--{option}: {name} is an adapter: merge it into its base model (PEFT's merge_and_unload) first{other}"
-                )
+            _check_kind(option, name, has_adapter_option="adapter" in told)
+            if option == "model" and not (alone or arguments.takes_classifiers):
+                refuse_classifier(name, f"--{option}")
     told = json.loads(json.dumps(told, default=str))
     with contextlib.ExitStack() as stack:
         if training.process_index == 0:
@@ -252,6 +250,18 @@ def open_run(arguments: RecipeArguments, training: TrainingArguments, *others: A
         finally:
             if training.process_index == 0:
                 _remove_half_written(output)
+
+
+def _check_kind(option: str, name: str, has_adapter_option: bool) -> None:
+    """Raises ValueError for an adapter in the place of a model, and the other way round."""
+    is_adapter = is_adapter_alone(name)
+    if option != "adapter" and is_adapter:
+        other = f", or give its base model, --use_peft and --adapter {name}" if has_adapter_option else ""
+        raise ValueError(
+            f"--{option}: {name} is an adapter: merge it into its base model (PEFT's merge_and_unload) first{other}"
+        )
+    if option == "adapter" and not is_adapter and Path(name).is_dir():
+        raise ValueError(f"--{option}: {name} is a model and no adapter: give it as --model")
 
 
 def _what_is_left(output: Path) -> str:
