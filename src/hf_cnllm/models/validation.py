@@ -72,7 +72,7 @@ def validate_inputs(
         fields = vars(config)  # a step should not pay six times for a configuration's own attribute access
         heads = fields["num_attention_heads"]
         head_dim = fields.get("kv_channels") or fields["hidden_size"] // heads
-        heads = getattr(config, "num_key_value_heads", heads)
+        heads = fields["multi_query_group_num"] if fields.get("multi_query_attention") else heads
         check_cache(cache, batch_size, config.num_hidden_layers, heads, head_dim)
     return cache
 

@@ -234,7 +234,7 @@ class QWenModel(QWenPreTrainedModel):
         past_length, by_columns = cached_length(cache), position_ids is None
         # How far the positions reach, where that is known without looking at tensors and is more than an example's.
         is_known = by_columns and isinstance(past_length, int) and not is_tracing(inputs_embeds)
-        reach = past_length + length if is_known else None
+        reach = int(past_length) + length if is_known else None
         if by_columns:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         masks: Any = attention_mask
@@ -251,11 +251,7 @@ class QWenModel(QWenPreTrainedModel):
                 inputs_embeds, attention_mask, position_ids, cache, prompt_lengths
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids, inv_freq)
-        query_scale = None
-        seq_length = self.rotary_emb.seq_length  # one for NTK and LogN
-        if self.config.use_logn_attn and not self.training and (reach is None or reach > seq_length):
-            counted = columns_or_places(attention_mask, position_ids) if by_columns else position_ids
-            query_scale = logn_scale(counted, seq_length).to(inputs_embeds.dtype)
+        query_scale = self._query_scale(inputs_embeds.dtype, attention_mask, position_ids, by_columns, reach)
         if reach is not None and reach > self.config.max_position_embeddings and not self.config.use_dynamic_ntk:
             logger.warning_once(
                 f"The input goes past `max_position_embeddings` ({self.config.max_position_embeddings}), with "
@@ -279,14 +275,24 @@ class QWenModel(QWenPreTrainedModel):
 
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), cache=cache)
 
-
-def columns_or_places(attention_mask: Any, columns: torch.Tensor) -> torch.Tensor:
-    """What LogN counts by default: columns, as the original, or the places of tokens in sequences that the mask packs."""
-    packed = is_packed(attention_mask)
-    if packed is False:
-        return columns
-    places = positions_in_sequences(attention_mask)[:, -columns.shape[1] :].to(columns.device)
-    return places if packed else torch.where((attention_mask > 1).any(), places, columns)
+    def _query_scale(
+        self,
+        dtype: torch.dtype,
+        attention_mask: Any,
+        position_ids: torch.Tensor,
+        by_columns: bool,
+        reach: int | None,
+    ) -> torch.Tensor | None:
+        """LogN's factors, or None where no query is past the trained length. By default they count columns, as the original,
+        or the places of tokens in sequences that the mask packs."""
+        seq_length = self.rotary_emb.seq_length  # one for NTK and LogN
+        if not self.config.use_logn_attn or self.training or (reach is not None and reach <= seq_length):
+            return None
+        packed = by_columns and is_packed(attention_mask)
+        if packed is not False:
+            places = positions_in_sequences(attention_mask)[:, -position_ids.shape[1] :].to(position_ids.device)
+            position_ids = places if packed else torch.where((attention_mask > 1).any(), places, position_ids)
+        return logn_scale(position_ids, seq_length).to(dtype)
 
 
 @shifts_labels
