@@ -487,6 +487,15 @@ def test_messages_are_left_as_they_were(tokenizer):
     assert chat == before
 
 
+def test_a_chat_without_a_token_to_pad_with():
+    folder = TokenizerGolden("baichuan2_small").vocabulary
+    without = BaichuanTokenizer(folder / "tokenizer.model")
+    assert without.pad_token is None
+    ids = BaichuanTokenizer.from_pretrained(folder).apply_chat_template(TURNS)["input_ids"]
+    assert without.apply_chat_template(TURNS)["input_ids"] == ids
+    assert without(without.apply_chat_template(TURNS, tokenize=False), add_special_tokens=False)["input_ids"] == ids
+
+
 def test_an_empty_chat_text(tokenizer):
     assert tokenizer.apply_chat_template([{"role": "system", "content": ""}])["input_ids"] == []
 

@@ -268,7 +268,7 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, TextsMix
     ) -> None:
         """Pads encodings, in place, as `tokenizer(…)` would."""
         length = padded_length(map(len, encodings), padding_strategy, max_length, pad_to_multiple_of)
-        for encoding in encodings:
+        for encoding in encodings if length else ():  # who does not pad need not have a token for it
             encoding.pad(
                 length,
                 direction=padding_side or self.padding_side,

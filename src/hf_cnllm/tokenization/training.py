@@ -181,16 +181,14 @@ def new_tokens(old: Any, trained: Any, count: int) -> list[str]:
     Raises:
         ValueError: there are not as many.
     """
-    found = []
-    for index in range(len(trained)):
+    found: dict[str, None] = {}
+    for index in sorted(set(range(len(trained))).difference(trained.all_special_ids)):
         text = trained.decode([index]).strip()
-        is_text = (
-            bool(text) and "\ufffd" not in text and len(text.split()) == 1 and index not in trained.all_special_ids
-        )
+        is_text = "\ufffd" not in text and len(text.split()) == 1
         if is_text and text not in found and len(old.encode(text, add_special_tokens=False)) > 1:
-            found.append(text)
+            found[text] = None
         if len(found) == count:
-            return found
+            return list(found)
     raise ValueError(f"the texts yield {len(found)} tokens that the vocabulary lacks, and {count} are wanted")
 
 

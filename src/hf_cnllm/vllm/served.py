@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from ..models.baichuan import BaichuanConfig
 from ..models.chatglm import ChatGLMConfig, ChatGLMTokenizer
-from ..models.chatglm.chat import DEFAULTS as CHATGLM_CHATS
+from ..models.chatglm.chat import end_ids
 from ..models.glm import GLMConfig
 from ..models.glm130b import GLM130BConfig
 from ..models.qwen import QWenConfig, QWenTokenizer
@@ -67,8 +67,7 @@ def longest(config: PreTrainedConfig) -> tuple[int, str]:
 def stop_ids(tokenizer: Any) -> list[int]:
     """The ids that end an answer in the family's chats, which its published configurations do not all name."""
     if isinstance(tokenizer, ChatGLMTokenizer):
-        _, names = CHATGLM_CHATS[tokenizer.generation]
-        return [tokenizer.get_command(name) for name in names]
+        return end_ids(tokenizer)
     if isinstance(tokenizer, QWenTokenizer):
         return [ids[0] for ids in get_stop_words_ids("chatml", tokenizer)]
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

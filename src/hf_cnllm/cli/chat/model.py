@@ -17,7 +17,7 @@ from ...data.infilling import either_of, infill
 from ...families import Family
 from ...hub.places import ADAPTER_CONFIG
 from ...models.chat import iterate_tokens
-from ...models.chatglm.chat import DEFAULTS
+from ...models.chatglm.chat import DEFAULTS, end_ids
 from ...models.chatglm.tool_calls import as_chatglm3_tools, read_answer
 from ..checkpoint import read_checkpoint
 from .tools import TOOLS
@@ -56,9 +56,9 @@ class ChatModel:
         }
         self.ends: set[int] = set()
         if self.generation is not None:
-            sampling, names = DEFAULTS[self.generation]
+            sampling, _ = DEFAULTS[self.generation]
             self.options |= {"do_sample": True, **{name: sampling[name] for name in ("top_p", "temperature")}}
-            self.ends = {tokenizer.get_command(name) for name in names}
+            self.ends = set(end_ids(tokenizer))
         if self.keeps_history:
             self.ends |= set(reply_end_ids(tokenizer, generation))
         elif (end := generation.eos_token_id) is not None:

@@ -208,14 +208,19 @@ class ChatGLMChatMixin:
 
 
 def _generation_arguments(tokenizer, do_sample: bool = True, **options: Any) -> dict[str, Any]:
-    defaults, ends = DEFAULTS[tokenizer.generation]
+    defaults, _ = DEFAULTS[tokenizer.generation]
     used = {"max_length": "max_new_tokens" not in options, "top_p": do_sample, "temperature": do_sample}
     for name, default in defaults.items():
         given = options.pop(name, None)
         if used[name]:
             options[name] = default if given is None else given
-    end_ids = [tokenizer.get_command(end) for end in ends]
-    return {"do_sample": do_sample, "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id, **options}
+    ends = end_ids(tokenizer)
+    return {"do_sample": do_sample, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, **options}
+
+
+def end_ids(tokenizer) -> list[int]:
+    """The ids that end an answer."""
+    return [tokenizer.get_command(name) for name in DEFAULTS[tokenizer.generation][1]]
 
 
 def _messages(tokenizer, query: str, history: Sequence | None, role: str) -> list[dict[str, Any]]:
