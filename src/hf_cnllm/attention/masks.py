@@ -86,15 +86,21 @@ class AttentionMask:
         return as_additive(self.seen() if self.complete is None else self.complete, dtype)
 
     def seen(self, or_mask_function: Callable | None = None, padding_sees: bool = False) -> torch.Tensor:
-        """[batch or 1, 1, queries, keys], True where a query may look; arguments as in [`make_mask`] and [`same_sequence`]."""
+        """[batch or 1, 1, queries, keys], True where a query may look.
+
+        Args:
+            or_mask_function: as in [`make_mask`].
+            padding_sees: `sequences` tell padding alone, and queries of padding see tokens as others do.
+        """
         rows = torch.arange(self.batch, device=self.device)[:, None, None]
         queries, keys = self.query_positions[:, None], self.key_positions
         seen = keys <= queries
         if or_mask_function is not None:
             seen = seen | or_mask_function(rows, None, queries, keys)
         if self.sequences is not None:
-            same = same_sequence(_up_to(self.sequences, self.keys), padding_sees)
-            seen = seen & same(rows, None, queries, keys)
+            sequences = _up_to(self.sequences, self.keys)
+            shown = padding_mask_function(sequences != 0) if padding_sees else same_sequence(sequences)
+            seen = seen & shown(rows, None, queries, keys)
         return seen.view(-1, 1, self.queries, self.keys)
 
     def block_mask(
