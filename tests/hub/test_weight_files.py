@@ -54,6 +54,15 @@ def test_shards_of_one_save_load(name, sharded):
 
 
 @every_model
+def test_a_missing_shard_is_named(name, sharded):
+    folder, shards = sharded
+    first = min(shards)
+    (folder / first).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"1 of the checkpoint's {len(shards)} weight files .*{first}"):
+        load(name, folder)
+
+
+@every_model
 @pytest.mark.parametrize("path", ["../elsewhere/{}", "/{}", "a/../../{}", "..\\{}", "C:\\{}"])
 def test_an_index_stays_in_its_folder(name, path, sharded):
     folder, shards = sharded
