@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
 
 MODELS = {
