@@ -1,5 +1,5 @@
 """Checkpoints in a cache of the Hub's files that is not the usual one, of a revision, in a subfolder: the tokenizer is the right
-one, and code beside it does not run."""
+one, and code beside it does not run. Links to checkpoints."""
 
 import hashlib
 import json
@@ -81,3 +81,19 @@ def test_what_is_read_is_what_is_looked_at(checkpoint, way, tmp_path):
             with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
                 AutoTokenizer.from_pretrained(name, trust_remote_code=True, **options)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("way", ["folder", "files"])
+def test_a_tokenizer_that_was_read_by_links_is_saved_over_its_own_files(checkpoint, way, tmp_path):
+    folder, links = tmp_path / "model", tmp_path / "links"
+    shutil.copytree(checkpoint, folder)
+    if way == "folder":
+        links.symlink_to(folder)
+    else:
+        in_links = [links / file.name for file in folder.iterdir()]
+        links.mkdir()
+        for link in in_links:
+            link.symlink_to(folder / link.name)
+    tokenizer = AutoTokenizer.from_pretrained(links)
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]

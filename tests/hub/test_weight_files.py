@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
 
 MODELS = {
@@ -51,6 +52,15 @@ def test_shards_of_one_save_load(name, sharded):
     folder, _ = sharded
     expected = load(name, GOLDENS / name).state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in load(name, folder).state_dict().items())
+
+
+@every_model
+def test_a_missing_shard_is_named(name, sharded):
+    folder, shards = sharded
+    first = min(shards)
+    (folder / first).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"1 of the checkpoint's {len(shards)} weight files .*{first}"):
+        load(name, folder)
 
 
 @every_model

@@ -34,6 +34,15 @@ def check_indexes(folder: Path) -> None:
                 )
 
 
+def check_files_are_there(files: Sequence[str]) -> None:
+    """Raises FileNotFoundError, naming the first that is missing."""
+    if missing := [file for file in files if not Path(file).exists()]:
+        raise FileNotFoundError(
+            f"{len(missing)} of the checkpoint's {len(files)} weight files are missing, such as {missing[0]}. Download or save "
+            "it again."
+        )
+
+
 def check_weight_files(files: Sequence[str], expected: Mapping[str, torch.dtype], prefix: str) -> None:
     """Refuses files that cannot be one save's.
 
@@ -46,8 +55,10 @@ def check_weight_files(files: Sequence[str], expected: Mapping[str, torch.dtype]
     Raises:
         ValueError: naming the file and the tensor: it holds numbers of another kind than the model's, is in two shards, or
             not in the one that the index says; or a shard of the same series lies beside them that the index leaves out.
+        FileNotFoundError: one is missing.
         SafetensorError: a safetensors file is damaged.
     """
+    check_files_are_there(files)
     kinds = {name.removeprefix(prefix): _kind(dtype) for name, dtype in expected.items()}
     found: dict[str, Path] = {}
     for file in map(Path, files):

@@ -210,7 +210,7 @@ class OriginalVocabularyTokenizer(TokenizerPublishingMixin, AnyIdMixin, TextsMix
 
     def write_vocabulary(self, path: str) -> None:
         """Writes the original vocabulary file: a copy of the one it was loaded from."""
-        if os.path.abspath(path) != os.path.abspath(self.vocab_file):
+        if not (os.path.exists(path) and os.path.samefile(path, self.vocab_file)):  # by a link, perhaps
             shutil.copyfile(self.vocab_file, path)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..._compat.modeling import HfQuantizer, QuantizationConfigMixin, registers_quantization
-from ...hub.weight_files import FLOATS, INTEGERS, stored_tensors
+from ...hub.weight_files import FLOATS, INTEGERS, check_files_are_there, stored_tensors
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedRows, refuse_unfit_weights
 
 QUANT_METHOD = "chatglm"
@@ -96,6 +96,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def _check_files(self, model: PreTrainedModel, checkpoint_files: list[str]):
         """Says what is wrong with a quantized checkpoint before anything is loaded from it."""
+        check_files_are_there(checkpoint_files)
         prefix = f"{model.base_model_prefix}."  # a headless model loads from a checkpoint with a head, and vice versa
         stored = {
             name.removeprefix(prefix): tensor
