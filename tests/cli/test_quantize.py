@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_cnllm.cli import USER_ERROR, main, quantize
 
@@ -88,6 +88,14 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny, tmp_path, caps
     (output / "mine").touch()
     assert "is not empty" in refused([tiny("chatglm2"), output, "--bits", 4], capsys)
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_a_reward_model_is_no_language_model(tiny, tmp_path, capsys):
+    judge = str(tmp_path / "judge")
+    AutoModelForSequenceClassification.from_pretrained(tiny("chatglm2"), num_labels=1).save_pretrained(judge)
+    said = f"MODEL: {judge} is a ChatGLMForSequenceClassification"
+    assert said in refused([judge, tmp_path / "out", "--bits", 8], capsys)
+    assert main(["chat", judge]) == USER_ERROR and said in capsys.readouterr().err
 
 
 def test_a_quantized_checkpoint_is_refused(tiny, tmp_path, capsys):

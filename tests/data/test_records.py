@@ -2,10 +2,11 @@
 
 import datetime
 import os
+from collections import Counter
 
 import pytest
 
-from hf_cnllm.data.records import plan_shards, read_piece
+from hf_cnllm.data.records import plan_shards, read_piece, read_texts
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra data")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra data")
@@ -97,3 +98,10 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(FileNotFoundError):
         list(read_piece(shard.pieces[0]))
+
+
+def test_what_is_no_text_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("好\n\n".encode() + "题\n题\n".encode("gb18030"))
+    skipped = Counter()
+    assert list(read_texts([tmp_path], skipped)) == list(read_texts([tmp_path])) == ["好"]
+    assert skipped == {"blank": 1, "undecodable": 2}

@@ -187,6 +187,6 @@ def test_a_reward_model_is_no_language_model(tmp_path):
     LlamaForSequenceClassification(LlamaConfig(vocab_size=8, num_labels=1, **sizes)).save_pretrained(
         tmp_path / "judge"
     )
-    refuse(tmp_path, r"--model: .*judge is a classifier \(LlamaForSeq", model=str(tmp_path / "judge"))
+    refuse(tmp_path, r"--model: .*judge is a LlamaForSequenceClassification, as", model=str(tmp_path / "judge"))
     with open_run(RewardArguments(**vars(arguments(tmp_path, model=str(tmp_path / "judge")))), options()):
         pass

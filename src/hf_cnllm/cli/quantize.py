@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from .._compat import logging
+from ..hub.places import refuse_classifier
 from ..hub.saving import check_new_folder, staged_folder
 from ..models.chatglm.quantization import ChatGLMQuantizationConfig
 from . import one_line
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     check_new_folder(args.output)
     checkpoint = read_checkpoint(args.model)
     method = _method(checkpoint, args.method)
+    refuse_classifier(checkpoint.name, "MODEL")
     logging.set_verbosity_error()
     source = checkpoint.folder or checkpoint.name
     dtype: Any = checkpoint.config.dtype or torch.float32

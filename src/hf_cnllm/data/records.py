@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,8 +237,12 @@ def read_piece(piece: Piece, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[d
         yield f"{'cut_short' if 'Truncated' in str(error) else 'damaged'}:{piece.name}"
 
 
-def read_texts(inputs: Sequence[Path]) -> Iterator[str]:
-    """The texts of all records."""
+def read_texts(inputs: Sequence[Path], skipped: Counter[str] | None = None) -> Iterator[str]:
+    """The texts of all records; `skipped` counts, by reason, what is none."""
     for shard in plan_shards(inputs):
         for piece in shard.pieces:
-            yield from (record["text"] for record in read_piece(piece) if not isinstance(record, str))
+            for record in read_piece(piece):
+                if not isinstance(record, str):
+                    yield record["text"]
+                elif skipped is not None:
+                    skipped[record.removeprefix("skipped_")] += 1

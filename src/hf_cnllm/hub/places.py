@@ -11,6 +11,7 @@ from .json_files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIGS = ("config.json", ADAPTER_CONFIG)
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def check_is_checkpoint(name: str, option: str, tokenizer_alone: bool = False) -> None:
@@ -37,8 +38,8 @@ def is_adapter_alone(name: str) -> bool:
 def refuse_classifier(name: str, option: str) -> None:
     """Raises ValueError for a checkpoint whose head is a classifier's: as a language model it would have a random one."""
     kinds = read_config(name, folder_of(name)).get("architectures") or []
-    if found := next((kind for kind in kinds if str(kind).endswith("ForSequenceClassification")), None):
-        raise ValueError(f"{option}: {name} is a classifier ({found}), as reward models are: give a language model")
+    if found := next((kind for kind in kinds if str(kind).endswith(CLASSIFIERS)), None):
+        raise ValueError(f"{option}: {name} is a {found}, as reward models are, and no language model: give one")
 
 
 def find_folder(name: str) -> Path:

@@ -12,6 +12,7 @@ python -m hf_cnllm.recipes.train_tokenizer --input medicine.txt --output extende
 
 import argparse
 import tempfile
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def train(args: argparse.Namespace, folder: Path) -> Any:
         options["symbols"] = args.symbols.read_text(encoding="utf-8-sig").splitlines()
     if options and args.style != "baichuan":
         raise ValueError(f"--style {args.style} has no {', '.join(options)}")
-    STYLES[args.style](islice(read_texts(args.input), args.max_records), folder, args.vocab_size, **options)
+    skipped: Counter[str] = Counter()
+    STYLES[args.style](islice(read_texts(args.input, skipped), args.max_records), folder, args.vocab_size, **options)
+    if skipped:
+        print(f"skipped in --input: {dict(skipped)}")
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -108,7 +112,9 @@ def main() -> None:
         find_files(place)
     domains = read_domains(args)
     if not domains["input"]:
-        raise ValueError("--input: there is no record with a text")
+        skipped: Counter[str] = Counter()
+        list(read_texts(args.input, skipped))
+        raise ValueError(f"--input: there is no record with a text; skipped: {dict(skipped)} (undecodable: not UTF-8)")
     others = {name: AutoTokenizer.from_pretrained(name) for name in args.compare}
     with staged_folder(args.output) as folder:
         made = extend(args, folder) if args.extend else train(args, folder)

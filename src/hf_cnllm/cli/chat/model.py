@@ -15,7 +15,7 @@ from ..._compat import logging
 from ...data.conversations import reply_end_ids, with_system_in_question
 from ...data.infilling import either_of, infill
 from ...families import Family
-from ...hub.places import ADAPTER_CONFIG
+from ...hub.places import ADAPTER_CONFIG, refuse_classifier
 from ...models.chat import iterate_tokens
 from ...models.chatglm.chat import DEFAULTS, end_ids
 from ...models.chatglm.tool_calls import as_chatglm3_tools, read_answer
@@ -75,6 +75,7 @@ class ChatModel:
         """
         logging.set_verbosity_error()
         checkpoint = read_checkpoint(args.model)
+        refuse_classifier(checkpoint.name, "MODEL")
         adapter = args.adapter or checkpoint.adapter
         source = checkpoint.folder or checkpoint.name
         if adapter is not None:
