@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ._compat import CACHE, CACHE_NAMES, LateEncodings, PushToHubMixin, logging, modeling
+from ._compat import CACHE, CACHE_NAMES, LateEncodings, PushToHubMixin, logging, modeling, options_of_tokenizer
 from .models.validation import take_cache
 
 
@@ -209,25 +209,27 @@ def _generation() -> Iterator[str]:
 
 
 class _Asked(Exception):
-    """The configuration was asked for the attribute of that name."""
+    """The configuration was asked for an attribute, by an AutoTokenizer with these options."""
 
 
 def _auto_tokenizer_asks_the_configuration() -> Iterator[str]:
     """What `_compat.TokenizerHooks` checks, it checks when these attributes are read, before any code could run."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("model_name", "tokenizer_class"):
-            probe = type("_AskedConfig", (_ProbeConfig,), {name: property(_raise_asked, lambda self, value: None)})
+
+            def ask(config):
+                raise _Asked(options_of_tokenizer(folder))
+
+            probe = type("_AskedConfig", (_ProbeConfig,), {name: property(ask, lambda self, value: None)})
             try:
-                AutoTokenizer.from_pretrained(folder, config=probe())
-            except _Asked:
+                AutoTokenizer.from_pretrained(folder, config=probe(), subfolder="below")
+            except _Asked as asked:
+                if asked.args[0].get("subfolder") != "below":
+                    yield f"AutoTokenizer keeps its options in another place when it asks for the {name}"
                 continue
             except (ValueError, OSError, KeyError):
                 pass
             yield f"AutoTokenizer no longer asks the configuration for its {name}"
-
-
-def _raise_asked(config: PreTrainedConfig) -> None:
-    raise _Asked
 
 
 def _batches_ask_for_their_encodings() -> Iterator[str]:

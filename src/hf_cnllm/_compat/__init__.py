@@ -190,7 +190,7 @@ class TokenizerHooks:
         name = getattr(self, "name_or_path", None)
         if not name or IS_COPY:  # who runs a copy has trusted the folder
             return
-        options = _options_of_tokenizer(name)
+        options = options_of_tokenizer(name)
         settings = get_tokenizer_config(name, **options)
         if not isinstance(settings, dict):
             raise ValueError(f"tokenizer_config.json in {name} is not an object with keys. Download it again.")
@@ -243,7 +243,7 @@ class TokenizerHooks:
         vars(self)["tokenizer_class"] = value
 
 
-def _options_of_tokenizer(name: str) -> dict[str, Any]:
+def options_of_tokenizer(name: str) -> dict[str, Any]:
     """By what the caller of `AutoTokenizer` has the files of `name` found, which it hands to nobody: a checkpoint is looked at
     where it will be read from, be that another cache, folder or revision. Others are given what is there."""
     here, frame = (AutoTokenizer.__module__, "from_pretrained"), sys._getframe().f_back
@@ -251,7 +251,8 @@ def _options_of_tokenizer(name: str) -> dict[str, Any]:
         if (frame.f_globals.get("__name__"), frame.f_code.co_name) == here:
             given = frame.f_locals
             if str(given.get("pretrained_model_name_or_path")) == name:
-                return {option: given["kwargs"][option] for option in FILE_OPTIONS if option in given["kwargs"]}
+                kwargs = given.get("kwargs", {})  # `_contract` sees to it that they are there
+                return {option: kwargs[option] for option in FILE_OPTIONS if option in kwargs}
         frame = frame.f_back
     return {"local_files_only": True}
 
