@@ -6,6 +6,7 @@ one family is in that family's own tests.
 
 import copy
 import importlib.util
+import inspect
 import json
 from dataclasses import dataclass, field
 
@@ -14,7 +15,14 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+    set_seed,
+)
 
 import hf_cnllm  # noqa: F401
 from goldens import GOLDENS
@@ -210,6 +218,24 @@ def test_a_text_goes_on_with_its_cache(row, kind):
     torch.testing.assert_close(
         torch.stack(going_on.logits), torch.stack(whole.logits), atol=10 * row.tolerance, rtol=0
     )
+
+
+@tuned_too
+def test_a_cache_in_fp8_is_about_as_good(row):
+    """Its scale is that of what is written first: a P-tuning prefix alone, much smaller than the text, would not do."""
+    if "fp8" not in inspect.getsource(QuantizedCache):
+        pytest.skip("this transformers has no such cache")
+    model, ids = load(row), prompt(row, 9)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "prefix_encoder" in name:
+                weight.mul_(0.01)
+    options = {"return_dict_in_generate": True, "output_logits": True, "min_new_tokens": 2}
+    exact = generate(model, ids, **options).logits
+    rounded = generate(model, ids, cache_implementation="quantized", cache_config={"backend": "fp8"}, **options).logits
+    # The prompt's own keys are not rounded.
+    torch.testing.assert_close(rounded[0], exact[0], atol=row.tolerance, rtol=0)
+    assert (rounded[1] - exact[1]).norm() < 0.2 * exact[1].norm()
 
 
 @tuned_too

@@ -54,14 +54,21 @@ def test_keys_and_values_are_laid_out_as_the_original_reshapes_them(name):
 
 @tuned
 def test_the_prefix_goes_into_an_empty_cache_once(name):
-    encoder = AutoModel.from_pretrained(GOLDENS / name).transformer.prefix_encoder
-    config = AutoModel.from_pretrained(GOLDENS / name).config
-    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=12)):
-        for _ in range(2):
-            in_hand, past = encoder.put_in_front(cache, torch.empty(2, 1, 1), encoder.num_layers)
-            assert in_hand is None and int(past.get_seq_length()) == int(cache.get_seq_length()) == 5
-    in_hand, past = encoder.put_in_front(None, torch.empty(2, 1, 1), encoder.num_layers)
-    assert len(in_hand) == encoder.num_layers and past.get_seq_length() == 5
+    model = AutoModel.from_pretrained(GOLDENS / name, eos_token_id=None).eval()
+    encoder, embeddings = model.transformer.prefix_encoder, torch.empty(2, 1, 1)
+    static = StaticCache(config=model.config, max_cache_len=12)
+    for _ in range(2):
+        in_hand, past = encoder.put_in_front(static, embeddings, encoder.num_layers)
+        assert in_hand is None and int(past.get_seq_length()) == int(static.get_seq_length()) == 5
+    dynamic = DynamicCache(config=model.config)
+    for cache in (dynamic, None):  # the layers write it, with the first tokens
+        in_hand, past = encoder.put_in_front(cache, embeddings, encoder.num_layers)
+        assert len(in_hand) == encoder.num_layers and past.get_seq_length() == 5
+    ends = [] if name.startswith("chatglm2") else [model.config.gmask_token_id, model.config.bos_token_id]
+    output = model.generate(
+        torch.tensor([[20, 21, *ends]]), cache=dynamic, max_new_tokens=3, do_sample=False, pad_token_id=0
+    )
+    assert dynamic.get_seq_length() == 5 + output.shape[1] - 1
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50])

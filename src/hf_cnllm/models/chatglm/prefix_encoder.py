@@ -56,7 +56,8 @@ class PrefixEncoder(nn.Module):
     def put_in_front(
         self, cache: Cache | None, inputs_embeds: Tensor, num_layers: int
     ) -> tuple[list[Tensor] | None, Cache]:
-        """Puts the prefix of the first `num_layers` into the cache if that is empty; without a cache the layers get it.
+        """Puts the prefix of the first `num_layers` into a static cache if that is empty; else the layers get it, and write it
+        together with the first tokens: of what is written first some caches (fp8) take the scale of all keys.
 
         Returns:
             What the layers are to put in front of their keys and values (None if the cache holds it), and the past
@@ -65,9 +66,9 @@ class PrefixEncoder(nn.Module):
         if cache is not None and not is_empty(cache):
             return None, cache
         prefix = self(len(inputs_embeds), inputs_embeds.dtype)[:num_layers]
-        if cache is None:
-            return prefix, write_prefix(DynamicCache(), prefix[:1])
-        return None, write_prefix(cache, prefix)
+        if cache is not None and cache.is_compileable:
+            return None, write_prefix(cache, prefix)
+        return prefix, write_prefix(DynamicCache(), prefix[:1])
 
 
 def is_empty(cache: Cache) -> bool:
