@@ -114,7 +114,7 @@ class Endpoint:
                     f"{self.client.base_url} refuses the model {self.name!r} ({error}): see --base-url, --model and the "
                     f"key in {KEY_VARIABLE}"
                 ) from error
-            except (openai.APITimeoutError, TimeoutError):
+            except (openai.APITimeoutError, asyncio.TimeoutError):  # Python 3.10 has two of them
                 return Failure("timeout", f"--timeout is {self.timeout:g} s")
             except openai.APIConnectionError as error:
                 return Failure("connection", str(error.__cause__ or error))
