@@ -17,7 +17,7 @@ import transformers
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from hf_cnllm.recipes import sft
-from hf_cnllm.training import recipe
+from hf_cnllm.training import recipe, run
 
 IS_CUT = "ACCELERATE_USE_FSDP" in os.environ or "PARALLELISM_CONFIG_TP_SIZE" in os.environ  # as the launcher says
 
@@ -51,9 +51,9 @@ MOMENTS = {
         "_save_optimizer_and_scheduler",
         lambda _, folder: folder.endswith("checkpoint-4") and leave_half_an_optimizer(Path(folder)),
     ),
-    "written, unmarked": (recipe, "write_through", lambda folder: folder.name == "checkpoint-4"),
+    "written, unmarked": (run, "write_through", lambda folder: folder.name == "checkpoint-4"),
     "after a write": (transformers.Trainer, "training_step", lambda trainer, *_: trainer.state.global_step == 4),
-    "in the last save": (recipe.Run, "write_summary", lambda *_: True),
+    "in the last save": (run.Run, "write_summary", lambda *_: True),
     "half moved": (Path, "replace", lambda path, _: path.parent.name == ".final" and path.name == "config.json"),
 }
 
