@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..hub.places import ADAPTER_CONFIG, find_folder
+from ..hub.places import find_folder, is_adapter_alone
 from . import bar_of_bytes
 from .checkpoint import read_checkpoint
 
@@ -24,8 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hub.verification import read_sums, verify
 
     folder = find_folder(args.path)
-    is_adapter = not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file()
-    config = None if is_adapter else read_checkpoint(str(folder)).config
+    config = None if is_adapter_alone(str(folder)) else read_checkpoint(str(folder)).config
     sums = None if args.checksums is None else read_sums(args.checksums)
     total_problems = 0
     with bar_of_bytes("read") as bar:

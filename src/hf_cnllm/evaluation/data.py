@@ -16,6 +16,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from ..data.formats import NOT_UTF8
+
 CHOICES = ("A", "B", "C", "D")
 COLUMNS = ("question", *CHOICES, "answer")
 
@@ -84,8 +86,7 @@ def read_splits(
         try:
             rows = list(read(path))
         except UnicodeDecodeError as error:
-            advice = "convert it first, for example by iconv -f GB18030 -t UTF-8"
-            raise ValueError(f"{path} is not UTF-8 ({error}): {advice}") from error
+            raise ValueError(f"{path}: {NOT_UTF8} ({error})") from error
         if not rows:
             raise ValueError(f"{path} holds no question")
         splits[split] = Dataset.from_list(rows)
